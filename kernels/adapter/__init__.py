@@ -1,0 +1,71 @@
+"""LayerNorm with a bottleneck adapter in parallel: UP-Person's L-Adapter (arXiv 2504.10084, Sec. III)."""
+
+from torch import Tensor
+
+from kernels.adapter import reference
+from kernels.backend import resolve
+from kernels.checks import require_device, require_dtype, require_float, require_shape
+
+MAX_HIDDEN_WIDTH = 256
+
+
+def layernorm_adapter(x: Tensor, weight: Tensor, bias: Tensor, down_weight: Tensor, down_bias: Tensor,
+                      up_weight: Tensor, up_bias: Tensor, scale: Tensor, *, eps: float = 1e-5,
+                      residual: Tensor | None = None, backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """LN(x) + scale · up(relu(down(x))). The adapter reads x itself, beside LayerNorm and not after it.
+
+    Args:
+        x: (..., C), of any strides; float32, float16 or bfloat16 on a GPU, float64, float32 or float16 in
+            Triton's interpreter, any of them with backend="torch". Statistics are float32 (float64 for float64).
+        weight, bias: (C,), of LayerNorm. Like all parameters in x's dtype or float32.
+        down_weight, down_bias: (R, C) and (R,), as nn.Linear(C, R) keeps them.
+        up_weight, up_bias: (C, R) and (C,), as nn.Linear(R, C) keeps them.
+        scale: (), the adapter's learnable scale.
+        eps: added to the variance.
+        residual: x's shape and dtype. With it x + residual takes the place of x and is returned too.
+        backend: None (Triton on CUDA or under TRITON_INTERPRET=1, else PyTorch), "triton" or "torch".
+
+    Returns:
+        (..., C) in x's dtype; with a residual a pair: that, and x + residual. Differentiable once, in every
+        tensor.
+
+    Raises:
+        ValueError: a shape or a device that does not fit.
+        TypeError: a dtype that does not fit, here or with the backend.
+        RuntimeError: the backend cannot run on this machine.
+    """
+    name = "layernorm_adapter"
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name}: x must be (..., C) with C ≥ 1, not {tuple(x.shape)}")
+    require_float(name, "x", x)
+    width = x.shape[-1]
+    require_shape(name, "weight", weight, (width,))
+    require_shape(name, "bias", bias, (width,))
+    require_shape(name, "down_weight", down_weight, ("R", width))
+    hidden_width = down_weight.shape[0]
+    if hidden_width == 0:
+        raise ValueError(f"{name}: down_weight must be (R, {width}) with R ≥ 1, not {tuple(down_weight.shape)}")
+    require_shape(name, "down_bias", down_bias, (hidden_width,))
+    require_shape(name, "up_weight", up_weight, (width, hidden_width))
+    require_shape(name, "up_bias", up_bias, (width,))
+    require_shape(name, "scale", scale, ())
+    parameters = dict(weight=weight, bias=bias, down_weight=down_weight, down_bias=down_bias,
+                      up_weight=up_weight, up_bias=up_bias, scale=scale)
+    for parameter_name, parameter in parameters.items():
+        require_device(name, parameter_name, parameter, "x", x)
+        require_dtype(name, parameter_name, parameter, "x", x)
+    if residual is not None:
+        require_shape(name, "residual", residual, tuple(x.shape))
+        require_device(name, "residual", residual, "x", x)
+        if residual.dtype != x.dtype:
+            raise TypeError(f"{name}: residual must have x's dtype, {x.dtype}, not {residual.dtype}")
+
+    if resolve(backend, x) == "torch":
+        y, total = reference.plain(x, residual, *parameters.values(), eps)
+    elif hidden_width > MAX_HIDDEN_WIDTH:
+        raise ValueError(f"{name}: backend 'triton' takes hidden widths up to {MAX_HIDDEN_WIDTH}, not "
+                         f"{hidden_width}; use backend='torch'")
+    else:
+        from kernels.adapter import op  # imports Triton
+        y, total, *_ = op.forward(x, residual, *parameters.values(), eps)
+    return y if residual is None else (y, total)

@@ -1,0 +1,59 @@
+"""layernorm_adapter as PyTorch operators: what runs, what it returns without running, how it differentiates."""
+
+import torch
+from torch import Tensor
+
+from kernels.adapter import device
+
+
+@torch.library.custom_op("upperson::layernorm_adapter", mutates_args=())
+def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, down_weight: Tensor,
+            down_bias: Tensor, up_weight: Tensor, up_bias: Tensor, scale: Tensor,
+            eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return device.launch_forward(x, residual, weight, bias, down_weight, down_bias, up_weight, up_bias, scale, eps)
+
+
+@forward.register_fake
+def _(x, residual, weight, bias, down_weight, down_bias, up_weight, up_bias, scale, eps):
+    hidden_width, width = down_weight.shape
+    rows = x.numel() // width
+    statistics = device.accumulator(x.dtype)[0]
+    return (x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape),
+            x.new_empty(rows, dtype=statistics), x.new_empty(rows, dtype=statistics),
+            x.new_empty(rows, hidden_width))
+
+
+@torch.library.custom_op("upperson::layernorm_adapter_backward", mutates_args=())
+def backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, down_weight: Tensor, up_weight: Tensor,
+             up_bias: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, hidden: Tensor, needs: list[bool],
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return device.launch_backward(dy, dtotal, x, weight, down_weight, up_weight, up_bias, scale, mean, rstd, hidden,
+                                  needs)
+
+
+@backward.register_fake
+def _(dy, dtotal, x, weight, down_weight, up_weight, up_bias, scale, mean, rstd, hidden, needs):
+    down_bias = down_weight.new_empty(down_weight.shape[0])
+    inputs = (x, weight, weight, down_weight, down_bias, up_weight, up_bias, scale)
+    return tuple(t.new_empty(t.shape if needed else 0) for t, needed in zip(inputs, needs, strict=True))
+
+
+def save_for_backward(ctx, inputs, output):
+    x, residual, weight, bias, down_weight, down_bias, up_weight, up_bias, scale, eps = inputs
+    y, total, mean, rstd, hidden = output
+    ctx.save_for_backward(x if residual is None else total, weight, down_weight, up_weight, up_bias, scale,
+                          mean, rstd, hidden)
+    ctx.has_residual = residual is not None
+    ctx.mark_non_differentiable(mean, rstd, hidden)
+
+
+def differentiate(ctx, dy, dtotal, *_):
+    need_x, need_residual, *need_parameters = ctx.needs_input_grad[:-1]
+    dtotal = dtotal if ctx.has_residual else None
+    grads = backward(dy, dtotal, *ctx.saved_tensors, [need_x or need_residual, *need_parameters])
+    dx, *dparameters = grads
+    dparameters = (d if needed else None for d, needed in zip(dparameters, need_parameters, strict=True))
+    return dx if need_x else None, dx if need_residual else None, *dparameters, None
+
+
+forward.register_autograd(differentiate, setup_context=save_for_backward)

@@ -1,0 +1,49 @@
+"""prefix_attention as PyTorch operators: what runs, what it returns without running, how it differentiates."""
+
+import torch
+from torch import Tensor
+
+from kernels.attention import device
+
+
+@torch.library.custom_op("upperson::prefix_attention", mutates_args=())
+def forward(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: Tensor,
+            causal: bool, scale_target: str) -> tuple[Tensor, Tensor]:
+    return device.launch_forward(qkv, prefix_key, prefix_value, prefix_scale, causal, scale_target)
+
+
+@forward.register_fake
+def _(qkv, prefix_key, prefix_value, prefix_scale, causal, scale_target):
+    batch, length, _, heads, width = qkv.shape
+    return (qkv.new_empty(batch, length, heads, width),
+            qkv.new_empty(batch, heads, length, dtype=device.accumulator(qkv.dtype)[0]))
+
+
+@torch.library.custom_op("upperson::prefix_attention_backward", mutates_args=())
+def backward(grad: Tensor, qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: Tensor,
+             out: Tensor, lse: Tensor, causal: bool, scale_target: str,
+             needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return device.launch_backward(grad, qkv, prefix_key, prefix_value, prefix_scale, out, lse,
+                                  causal, scale_target, needs)
+
+
+@backward.register_fake
+def _(grad, qkv, prefix_key, prefix_value, prefix_scale, out, lse, causal, scale_target, needs):
+    inputs = (qkv, prefix_key, prefix_value, prefix_scale)
+    return tuple(t.new_empty(t.shape if needed else 0) for t, needed in zip(inputs, needs, strict=True))
+
+
+def save_for_backward(ctx, inputs, output):
+    *tensors, ctx.causal, ctx.scale_target = inputs
+    out, lse = output
+    ctx.save_for_backward(*tensors, out, lse)
+    ctx.mark_non_differentiable(lse)
+
+
+def differentiate(ctx, grad, _grad_lse):
+    needs = ctx.needs_input_grad[:4]
+    grads = backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale_target, list(needs))
+    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None
+
+
+forward.register_autograd(differentiate, setup_context=save_for_backward)

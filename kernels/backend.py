@@ -1,0 +1,57 @@
+"""Which implementation of an operator runs where, and how a user forces one.
+
+    backend=None      Triton on a CUDA device, or anywhere under TRITON_INTERPRET=1; PyTorch elsewhere
+    backend="triton"  the fused kernels, or an error that says why they cannot run
+    backend="torch"   plain PyTorch, on any device and in any dtype
+
+Nothing falls back in silence: inputs that the chosen backend does not take are an error.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("triton", "torch")
+COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# NumPy, which the interpreter computes with, has no bfloat16: products of it are wrong there.
+INTERPRETED_DTYPES = (torch.float64, torch.float32, torch.float16)
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter (on the CPU) instead of being compiled."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def resolve(backend: str | None, tensor: torch.Tensor) -> str:
+    """The backend that runs for `tensor`: "triton" or "torch".
+
+    Raises ValueError for an unknown name, RuntimeError where Triton cannot run at all, TypeError for a
+    dtype that the Triton kernels do not take.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be None, 'triton' or 'torch', not {backend!r}")
+    if backend is None:
+        backend = "triton" if tensor.is_cuda or interpreting() else "torch"
+    if backend == "torch":
+        return backend
+
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("backend 'triton' needs the package triton, which is not installed; "
+                           "backend='torch' runs without it")
+    if not (tensor.is_cuda or interpreting()):
+        raise RuntimeError(f"backend 'triton' needs a CUDA device, but the tensors are on {tensor.device}; set "
+                           "TRITON_INTERPRET=1 before Triton is imported to interpret the kernels on the CPU, "
+                           "or use backend='torch'")
+    allowed = INTERPRETED_DTYPES if interpreting() else COMPILED_DTYPES
+    if tensor.dtype not in allowed:
+        where = "in Triton's interpreter" if interpreting() else "on a GPU"
+        raise TypeError(f"backend 'triton' takes {', '.join(str(d).removeprefix('torch.') for d in allowed)} "
+                        f"{where}, not {str(tensor.dtype).removeprefix('torch.')}; use backend='torch'")
+    return backend
+
+
+def float32_precision() -> str:
+    """Precision of float32 products in Triton's terms: TF32 only where the user allowed it in PyTorch
+    (torch.set_float32_matmul_precision), full float32 otherwise."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

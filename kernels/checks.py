@@ -1,0 +1,33 @@
+"""Checks of arguments that the operators share; every message names operator, argument and what was expected."""
+
+import torch
+from torch import Tensor
+
+
+def require_float(operator: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{operator}: {name} must be a floating-point tensor, not {tensor.dtype}")
+
+
+def require_shape(operator: str, name: str, tensor: Tensor, shape: tuple) -> None:
+    """`shape` holds sizes, or a letter where any size will do."""
+    fits = tensor.dim() == len(shape) and all(
+        isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True))
+    if not fits:
+        wanted = "(" + ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "") + ")"
+        raise ValueError(f"{operator}: {name} must be {wanted}, not {tuple(tensor.shape)}")
+
+
+def require_device(operator: str, name: str, tensor: Tensor, main_name: str, main: Tensor) -> None:
+    if tensor.device != main.device:
+        raise ValueError(f"{operator}: {name} is on {tensor.device}, but {main_name} is on {main.device}")
+
+
+def require_dtype(operator: str, name: str, tensor: Tensor, main_name: str, main: Tensor) -> None:
+    """Parameters come in the dtype of the activations, or stay float32 beside float16 or bfloat16 ones."""
+    mixed = tensor.dtype == torch.float32 and main.dtype in (torch.float16, torch.bfloat16)
+    if tensor.dtype != main.dtype and not mixed:
+        wanted = {main.dtype, torch.float32} if main.dtype in (torch.float16, torch.bfloat16) else {main.dtype}
+        wanted = " or ".join(sorted(str(d).removeprefix("torch.") for d in wanted))
+        raise TypeError(f"{operator}: {name} must be {wanted} beside {main_name}, not "
+                        f"{str(tensor.dtype).removeprefix('torch.')}")

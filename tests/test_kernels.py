@@ -1,0 +1,578 @@
+"""Both operators against plain PyTorch: values, gradients, shapes, strides, dtypes, and what they refuse.
+
+On a GPU the compiled kernels are tested in float32, float16 and bfloat16; without one, Triton's interpreter
+runs the same kernels in float64, float32 and float16. The oracle is the definition in float64 everywhere, and
+the budget of a low-precision kernel is twice the error of PyTorch's own computation in that dtype.
+"""
+
+import math
+
+import pytest
+import torch
+
+import kernels
+from kernels import layernorm_adapter, prefix_attention
+from kernels.adapter import op as adapter_op
+from kernels.adapter import reference as adapter_reference
+from kernels.attention import op as attention_op
+from kernels.attention import reference as attention_reference
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+EXACT = torch.float32 if GPU else torch.float64                 # the most precise dtype that the kernels take here
+DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float64, torch.float32, torch.float16]
+needs_float64 = pytest.mark.skipif(GPU, reason="compiled kernels take no float64; the error budgets stand in")
+
+# The unit roundoff bounds what any order of summation may differ by where PyTorch's own error happens to be zero.
+SLACK = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh memory holds NaN, so that an element which nobody wrote cannot pass; float32 products stay exact."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision(precision)
+
+
+def randn(*shape, seed=0, dtype=None, scale=1.0):
+    generator = torch.Generator().manual_seed(seed + 1000 * sum(shape))
+    return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(DEVICE, dtype or EXACT)
+
+
+def require_grad(tensors):
+    return [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
+
+
+def relative_error(value, exact):
+    value, exact = value.detach().double(), exact.detach().double()
+    return float((value - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def run(function, tensors, grads, dtype=None):
+    """Outputs of function(*tensors) and its gradients for the given output gradients."""
+    tensors = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+    outputs = function(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    gradients = torch.autograd.grad(outputs, tensors, [g.to(outputs[0].dtype) for g in grads], allow_unused=True)
+    gradients = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, tensors, strict=True)]
+    return [*outputs, *gradients]
+
+
+def assert_within_budget(fused, plain, oracle, tensors, grads):
+    """`fused` errs at most twice as much as `plain` in the tensors' dtype, against `oracle` in float64."""
+    exact = run(oracle, tensors, grads, torch.float64)
+    theirs = run(plain, tensors, grads)
+    ours = run(fused, tensors, grads)
+    dtype = tensors[0].dtype
+    for i, (a, b, c) in enumerate(zip(ours, theirs, exact, strict=True)):
+        assert a.dtype == dtype and a.shape == c.shape
+        if c.numel() == 0:
+            continue
+        error, allowed = relative_error(a, c), 2 * relative_error(b, c) + SLACK[dtype]
+        if c.norm() < 1e-10:                                     # exactly zero up to rounding, as dλ may be
+            error, allowed = float(a.detach().double().norm()), 1e-6
+        assert error <= allowed, f"result {i}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+# ------------------------------------------------------------------------------------ prefix_attention
+
+
+def attention_inputs(batch=2, length=7, prefix=3, heads=2, width=16, scale=1.5, dtype=None, seed=0):
+    qkv = randn(batch, length, 3, heads, width, seed=seed, dtype=dtype)
+    key = randn(prefix, heads, width, seed=seed + 1, dtype=dtype)
+    value = randn(prefix, heads, width, seed=seed + 2, dtype=dtype)
+    return [qkv, key, value, torch.tensor(float(scale), device=DEVICE, dtype=dtype or EXACT)]
+
+
+def attention_functions(causal, target):
+    def fused(*tensors):
+        return prefix_attention(*tensors, causal=causal, scale_target=target, backend="triton")
+
+    def plain(*tensors):
+        return prefix_attention(*tensors, causal=causal, scale_target=target, backend="torch")
+
+    def oracle(*tensors):
+        return attention_reference.explicit(*tensors, causal, target)
+
+    return fused, plain, oracle
+
+
+def check_attention(tensors, causal, target):
+    grads = [randn(*tensors[0].shape[:2], *tensors[0].shape[3:], seed=9, dtype=tensors[0].dtype)]
+    assert_within_budget(*attention_functions(causal, target), tensors, grads)
+
+
+@needs_float64
+@pytest.mark.parametrize("target", ["weights", "logits"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_attention_gradcheck(prefix, causal, target):
+    """Finite differences against the kernels' backward, in all four inputs."""
+    tensors = require_grad(attention_inputs(batch=2, length=3, prefix=prefix, heads=2, width=4))
+    fused, _, _ = attention_functions(causal, target)
+    assert torch.autograd.gradcheck(fused, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("target", ["weights", "logits"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("length", "prefix"), [
+    (1, 0), (1, 1), (2, 3), (15, 2), (16, 16), (17, 17), (31, 10), (32, 10), (33, 10), (50, 14), (63, 0), (64, 3),
+    (65, 64), (77, 10), (129, 2), (193, 10),
+])
+def test_attention_lengths(length, prefix, causal, target):
+    check_attention(attention_inputs(batch=1, length=length, prefix=prefix), causal, target)
+
+
+@pytest.mark.parametrize("target", ["weights", "logits"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_dtypes(dtype, target):
+    for causal, length, scale in ((False, 70, 10.0), (True, 35, 0.5)):
+        check_attention(attention_inputs(batch=2, length=length, prefix=10, width=64, scale=scale, dtype=dtype),
+                        causal, target)
+
+
+@pytest.mark.parametrize("target", ["weights", "logits"])
+@pytest.mark.parametrize("scale", [0.0, 1.0, -0.5, 1e-4, 10.0, 300.0])
+def test_attention_prefix_scales(scale, target):
+    check_attention(attention_inputs(scale=scale), False, target)
+
+
+@pytest.mark.parametrize(("heads", "width"), [(1, 16), (3, 20), (12, 64), (1, 80), (2, 128), (1, 1)])
+def test_attention_heads(heads, width):
+    check_attention(attention_inputs(length=9, heads=heads, width=width), True, "weights")
+
+
+def test_attention_many_samples_share_one_prefix():
+    """The prefix gradient is the sum of the gradients of the samples, each on its own."""
+    tensors = attention_inputs(batch=5, length=9)
+    grad = randn(5, 9, 2, 16, seed=9)
+    fused, _, _ = attention_functions(False, "weights")
+    together = run(fused, tensors, [grad])
+    alone = [run(fused, [tensors[0][i:i + 1], *tensors[1:]], [grad[i:i + 1]]) for i in range(5)]
+    for k in (2, 3, 4):
+        torch.testing.assert_close(together[k], sum(a[k] for a in alone))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_attention_invariants(backend):
+    qkv, key, value, scale = attention_inputs(length=11, prefix=5)
+    query, token_key, token_value = qkv.transpose(1, 3).unbind(2)
+
+    def plain(keys, values):
+        out = torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+        return out.transpose(1, 2)
+
+    none = prefix_attention(qkv, key[:0], value[:0], scale, backend=backend)
+    torch.testing.assert_close(none, plain(token_key, token_value))
+
+    one = torch.ones_like(scale)
+    keys, values = (torch.cat([p.transpose(0, 1).expand(2, -1, -1, -1), t], dim=2)
+                    for p, t in ((key, token_key), (value, token_value)))
+    for target in ("weights", "logits"):
+        out = prefix_attention(qkv, key, value, one, scale_target=target, backend=backend)
+        torch.testing.assert_close(out, plain(keys, values))
+
+        order = torch.tensor([3, 0, 4, 1, 2], device=DEVICE)
+        out = prefix_attention(qkv, key, value, scale, scale_target=target, backend=backend)
+        shuffled = prefix_attention(qkv, key[order], value[order], scale, scale_target=target, backend=backend)
+        torch.testing.assert_close(out, shuffled)
+
+
+def test_attention_targets_differ_and_causal_matters():
+    qkv, key, value, scale = attention_inputs()
+    outs = [prefix_attention(qkv, key, value, scale, causal=causal, scale_target=target)
+            for causal in (False, True) for target in ("weights", "logits")]
+    for i, a in enumerate(outs):
+        for b in outs[:i]:
+            assert (a - b).abs().max() > 1e-2
+
+
+def test_attention_strides():
+    """Sliced, permuted, misaligned and expanded inputs and gradients give what their copies give."""
+    big = randn(2, 9, 4, 3, 2, 17, seed=3)
+    views = [
+        big[:, 1:, 1, ..., 1:],                                                          # sliced and misaligned
+        randn(3, 2, 8, 2, 16).permute(1, 2, 0, 3, 4),                                    # q, k, v apart
+        randn(2, 8, 2, 16, 3).permute(0, 1, 4, 2, 3),                                    # last stride is not 1
+        randn(1, 8, 3, 2, 16).expand(2, -1, -1, -1, -1),
+    ]
+    _, key, value, scale = attention_inputs()
+    grads = [randn(2, 8, 2, 16, seed=5), randn(2, 2, 8, 16, seed=5).transpose(1, 2),
+             torch.ones((), device=DEVICE, dtype=EXACT).expand(2, 8, 2, 16), randn(2, 8, 2, 17, seed=5)[..., 1:]]
+    fused, _, _ = attention_functions(True, "weights")
+    for qkv, grad in zip(views, grads, strict=True):
+        assert qkv.shape == (2, 8, 3, 2, 16)
+        ours = run(fused, [qkv, key, value, scale], [grad])
+        copied = run(fused, [qkv.contiguous(), key, value, scale], [grad.contiguous()])
+        for a, b in zip(ours, copied, strict=True):
+            assert torch.equal(a, b)
+    key_view, value_view = randn(2, 3, 16, seed=7).transpose(0, 1), randn(3, 2, 32, seed=8)[..., ::2]
+    a = run(fused, [views[0], key_view, value_view, scale], [grads[0]])
+    b = run(fused, [views[0], key_view.contiguous(), value_view.contiguous(), scale], [grads[0]])
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_attention_float32_parameters_beside_half():
+    qkv, key, value, scale = attention_inputs(width=64, dtype=torch.float16)
+    parameters = require_grad([key.float(), value.float(), scale.float()])
+    out = prefix_attention(qkv, *parameters, backend="triton")
+    assert out.dtype == torch.float16
+    out.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in parameters)
+    assert torch.equal(out, prefix_attention(qkv, key, value, scale, backend="triton"))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 2, 16), (2, 0, 3, 2, 16)])
+def test_attention_empty(shape):
+    _, key, value, scale = attention_inputs()
+    fused, _, _ = attention_functions(False, "weights")
+    out, *grads = run(fused, [torch.empty(shape, device=DEVICE, dtype=EXACT), key, value, scale],
+                      [torch.empty(shape[0], shape[1], 2, 16, device=DEVICE, dtype=EXACT)])
+    assert out.shape == (shape[0], shape[1], 2, 16)
+    assert all(g.abs().sum() == 0 for g in grads)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (1, 3), (0, 2)])
+def test_attention_computes_only_gradients_asked_for(wanted):
+    tensors = attention_inputs()
+    full = run(attention_functions(False, "weights")[0], tensors, [randn(2, 7, 2, 16, seed=9)])[1:]
+    out, lse = attention_op.forward(*tensors, False, "weights")
+    needs = [i in wanted for i in range(4)]
+    grads = attention_op.backward(randn(2, 7, 2, 16, seed=9), *tensors, out, lse, False, "weights", needs)
+    for i, (grad, need) in enumerate(zip(grads, needs, strict=True)):
+        assert torch.equal(grad, full[i]) if need else grad.numel() == 0
+
+    asked = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+    prefix_attention(*asked, backend="triton").sum().backward()
+    assert [t.grad is not None for t in asked] == needs
+
+
+# ------------------------------------------------------------------------------------ layernorm_adapter
+
+
+def adapter_inputs(rows=(2, 5), width=24, hidden=3, scale=0.7, dtype=None, residual=False, seed=0):
+    tensors = [
+        randn(*rows, width, seed=seed, dtype=dtype),
+        1 + randn(width, seed=seed + 1, dtype=dtype, scale=0.1), randn(width, seed=seed + 2, dtype=dtype, scale=0.1),
+        randn(hidden, width, seed=seed + 3, dtype=dtype, scale=width**-0.5),
+        randn(hidden, seed=seed + 4, dtype=dtype, scale=0.1),
+        randn(width, hidden, seed=seed + 5, dtype=dtype, scale=hidden**-0.5),
+        randn(width, seed=seed + 6, dtype=dtype, scale=0.1),
+        torch.tensor(float(scale), device=DEVICE, dtype=dtype or EXACT),
+    ]
+    return [*tensors, randn(*rows, width, seed=seed + 7, dtype=dtype)] if residual else tensors
+
+
+def adapter_functions(residual):
+    def split(tensors):
+        return (tensors[:-1], tensors[-1]) if residual else (tensors, None)
+
+    def fused(*tensors):
+        tensors, added = split(tensors)
+        return layernorm_adapter(*tensors, residual=added, backend="triton")
+
+    def plain(*tensors):
+        tensors, added = split(tensors)
+        return layernorm_adapter(*tensors, residual=added, backend="torch")
+
+    def oracle(*tensors):
+        (x, weight, bias, down_weight, down_bias, up_weight, up_bias, scale), added = split(tensors)
+        x = x if added is None else x + added
+        centred = x - x.mean(-1, keepdim=True)
+        normalised = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+        hidden = (x @ down_weight.t() + down_bias).clamp_min(0)
+        y = normalised + scale * (hidden @ up_weight.t() + up_bias)
+        return y if added is None else (y, x)
+
+    return fused, plain, oracle
+
+
+def check_adapter(tensors, residual=False):
+    grads = [randn(*tensors[0].shape, seed=20 + i, dtype=tensors[0].dtype) for i in range(2 if residual else 1)]
+    assert_within_budget(*adapter_functions(residual), tensors, grads)
+
+
+@needs_float64
+@pytest.mark.parametrize("residual", [False, True])
+def test_adapter_gradcheck(residual):
+    """Finite differences against the kernels' backward, in all inputs."""
+    tensors = require_grad(adapter_inputs(rows=(3,), width=6, hidden=2, residual=residual))
+    assert torch.autograd.gradcheck(adapter_functions(residual)[0], tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("rows", "width", "hidden"), [
+    ((1,), 64, 8), ((31,), 65, 5), ((2, 33), 64, 16), ((193,), 96, 12), ((4,), 512, 64), ((3,), 768, 96),
+    ((2,), 1024, 128), ((5,), 1, 1), ((2100,), 16, 2),
+])
+def test_adapter_shapes(rows, width, hidden, residual):
+    check_adapter(adapter_inputs(rows, width, hidden, residual=residual), residual)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_adapter_dtypes(dtype, residual):
+    check_adapter(adapter_inputs((70,), 96, 24, dtype=dtype, residual=residual), residual)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -2.0])
+def test_adapter_scales(scale):
+    check_adapter(adapter_inputs(scale=scale))
+
+
+def test_adapter_dead_relu():
+    tensors = adapter_inputs()
+    tensors[4] = torch.full_like(tensors[4], -100.0)
+    check_adapter(tensors)
+    y, dx, _, _, d_down, d_down_bias, d_up, *_ = run(adapter_functions(False)[0], tensors, [randn(2, 5, 24, seed=20)])
+    assert d_down.abs().max() == 0 and d_down_bias.abs().max() == 0 and d_up.abs().max() == 0 and dx.abs().max() > 0
+
+
+def test_adapter_constant_rows():
+    tensors = adapter_inputs()
+    tensors[0] = torch.full_like(tensors[0], 3.0)
+    fused, plain, _ = adapter_functions(False)
+    for a, b in zip(run(fused, tensors, [tensors[0]]), run(plain, tensors, [tensors[0]]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_adapter_variance_survives_a_large_mean():
+    """E[x²] − E[x]² in float32 would lose every digit of the variance here."""
+    tensors = adapter_inputs(rows=(40,), width=96, hidden=8, dtype=torch.float32)
+    tensors[0] = tensors[0] + 3000.0
+    tensors[7] = torch.zeros_like(tensors[7])
+    exact = adapter_functions(False)[2](*[t.double() for t in tensors])
+    assert relative_error(layernorm_adapter(*tensors, backend="triton"), exact) < 1e-3
+
+
+def test_adapter_strides():
+    fused, _, _ = adapter_functions(True)
+    *tensors, residual = adapter_inputs((2, 6), 24, residual=True)
+    views = [randn(2, 7, 26)[:, 1:, 1:25], randn(6, 2, 24).transpose(0, 1), randn(2, 6, 48)[..., ::2],
+             randn(1, 6, 24).expand(2, -1, -1)]
+    grads = [randn(2, 6, 24, seed=5), torch.ones((), device=DEVICE, dtype=EXACT).expand(2, 6, 24),
+             randn(24, 6, 2).permute(2, 1, 0), randn(2, 7, 25)[:, 1:, 1:]]
+    for x, grad in zip(views, grads, strict=True):
+        for added in (residual, x.flip(0)):
+            ours = run(fused, [x, *tensors[1:], added], [grad, grad])
+            copied = run(fused, [x.contiguous(), *tensors[1:], added.contiguous()], [grad.contiguous()] * 2)
+            assert all(torch.equal(a, b) for a, b in zip(ours, copied, strict=True))
+    down, up = randn(24, 3).t(), randn(3, 24).t()
+    a = run(fused, [*tensors[:3], down, tensors[4], up, *tensors[6:], residual], [grads[0]] * 2)
+    b = run(fused, [*tensors[:3], down.contiguous(), tensors[4], up.contiguous(), *tensors[6:], residual],
+            [grads[0]] * 2)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_adapter_float32_parameters_beside_half():
+    x, *parameters = adapter_inputs(dtype=torch.float16)
+    wide = require_grad([p.float() for p in parameters])
+    y = layernorm_adapter(x, *wide, backend="triton")
+    assert y.dtype == torch.float16
+    y.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in wide)
+    torch.testing.assert_close(y, layernorm_adapter(x, *parameters, backend="triton"), rtol=2e-3, atol=2e-3)
+
+
+def test_adapter_of_no_rows():
+    fused, _, _ = adapter_functions(True)
+    tensors = adapter_inputs((0, 4), residual=True)
+    y, total, *grads = run(fused, tensors, [tensors[0], tensors[0]])
+    assert y.shape == total.shape == (0, 4, 24)
+    assert all(g.abs().sum() == 0 for g in grads)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (5,), (6,), (7,), (3, 4, 5, 6, 7), (0, 7)])
+def test_adapter_computes_only_gradients_asked_for(wanted):
+    tensors = adapter_inputs()
+    dy = randn(2, 5, 24, seed=9)
+    full = run(adapter_functions(False)[0], tensors, [dy])[1:]
+    _, _, mean, rstd, hidden = adapter_op.forward(tensors[0], None, *tensors[1:], 1e-5)
+    x, weight, _, down_weight, _, up_weight, up_bias, scale = tensors
+    needs = [i in wanted for i in range(8)]
+    grads = adapter_op.backward(dy, None, x, weight, down_weight, up_weight, up_bias, scale, mean, rstd, hidden, needs)
+    for i, (grad, need) in enumerate(zip(grads, needs, strict=True)):
+        assert torch.equal(grad, full[i]) if need else grad.numel() == 0
+
+    asked = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+    layernorm_adapter(*asked, backend="triton").sum().backward()
+    assert [t.grad is not None for t in asked] == needs
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_adapter_with_one_output_unused(used):
+    tensors = require_grad(adapter_inputs(residual=True))
+    others = require_grad(tensors)
+    fused, plain, _ = adapter_functions(True)
+    ours = torch.autograd.grad(fused(*tensors)[used].sin().sum(), tensors, allow_unused=True)
+    theirs = torch.autograd.grad(plain(*others)[used].sin().sum(), others, allow_unused=True)
+    for a, b, t in zip(ours, theirs, tensors, strict=True):
+        zero = torch.zeros_like(t)
+        torch.testing.assert_close(zero if a is None else a, zero if b is None else b)
+
+
+# ------------------------------------------------------------------------------------ both
+
+
+OPERATORS = {
+    "attention": (lambda: attention_inputs(length=40), lambda: attention_functions(True, "logits"), 1),
+    "adapter": (lambda: adapter_inputs((90,)), lambda: adapter_functions(False), 1),
+    "adapter with residual": (lambda: adapter_inputs((90,), residual=True), lambda: adapter_functions(True), 2),
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_repetition_gives_the_same_bits_and_leaves_inputs_alone(operator):
+    make, functions, outputs = OPERATORS[operator]
+    tensors, fused = make(), functions()[0]
+    before = [t.clone() for t in tensors]
+    out = fused(*tensors)
+    shape = out[0].shape if outputs == 2 else out.shape
+    grads = [randn(*shape, seed=30 + i) for i in range(outputs)]
+    first, second = run(fused, tensors, grads), run(fused, tensors, grads)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_an_output_used_twice(operator):
+    make, functions, outputs = OPERATORS[operator]
+    fused, plain, _ = functions()
+
+    def twice(function):
+        def call(*tensors):
+            out = function(*tensors)
+            out = out[0] if outputs == 2 else out
+            return out.sin() + out * out
+        return call
+
+    tensors = make()
+    shape = twice(plain)(*tensors).shape
+    for a, b in zip(run(twice(fused), tensors, [randn(*shape)]), run(twice(plain), tensors, [randn(*shape)]),
+                    strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4 if GPU else 1e-9, atol=1e-4 if GPU else 1e-9)
+
+
+def test_opcheck():
+    """Schema, fake tensors, autograd registration and ahead-of-time dispatch, as PyTorch itself checks them."""
+    tensors = require_grad(attention_inputs(length=5))
+    torch.library.opcheck(attention_op.forward, (*tensors, True, "weights"))
+    tensors = [t.detach() for t in tensors]
+    out, lse = attention_op.forward(*tensors, True, "weights")
+    torch.library.opcheck(attention_op.backward, (randn(2, 5, 2, 16), *tensors, out, lse, True, "weights",
+                                                  [True, False, True, True]))
+    x, *parameters = require_grad(adapter_inputs())
+    for residual in (None, randn(2, 5, 24, seed=1).requires_grad_()):
+        torch.library.opcheck(adapter_op.forward, (x, residual, *parameters, 1e-5))
+    weight, _, down_weight, _, up_weight, up_bias, scale = (p.detach() for p in parameters)
+    x = x.detach()
+    *_, mean, rstd, hidden = adapter_op.forward(x, None, *(p.detach() for p in parameters), 1e-5)
+    torch.library.opcheck(adapter_op.backward, (x, None, x, weight, down_weight, up_weight, up_bias, scale, mean, rstd,
+                                                hidden, [True, False, False, True, True, True, True, True]))
+
+
+def test_references_agree():
+    """The PyTorch backends compute what the definitions say, in float64."""
+    for causal in (False, True):
+        for target in ("weights", "logits"):
+            tensors = [t.double() for t in attention_inputs()]
+            torch.testing.assert_close(attention_reference.folded(*tensors, causal, target),
+                                       attention_reference.explicit(*tensors, causal, target))
+    x, *parameters = (t.double() for t in adapter_inputs())
+    y, total = adapter_reference.plain(x, None, *parameters, 1e-5)
+    torch.testing.assert_close(y, adapter_functions(False)[2](x, *parameters))
+    assert total is x
+
+
+# ------------------------------------------------------------------------------------ backends and bad input
+
+
+def test_backend_rule(monkeypatch):
+    cpu = torch.zeros(1)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert kernels.backend.resolve(None, cpu) == "torch"
+    with pytest.raises(RuntimeError, match="needs a CUDA device, but the tensors are on cpu.*TRITON_INTERPRET=1"):
+        kernels.backend.resolve("triton", cpu)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.backend.resolve(None, cpu) == "triton"
+    assert kernels.backend.resolve("torch", cpu) == "torch"
+    with pytest.raises(TypeError, match="float64, float32, float16 in Triton's interpreter, not bfloat16"):
+        kernels.backend.resolve(None, cpu.bfloat16())
+    with pytest.raises(ValueError, match="backend must be None, 'triton' or 'torch', not 'cuda'"):
+        kernels.backend.resolve("cuda", cpu)
+
+
+@pytest.mark.skipif(GPU, reason="the rule for the interpreter")
+def test_bfloat16_is_refused_in_the_interpreter_and_runs_in_torch():
+    tensors = attention_inputs(dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="not bfloat16; use backend='torch'"):
+        prefix_attention(*tensors, backend="triton")
+    assert prefix_attention(*tensors, backend="torch").dtype == torch.bfloat16
+
+
+def test_float32_products_follow_pytorchs_setting():
+    for setting, precision in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+        torch.set_float32_matmul_precision(setting)
+        assert kernels.backend.float32_precision() == precision
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    (dict(qkv=torch.zeros(2, 7, 2, 2, 16)), ValueError, r"qkv must be \(B, N, 3, H, D\), not \(2, 7, 2, 2, 16\)"),
+    (dict(qkv=torch.zeros(2, 7, 96)), ValueError, r"qkv must be \(B, N, 3, H, D\), not \(2, 7, 96\)"),
+    (dict(qkv=torch.zeros(2, 7, 3, 2, 16, dtype=torch.int64)), TypeError, "qkv must be a floating-point tensor"),
+    (dict(prefix_key=torch.zeros(3, 32)), ValueError, r"prefix_key must be \(P, 2, 16\), not \(3, 32\)"),
+    (dict(prefix_value=torch.zeros(4, 2, 16)), ValueError, r"prefix_value must be \(3, 2, 16\), not \(4, 2, 16\)"),
+    (dict(prefix_scale=torch.zeros(1)), ValueError, r"prefix_scale must be \(\), not \(1,\)"),
+    (dict(prefix_key=torch.zeros(3, 2, 16, dtype=torch.float16)), TypeError,
+     "prefix_key must be float32 beside qkv, not float16"),
+    (dict(prefix_value=torch.zeros(3, 2, 16, device="meta")), ValueError, "prefix_value is on meta, but qkv is on cpu"),
+    (dict(scale_target="values"), ValueError, "scale_target must be 'weights' or 'logits', not 'values'"),
+    (dict(backend="fast"), ValueError, "backend must be None, 'triton' or 'torch', not 'fast'"),
+])
+def test_attention_refuses(change, error, message):
+    arguments = dict(qkv=torch.zeros(2, 7, 3, 2, 16), prefix_key=torch.zeros(3, 2, 16),
+                     prefix_value=torch.zeros(3, 2, 16), prefix_scale=torch.tensor(1.0))
+    with pytest.raises(error, match=message):
+        prefix_attention(**(arguments | change))
+
+
+def test_attention_refuses_wide_heads():
+    with pytest.raises(ValueError, match="takes head widths up to 128, not 144; use backend='torch'"):
+        prefix_attention(*attention_inputs(width=144), backend="triton")
+    prefix_attention(*attention_inputs(width=144), backend="torch")
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    (dict(x=torch.tensor(1.0)), ValueError, r"x must be \(..., C\) with C ≥ 1, not \(\)"),
+    (dict(x=torch.zeros(2, 8, dtype=torch.int32)), TypeError, "x must be a floating-point tensor"),
+    (dict(weight=torch.zeros(9)), ValueError, r"weight must be \(8,\), not \(9,\)"),
+    (dict(bias=torch.zeros(1)), ValueError, r"bias must be \(8,\), not \(1,\)"),
+    (dict(down_weight=torch.zeros(8, 4)), ValueError, r"down_weight must be \(R, 8\), not \(8, 4\)"),
+    (dict(down_weight=torch.zeros(0, 8)), ValueError, r"down_weight must be \(R, 8\) with R ≥ 1"),
+    (dict(down_bias=torch.zeros(3)), ValueError, r"down_bias must be \(2,\), not \(3,\)"),
+    (dict(up_weight=torch.zeros(2, 8)), ValueError, r"up_weight must be \(8, 2\), not \(2, 8\)"),
+    (dict(up_bias=torch.zeros(2)), ValueError, r"up_bias must be \(8,\), not \(2,\)"),
+    (dict(scale=torch.zeros(1)), ValueError, r"scale must be \(\), not \(1,\)"),
+    (dict(up_bias=torch.zeros(8, dtype=torch.float64)), TypeError, "up_bias must be float32 beside x, not float64"),
+    (dict(residual=torch.zeros(2, 1, 8)), ValueError, r"residual must be \(2, 8\), not \(2, 1, 8\)"),
+    (dict(residual=torch.zeros(2, 8, dtype=torch.float16)), TypeError, "residual must have x's dtype"),
+    (dict(scale=torch.zeros((), device="meta")), ValueError, "scale is on meta, but x is on cpu"),
+])
+def test_adapter_refuses(change, error, message):
+    arguments = dict(x=torch.zeros(2, 8), weight=torch.ones(8), bias=torch.zeros(8), down_weight=torch.zeros(2, 8),
+                     down_bias=torch.zeros(2), up_weight=torch.zeros(8, 2), up_bias=torch.zeros(8),
+                     scale=torch.tensor(1.0))
+    with pytest.raises(error, match=message):
+        layernorm_adapter(**(arguments | change))
+
+
+def test_adapter_refuses_wide_bottlenecks():
+    tensors = adapter_inputs(rows=(2,), width=8, hidden=300)
+    with pytest.raises(ValueError, match="takes hidden widths up to 256, not 300; use backend='torch'"):
+        layernorm_adapter(*tensors, backend="triton")
+    assert math.isfinite(layernorm_adapter(*tensors, backend="torch").sum())
