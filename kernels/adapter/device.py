@@ -309,7 +309,8 @@ def launch_backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor
         with torch.cuda.device_of(x):
             parameter_gradient_kernel[(triton.cdiv(width, tiles["BLOCK_C"]), shares)](
                 dy_rows, x_rows, mean, rstd, hidden, dhidden, dup, dcolumn, ddown, ddown_bias, dgamma,
-                dy_rows.stride(0), x_rows.stride(0), rows, width, hidden_width, triton.cdiv(row_blocks, shares) * tiles["BLOCK_T"],
+                dy_rows.stride(0), x_rows.stride(0), rows, width, hidden_width,
+                triton.cdiv(row_blocks, shares) * tiles["BLOCK_T"],
                 NEED_UP=compute_up, NEED_COLUMN=compute_column, NEED_DOWN=compute_down, NEED_WEIGHT=need_weight,
                 PRECISION=float32_precision(), ACC=acc, **tiles,
             )
@@ -317,7 +318,9 @@ def launch_backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor
         t.sum(0) if t.dim() > 1 else t for t in (dup, dcolumn, ddown, ddown_bias, dgamma))
 
     wide_scale = scale.to(acc_dtype)
-    adapter_sum = (dup * up_weight.to(acc_dtype)).sum() + (dcolumn * up_bias.to(acc_dtype)).sum() if need_scale else None
+    adapter_sum = None
+    if need_scale:
+        adapter_sum = (dup * up_weight.to(acc_dtype)).sum() + (dcolumn * up_bias.to(acc_dtype)).sum()
 
     def result(needed: bool, value: Callable[[], Tensor], like: Tensor) -> Tensor:
         return value().to(like.dtype) if needed else x.new_empty(0)

@@ -191,11 +191,13 @@ def backward_kernel(
         prefix_gradient(p_q, p_g, p_o, p_l, p_prefix_key + i_h * D, p_prefix_value + i_h * D,
                         p_dprefix_key + (i_b * P * H + i_h) * D, p_dprefix_value + (i_b * P * H + i_h) * D,
                         p_dscale + i_head * prefix_programs + i_program,
-                        i_program * BLOCK_P, b_logit_factor, b_weight_factor, stride_qkv_n, stride_grad_n, N, H, P, D, SCALE_LOGITS,
-                        NEED_KEY, NEED_VALUE, NEED_SCALE, PRECISION, ACC, BLOCK_M, BLOCK_P, BLOCK_D)
+                        i_program * BLOCK_P, b_logit_factor, b_weight_factor, stride_qkv_n, stride_grad_n, N, H,
+                        P, D, SCALE_LOGITS, NEED_KEY, NEED_VALUE, NEED_SCALE, PRECISION, ACC,
+                        BLOCK_M, BLOCK_P, BLOCK_D)
     elif i_program < prefix_programs + query_programs:
         query_gradient(p_q, p_k, p_v, p_g, p_o, p_l, p_prefix_key + i_h * D, p_prefix_value + i_h * D, p_dq,
-                       (i_program - prefix_programs) * BLOCK_M, b_logit_factor, b_weight_factor, stride_qkv_n, stride_grad_n, N, H,
+                       (i_program - prefix_programs) * BLOCK_M, b_logit_factor, b_weight_factor,
+                       stride_qkv_n, stride_grad_n, N, H,
                        P, D, CAUSAL, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_P, BLOCK_D)
     else:
         key_gradient(p_q, p_k, p_v, p_g, p_o, p_l, p_dq + H * D, p_dq + 2 * H * D,
@@ -294,7 +296,7 @@ def prefix_gradient(p_q, p_g, p_o, p_lse, p_prefix_key, p_prefix_value, p_dk, p_
                                                    N, D, BLOCK_D, ACC)
         m_visible = (o_p[:, None] < P) & (o_m[None, :] < N)
         b_p, b_ds, b_qk, b_a = softmax_gradient(b_k, b_q, b_v, b_g, b_lse[None, :], b_delta[None, :], m_visible,
-                                                b_logit_factor * logit_scale, b_weight_factor, PRECISION, ACC)      # [P, M]
+                                                b_logit_factor * logit_scale, b_weight_factor, PRECISION, ACC)
         if NEED_VALUE:
             b_dv += tl.dot(b_p.to(b_g.dtype), b_g, input_precision=PRECISION, out_dtype=ACC)
         if NEED_KEY:

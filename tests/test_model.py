@@ -1,0 +1,281 @@
+"""UPPerson on open_clip: what is trained, what is frozen, depths, fused against plain, loading, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from upperson import PRESETS, ModelConfig, UPPerson
+from upperson.losses import sdm_loss
+from upperson.model import BackboneError
+from upperson.model.backbone import build_clip, fit_image_size, resize_position_embedding
+
+TINY_CLIP = dict(
+    embed_dim=16, quick_gelu=True,
+    vision_cfg=dict(image_size=32, layers=3, width=32, head_width=16, patch_size=8),
+    text_cfg=dict(context_length=12, vocab_size=49408, width=32, heads=2, layers=3),
+)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A ModelConfig of a tiny random CLIP."""
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY_CLIP))
+    return ModelConfig(model=str(path), pretrained="none", image_size=(48, 16), prefix_length=3, lora_rank=2,
+                       adapter_reduction=4, backend="torch")
+
+
+def stirred(model, seed=0):
+    """`model` with random trained parameters: their initial values hide half of what they do."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.trained_parameters().values():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_((0.3 if parameter.dim() else 0.1) * noise.to(parameter.dtype))
+    return model
+
+
+def inputs(dtype=torch.float32, batch=4):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(batch, 3, 48, 16, generator=generator, dtype=torch.float64).to(dtype)
+    tokens = torch.zeros(batch, 12, dtype=torch.int64)
+    for row, length in zip(tokens, (3, 5, 9, 10), strict=False):
+        row[0], row[length] = 49406, 49407
+        row[1:length] = torch.randint(1, 40000, (length - 1,), generator=generator)
+    return images, tokens
+
+
+def build(config, seed=0):
+    torch.manual_seed(seed)
+    return UPPerson(config)
+
+
+# ------------------------------------------------------------------------------------ what is trained
+
+
+@pytest.mark.parametrize(("preset", "model", "count"), [
+    ("cuhk-pedes", "ViT-B-16-quickgelu", 7_419_816),
+    ("icfg-pedes", "ViT-B-16-quickgelu", 7_542_696),
+    ("rstpreid", "ViT-B-16-quickgelu", 6_191_016),
+    ("cuhk-pedes", "ViT-L-14-quickgelu", 21_199_356),
+])
+def test_number_of_trained_parameters(preset, model, count):
+    """The paper's counts. On the meta device nothing is allocated."""
+    with torch.device("meta"):
+        built = UPPerson(PRESETS[preset].model, open_clip.create_model(model, device="meta"))
+    patches = 244 if "L-14" in model else 193
+    assert built.clip.visual.positional_embedding.shape[0] == patches
+    assert sum(p.numel() for p in built.trained_parameters().values()) == count
+    assert sum(p.numel() for p in built.parameters() if p.requires_grad) == count
+
+
+def test_only_trained_parameters_get_gradients(tiny):
+    model = stirred(build(tiny))
+    images, tokens = inputs()
+    sdm_loss(model.encode_image(images), model.encode_text(tokens), torch.tensor([0, 1, 1, 2])).backward()
+    trained = model.trained_parameters()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+    ids = {id(p) for p in trained.values()}
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters() if id(p) not in ids)
+
+
+def test_initial_values_of_the_paper(tiny):
+    for name, parameter in build(replace(tiny, prefix_scale=7.0)).trained_parameters().items():
+        leaf = name.rsplit(".", 1)[-1]
+        if name.endswith("prefix.scale"):
+            assert parameter.item() == 7
+        elif leaf.endswith("scale"):
+            assert parameter.item() == 1
+        elif leaf in ("key", "value"):
+            assert parameter.min() >= 0 and parameter.max() < 0.01 and parameter.std() > 1e-3
+        elif leaf in ("key_up", "value_up", "up_weight", "up_bias", "down_bias"):
+            assert parameter.abs().max() == 0
+        else:
+            bound = parameter.shape[1] ** -0.5
+            assert 0.5 * bound < parameter.abs().max() <= bound
+
+
+def test_depths(tiny):
+    """LoRA and prefix act in blocks i < depth, adapters in blocks i ≥ depth."""
+    names = build(replace(tiny, depth_prefix=1, depth_lora=2, depth_adapter=2)).trained_parameters()
+    for tower in ("image", "text"):
+        blocks = [{n.split(".")[3] for n in names if n.startswith(f"{tower}.blocks.{i}.")} for i in range(3)]
+        assert blocks == [{"prefix", "lora"}, {"lora"}, {"adapter_attn", "adapter_mlp"}]
+    nothing = replace(tiny, depth_prefix=0, depth_lora=0, depth_adapter=3)
+    assert not build(nothing).trained_parameters()
+
+
+# ------------------------------------------------------------------------------------ what is computed
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_without_the_trained_modules_it_is_open_clip(tiny, custom_text):
+    torch.manual_seed(0)
+    clip = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**TINY_CLIP).double().eval()
+    fit_image_size(clip.visual, (48, 16))
+    images, tokens = inputs(torch.float64)
+    with torch.no_grad():
+        expected = clip.encode_image(images), clip.encode_text(tokens)
+        model = stirred(UPPerson(tiny, clip).double())
+        with model.zero_shot():
+            frozen = model.encode_image(images), model.encode_text(tokens)
+        adapted = model.encode_image(images), model.encode_text(tokens)
+    for a, b, c in zip(expected, frozen, adapted, strict=True):
+        torch.testing.assert_close(a, b)
+        assert (a - c).abs().max() > 1e-2
+
+
+def test_train_and_eval_agree(tiny):
+    model, (images, tokens) = stirred(build(tiny)), inputs()
+    a = model.train().encode_image(images), model.encode_text(tokens)
+    b = model.eval().encode_image(images), model.encode_text(tokens)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_every_option_changes_the_features(tiny):
+    """Each option of the model reaches the computation, in both towers."""
+    images, tokens = inputs()
+
+    def features(**options):
+        model = stirred(build(replace(tiny, **options)))
+        with torch.no_grad():
+            return model.encode_image(images), model.encode_text(tokens)
+
+    plain = features()
+    assert all(torch.equal(a, b) for a, b in zip(plain, features(), strict=True))
+    for options in (dict(scale_target="logits"), dict(prefix_scale=3.0), dict(prefix_length=5), dict(lora_rank=4),
+                    dict(adapter_reduction=8), dict(depth_prefix=1), dict(depth_lora=1), dict(depth_adapter=1)):
+        for a, b in zip(plain, features(**options), strict=True):
+            assert (a - b).abs().max() > 1e-4, options
+
+
+@pytest.mark.parametrize("target", ["weights", "logits"])
+def test_three_training_steps_with_the_kernels_and_without(tiny, target):
+    """The switch: the same losses and the same parameters, fused or not."""
+    dtype = torch.float32 if torch.cuda.is_available() else torch.float64
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bound = 1e-4 if torch.cuda.is_available() else 1e-9
+    images, tokens = (t.to(device) for t in inputs(dtype))
+    person_ids = torch.tensor([0, 1, 1, 2], device=device)
+
+    def train(backend):
+        model = stirred(build(replace(tiny, backend=backend, scale_target=target))).to(device, dtype)
+        optimizer = torch.optim.Adam(model.trained_parameters().values(), lr=1e-2, eps=1e-3)
+        losses = []
+        for _ in range(3):
+            loss = sdm_loss(model.encode_image(images), model.encode_text(tokens), person_ids)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses, model.trained_parameters()
+
+    fused_losses, fused = train("triton")
+    plain_losses, plain = train("torch")
+    assert fused_losses == pytest.approx(plain_losses, rel=bound)
+    assert plain_losses[2] < plain_losses[0]
+    for name, parameter in fused.items():
+        torch.testing.assert_close(parameter, plain[name], rtol=bound, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_autocast_keeps_parameters_in_float32(tiny):
+    model, (images, tokens) = stirred(build(tiny)), inputs()
+    exact = model.encode_image(images), model.encode_text(tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = model.encode_image(images), model.encode_text(tokens)
+    for a, b in zip(exact, half, strict=True):
+        assert b.dtype == torch.bfloat16
+        assert torch.nn.functional.cosine_similarity(a, b.float()).min() > 0.99
+    sdm_loss(*half, torch.tensor([0, 1, 1, 2])).backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.trained_parameters().values())
+
+
+def test_position_embedding_resize(golden, recipe):
+    numbers = golden("pos_embed")
+    embedding = torch.from_numpy(recipe.draw("pos_embed", "input/positional_embedding", (197, 768)))
+    resized = resize_position_embedding(embedding, (14, 14), (24, 8))
+    assert resized.shape == (193, 768)
+    torch.testing.assert_close(resized.norm(dim=1), torch.from_numpy(numbers["row_norm"]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(resized[:, 0], torch.from_numpy(numbers["first_column"]), rtol=1e-9, atol=1e-9)
+    rows = torch.from_numpy(numbers["rows"])
+    torch.testing.assert_close(resized[rows], torch.from_numpy(numbers["rows_value"]), rtol=1e-9, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------ loading
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_from_a_local_file(tiny, tmp_path, suffix):
+    torch.manual_seed(3)
+    source = open_clip.CLIP(**TINY_CLIP)
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save(source.state_dict(), path)
+    else:
+        save_file(source.state_dict(), path)
+    loaded = build_clip(replace(tiny, pretrained=str(path)))
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_a_named_model_takes_a_local_file(tmp_path, monkeypatch):
+    """By open_clip's name of the model, the way a downloaded checkpoint is used; position embedding resized."""
+    directory = tmp_path / "configs"
+    directory.mkdir()
+    (directory / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(directory)
+    source = open_clip.CLIP(**TINY_CLIP)
+    save_file(source.state_dict(), tmp_path / "clip.safetensors")
+    config = ModelConfig(model="tiny-clip", pretrained=str(tmp_path / "clip.safetensors"), image_size=(48, 16))
+    clip = UPPerson(config).clip
+    assert torch.equal(clip.visual.conv1.weight, source.visual.conv1.weight)
+    assert clip.visual.positional_embedding.shape == (1 + 6 * 2, 32)
+
+
+def test_a_tag_without_a_network_is_explained(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", refuse)
+    with pytest.raises(BackboneError, match="'openai' of ViT-B-32-quickgelu.*without a network give --pretrained"):
+        build_clip(ModelConfig(model="ViT-B-32-quickgelu", pretrained="openai", image_size=(224, 224)))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(model="ViT-B-61"), "unknown model 'ViT-B-61'.*close to it: .*ViT-B-16"),
+    (dict(model="ViT-B-32", pretrained="laion"), "'laion' of ViT-B-32 is neither a file nor one of its tags"),
+    (dict(model="missing.json"), "model configuration missing.json does not exist"),
+    (dict(pretrained="missing.pt"), "'missing.pt' of .* is neither a file nor 'none'"),
+    (dict(image_size=(48, 7)), "image_size 48×7 is smaller than one patch, 8×8"),
+    (dict(model="RN50"), "RN50: the image tower is a ModifiedResNet"),
+])
+def test_refused(tiny, change, message):
+    with pytest.raises(BackboneError, match=message):
+        UPPerson(replace(tiny, **change))
+
+
+def test_refused_files(tiny, tmp_path):
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"embed_dim": 16, "vision')
+    with pytest.raises(BackboneError, match="broken.json is not an open_clip model configuration"):
+        build_clip(replace(tiny, model=str(broken)))
+    other = tmp_path / "other.safetensors"
+    save_file({"some.weight": torch.zeros(2)}, other)
+    with pytest.raises(BackboneError, match="other.safetensors does not hold weights of this model"):
+        build_clip(replace(tiny, pretrained=str(other)))
+    cut = tmp_path / "cut.pt"
+    torch.save(open_clip.CLIP(**TINY_CLIP).state_dict(), cut)
+    cut.write_bytes(cut.read_bytes()[:10_000])
+    with pytest.raises(BackboneError, match="cut.pt does not hold weights of this model"):
+        build_clip(replace(tiny, pretrained=str(cut)))
+
+
+def test_another_vocabulary_is_refused(tiny, tmp_path):
+    path = tmp_path / "words.json"
+    path.write_text(json.dumps(TINY_CLIP | dict(text_cfg=TINY_CLIP["text_cfg"] | dict(vocab_size=1000))))
+    with pytest.raises(BackboneError, match="the vocabulary has 1000 tokens.*CLIP's own tokenizer, of 49408"):
+        UPPerson(replace(tiny, model=str(path)))
