@@ -55,3 +55,11 @@ def float32_precision() -> str:
     """Precision of float32 products in Triton's terms: TF32 only where the user allowed it in PyTorch
     (torch.set_float32_matmul_precision), full float32 otherwise."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def capability(tensor: torch.Tensor) -> int:
+    """Compute capability of the tensor's GPU as a number: 80, 89, 90, 100; Hopper's, 90, in the interpreter."""
+    if not tensor.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor

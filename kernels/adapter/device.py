@@ -24,17 +24,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import float32_precision
+from kernels.backend import capability, float32_precision
 
-MAX_SHARES = 32             # partial sums of the parameter gradients; fixed, so that results do not depend on the GPU
+MAX_SHARES = 32     # partial sums of the parameter gradients
 
 
-def tile_sizes(hidden: int, element_size: int) -> dict:
-    """Block sizes and launch options: 64-row tiles, the least that Hopper's matrix unit takes, for 16-bit inputs;
-    smaller ones for wider types, whose tiles would not fit the registers."""
+def row_tiles(hidden: int, element_size: int) -> dict:
+    """Block sizes and launch options of the kernels that own rows: 64, the least that Hopper's matrix unit takes, for
+    16-bit inputs; fewer for wider types, whose tiles would not fit the registers."""
     block = 64 if element_size == 2 else 32
     block_r = max(16, triton.next_power_of_2(hidden))
-    return dict(BLOCK_T=block, BLOCK_C=block, BLOCK_R=block_r, num_warps=4 if block_r <= 64 else 8, num_stages=2)
+    return dict(BLOCK_T=block, BLOCK_C=block, BLOCK_R=block_r, num_warps=4 if block_r <= 32 else 8, num_stages=2)
+
+
+def parameter_tiles(hidden: int, element_size: int, capability: int) -> dict:
+    """The same for the kernel that owns columns, by compute capability (80 to 100): chosen so that nothing spills."""
+    tiles = row_tiles(hidden, element_size)
+    if element_size == 2 and capability < 90:
+        tiles |= dict(BLOCK_T=16)                   # operands live in registers there
+    elif element_size == 2 and capability >= 100:
+        tiles |= dict(BLOCK_T=32)
+    return tiles
 
 
 # ---------------------------------------------------------------------------------------- shared pieces
@@ -257,7 +267,7 @@ def launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Ten
     if rows:
         x_rows = as_rows(x)
         residual_rows = x_rows if residual is None else as_rows(residual)
-        tiles = tile_sizes(hidden_width, x.element_size())
+        tiles = row_tiles(hidden_width, x.element_size())
         with torch.cuda.device_of(x):
             forward_kernel[(triton.cdiv(rows, tiles["BLOCK_T"]),)](
                 x_rows, residual_rows, weight.contiguous(), bias.contiguous(), down_weight.contiguous(),
@@ -278,7 +288,7 @@ def launch_backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor
     hidden_width, width = down_weight.shape
     rows = x.numel() // width
     acc_dtype, acc = accumulator(x.dtype)
-    tiles = tile_sizes(hidden_width, x.element_size())
+    tiles = row_tiles(hidden_width, x.element_size())
     dy_rows, x_rows = as_rows(dy), as_rows(x)
 
     dx = x.new_empty(x.shape if need_x else 0)
@@ -296,6 +306,7 @@ def launch_backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor
 
     compute_up = need_up or need_scale
     compute_column = need_bias or need_up_bias or need_scale
+    tiles = parameter_tiles(hidden_width, x.element_size(), capability(x))
     row_blocks = triton.cdiv(rows, tiles["BLOCK_T"])
     shares = min(MAX_SHARES, row_blocks)
 

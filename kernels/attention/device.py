@@ -23,17 +23,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import float32_precision
+from kernels.backend import capability, float32_precision
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def tile_sizes(head_width: int, element_size: int) -> dict:
-    """Block sizes and launch options: 64-row tiles, the least that Hopper's matrix unit takes, for 16-bit inputs;
-    smaller ones for wider types, whose tiles would not fit the registers."""
-    block, warps = (64, 4) if element_size == 2 else (32, 8)
+def forward_tiles(head_width: int, element_size: int) -> dict:
+    """Block sizes and launch options. Wider types than 16 bit take smaller tiles, or they would not fit registers."""
     block_d = max(16, triton.next_power_of_2(head_width))
+    block, warps = (64, 4 if block_d <= 64 else 8) if element_size == 2 else (32, 8)
     return dict(BLOCK_M=block, BLOCK_N=block, BLOCK_P=16, BLOCK_D=block_d, num_warps=warps, num_stages=2)
+
+
+def backward_tiles(head_width: int, element_size: int, capability: int) -> dict:
+    """The same for backward, by compute capability (80 to 100): chosen so that nothing spills at head width 64.
+
+    From Hopper on (90), matrix units take 64 rows at once and read operands from shared memory. Before it operands
+    live in registers, and a tile of 64 × 64 spills.
+    """
+    tiles = forward_tiles(head_width, element_size)
+    if element_size == 2 and capability < 90:
+        tiles |= dict(BLOCK_M=64 if tiles["BLOCK_D"] <= 64 else 32, BLOCK_N=32, num_warps=4)
+    elif capability >= 100:
+        tiles |= dict(num_warps=8)
+    return tiles
 
 
 # ---------------------------------------------------------------------------------------- shared pieces
@@ -336,7 +349,7 @@ def launch_forward(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix
     if out.numel() == 0:
         return out, lse
     qkv = innermost_contiguous(qkv)
-    tiles = tile_sizes(width, qkv.element_size())
+    tiles = forward_tiles(width, qkv.element_size())
     with torch.cuda.device_of(qkv):
         forward_kernel[(batch * heads * triton.cdiv(length, tiles["BLOCK_M"]),)](
             qkv, prefix_key.contiguous(), prefix_value.contiguous(), prefix_scale, out, lse,
@@ -358,7 +371,7 @@ def launch_backward(grad: Tensor, qkv: Tensor, prefix_key: Tensor, prefix_value:
     prefix_length = prefix_key.shape[0]
     need_qkv, need_key, need_value, need_scale = needs
     acc_dtype, acc = accumulator(qkv.dtype)
-    tiles = tile_sizes(width, qkv.element_size())
+    tiles = backward_tiles(width, qkv.element_size(), capability(qkv))
     prefix_programs = triton.cdiv(prefix_length, tiles["BLOCK_P"])
 
     def buffer(needed: bool, *shape: int, dtype: torch.dtype = acc_dtype) -> Tensor:
