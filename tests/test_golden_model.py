@@ -78,7 +78,7 @@ def test_features_gradients_and_three_steps(model, batch, golden, recipe):
     images, tokens, person_ids = batch
     parameters = model.trained_parameters()
     start = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer = build_optimizer(model, TrainConfig(learning_rate=1e-3))
+    optimizer = build_optimizer(parameters, TrainConfig(learning_rate=1e-3))
 
     losses = []
     for step in range(4):

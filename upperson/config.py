@@ -1,0 +1,424 @@
+"""The configuration of a run: three dataclasses, presets by data set, the command line, and JSON.
+
+Every field is one command-line flag (`prefix_length` is `--prefix-length`); its type, bounds and help stand in
+the dataclass and nowhere else.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+SELECTIONS = {
+    "val": "best R@1 on the validation split",
+    "last": "last epoch, as the data set has no validation split",
+    "best-on-test": "best R@1 on the TEST split, as the released code does; optimistic",
+}
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    changes_results: bool = True,
+    metavar: tuple[str, ...] | None = None,
+) -> Any:
+    """A field with its help text and bounds, which hold for each number of a tuple.
+
+    `changes_results=False`: may differ when a run is resumed. `metavar`: what the numbers of a tuple are.
+    """
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    return field(
+        default=default,
+        metadata={
+            "help": text,
+            "changes_results": changes_results,
+            "metavar": metavar,
+            "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
+        },
+    )
+
+
+def _fields_of(section: type) -> list[tuple[dataclasses.Field, Any]]:
+    hints = typing.get_type_hints(section)
+    return [(spec, hints[spec.name]) for spec in dataclasses.fields(section)]
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(_is_a, value, arguments))
+    if arguments:
+        return any(_is_a(value, kind) for kind in arguments)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _in_words(hint: Any) -> str:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if typing.get_origin(hint) is tuple:
+        return f"{len(arguments)} values of type {arguments[0].__name__}"
+    return " or ".join(
+        {float: "a finite number", int: "a whole number", types.NoneType: "none"}.get(kind, kind.__name__)
+        for kind in arguments or (hint,)
+    )
+
+
+def _within(number: float, name: str, bound: float) -> bool:
+    return {"at least": number >= bound, "above": number > bound, "at most": number <= bound, "below": number < bound}[
+        name
+    ]
+
+
+class _Checked:
+    """Types and bounds of every field, checked on construction (ValueError names field, value and limits)."""
+
+    def __post_init__(self) -> None:
+        for spec, hint in _fields_of(type(self)):
+            value = getattr(self, spec.name)
+            if not _is_a(value, hint):
+                raise ValueError(f"{spec.name}: {value!r} is not allowed; expected {_in_words(hint)}")
+            numbers = value if isinstance(value, tuple) else (value,)
+            for name, bound in spec.metadata["bounds"].items():
+                if any(number is not None and not _within(number, name, bound) for number in numbers):
+                    raise ValueError(f"{spec.name}: {value!r} is not allowed; it must be {name} {bound:g}")
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Checked):
+    """The backbone and what is added to it. Depths count blocks from the input."""
+
+    model: str = option(
+        "embedded",
+        "open_clip model name, path of an open_clip JSON model configuration, or "
+        "'embedded' (the small CLIP that comes with the package)",
+    )
+    pretrained: str = option(
+        "embedded", "open_clip tag, path of a local checkpoint, 'none' (random weights), or 'embedded'"
+    )
+    image_size: tuple[int, int] = option(
+        (192, 64), "height and width in pixels", at_least=1, metavar=("HEIGHT", "WIDTH")
+    )
+    prefix_length: int = option(10, "prefix tokens P in a block, each tower its own", at_least=1)
+    prefix_scale: float = option(10.0, "initial value of the learnable λ on the prefix")
+    scale_target: Literal["weights", "logits"] = option(
+        "weights", "what λ multiplies: the prefix's attention weights (the paper's Eq. 15) or its logits"
+    )
+    lora_rank: int = option(32, "rank of LoRA on key and value", at_least=1)
+    adapter_reduction: int = option(8, "adapter width is tower width / this", at_least=1)
+    depth_prefix: int | None = option(None, "prefix in the first so many blocks; none: in all", at_least=0)
+    depth_lora: int | None = option(None, "LoRA in the first so many blocks; none: in all", at_least=0)
+    depth_adapter: int = option(0, "adapters in all but the first so many blocks", at_least=0)
+    backend: Literal["auto", "triton", "torch"] = option(
+        "auto", "fused kernels or plain PyTorch; auto: kernels on a GPU, PyTorch elsewhere", changes_results=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pretrained == "embedded" and self.model != "embedded":
+            raise ValueError(
+                f"pretrained: 'embedded' belongs to model 'embedded' alone, not to {self.model!r}; "
+                "expected an open_clip tag, the path of a checkpoint, or 'none'"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig(_Checked):
+    """What is read, and how a training pair is made of it."""
+
+    dataset: Literal["embedded", "cuhk-pedes", "icfg-pedes", "rstpreid"] = option(
+        "embedded", "which data set; 'embedded' is drawn at run time"
+    )
+    data_root: Path | None = option(None, "folder of the data set (not needed for 'embedded')", changes_results=False)
+    embedded_identities: tuple[int, int, int] = option(
+        (600, 100, 200), "people in each split of the embedded set", at_least=1, metavar=("TRAIN", "VAL", "TEST")
+    )
+    embedded_views: int = option(4, "images of each of them, with two captions each", at_least=1)
+    embedded_seed: int = option(0, "seed that the embedded set is drawn from", at_least=0)
+    mask_captions: bool = option(True, "mask 15 % of the caption tokens in training")
+    check_images: bool = option(True, "open every image once before training", changes_results=False)
+    workers: int = option(
+        4, "processes that load images; 0: none besides the main one", at_least=0, changes_results=False
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Checked):
+    """Optimisation, evaluation, and where the results go."""
+
+    epochs: int = option(60, "passes over the training split", at_least=1)
+    batch_size: int = option(128, "pairs in a batch; the loss needs at least two", at_least=2)
+    learning_rate: float = option(1e-3, "Adam's learning rate after the warm-up", above=0)
+    prefix_learning_rate: float | None = option(
+        None, "another learning rate for the prefix parameters; none: the same", above=0
+    )
+    weight_decay: float = option(4e-5, "coupled L2 decay; adapter biases have none", at_least=0)
+    adam_epsilon: float = option(1e-3, "Adam's epsilon", above=0)
+    warmup_epochs: int = option(5, "epochs of linear warm-up before the cosine; fewer than epochs", at_least=0)
+    warmup_factor: float = option(0.1, "the warm-up starts at this share of the learning rate", above=0, at_most=1)
+    temperature: float = option(0.02, "temperature of the SDM loss", above=0)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "autocast; parameters stay float32; auto: bf16 on a GPU, fp32 on a CPU"
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", changes_results=False)
+    seed: int = option(1, "seed of initial values, data order, augmentation", at_least=0, below=2**63)
+    selection: Literal["val", "best-on-test"] = option(
+        "val",
+        "which epoch is reported: best on the validation split (last epoch where there is none), or best "
+        "on the test split",
+    )
+    evaluate_batch_size: int = option(
+        256, "images or captions embedded at once in evaluation", at_least=1, changes_results=False
+    )
+    run_dir: Path | None = option(
+        None, "folder for everything the run writes; none: the next free runs/DATASET-NUMBER", changes_results=False
+    )
+    save_every: int = option(
+        500,
+        "steps between two resume states within an epoch; 0: at epoch ends alone",
+        at_least=0,
+        changes_results=False,
+    )
+    log_every: int = option(10, "steps between two loss lines in metrics.jsonl", at_least=1)
+    tensorboard: bool = option(False, "also log to TensorBoard (needs the extra 'tensorboard')", changes_results=False)
+    resume: bool = option(
+        False, "continue the run in RUN_DIR, or in --run-dir where none is given", changes_results=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs: {self.warmup_epochs} is not allowed; it must be below epochs, which is {self.epochs}"
+            )
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device: {self.device!r} is not allowed; expected auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of a run. `to_json` and `from_json` are exact inverses."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def replace(self, **changes: Any) -> "Config":
+        """A copy with single fields changed, wherever they stand: `config.replace(epochs=3, prefix_length=4)`."""
+        unknown = set(changes) - set(FIELDS)
+        if unknown:
+            raise ValueError(f"unknown configuration fields: {', '.join(sorted(unknown))}")
+        parts = {}
+        for part in SECTIONS:
+            section = getattr(self, part)
+            own = {name: value for name, value in changes.items() if FIELDS[name] == part}
+            parts[part] = dataclasses.replace(section, **own) if own else section
+        return Config(**parts)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> "Config":
+        """ValueError names what is no JSON, unknown, missing or out of range."""
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON: {error}") from None
+        _same_keys(content, SECTIONS, "configuration")
+        parts = {}
+        for part, section in SECTIONS.items():
+            hints = {spec.name: hint for spec, hint in _fields_of(section)}
+            _same_keys(content[part], hints, part)
+            parts[part] = section(**{name: _from_plain(value, hints[name]) for name, value in content[part].items()})
+        return Config(**parts)
+
+    def differences(self, other: "Config") -> list[str]:
+        """The fields that change results and differ, each as "field: mine, not theirs"."""
+        found = []
+        for part, section in SECTIONS.items():
+            for spec in dataclasses.fields(section):
+                mine, theirs = (getattr(getattr(config, part), spec.name) for config in (self, other))
+                if mine != theirs and spec.metadata["changes_results"]:
+                    found.append(f"{spec.name}: {mine}, not {theirs}")
+        return found
+
+
+SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+FIELDS = {spec.name: part for part, section in SECTIONS.items() for spec in dataclasses.fields(section)}
+
+_BACKBONE = {"model": "ViT-B-16-quickgelu", "pretrained": "openai", "image_size": (384, 128)}
+PRESETS: dict[str, Config] = {
+    "embedded": Config(
+        ModelConfig(prefix_length=4, lora_rank=8, adapter_reduction=4),
+        DataConfig(workers=0),
+        TrainConfig(epochs=30, batch_size=64, warmup_epochs=2),
+    ),
+    "cuhk-pedes": Config(ModelConfig(**_BACKBONE), DataConfig(dataset="cuhk-pedes")),
+    "icfg-pedes": Config(ModelConfig(**_BACKBONE, prefix_length=14), DataConfig(dataset="icfg-pedes")),
+    "rstpreid": Config(
+        ModelConfig(**_BACKBONE, prefix_length=2, lora_rank=16),
+        DataConfig(dataset="rstpreid"),
+        TrainConfig(learning_rate=1e-4),
+    ),
+}
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Config:
+    """The configuration of a command line (None: of this process).
+
+    The preset, or the configuration of the run named by `--resume RUN_DIR`, gives every value; single flags
+    override it. Bad input ends the program with status 2 and one line, as argparse does.
+    """
+    chooser = _parser(add_help=False)
+    _add_choosers(chooser)
+    choice, _ = chooser.parse_known_args(argv)
+    base, resume = PRESETS[choice.preset or "embedded"], {}
+    if choice.resume is not None:
+        resume = {"resume": True}
+        if choice.resume:
+            if choice.preset:
+                chooser.error("--preset and --resume RUN_DIR exclude each other: the run has its own configuration")
+            base = _configuration_of_run(Path(choice.resume), chooser)
+            resume["run_dir"] = Path(choice.resume)
+
+    parser = _parser(
+        description="Train UP-Person for text-based person retrieval. Without arguments: the embedded data set and "
+        "the embedded CLIP, no network needed. The defaults shown are those of "
+        f"{'the run' if resume.get('run_dir') else 'preset ' + (choice.preset or 'embedded')}; "
+        "'--preset NAME --help' shows another's."
+    )
+    _add_choosers(parser)
+    for part, section in SECTIONS.items():
+        group = parser.add_argument_group({"train": "training"}.get(part, part))
+        for spec, hint in _fields_of(section):
+            if spec.name != "resume":
+                _add_flag(group, spec, hint, getattr(getattr(base, part), spec.name))
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if name not in ("preset", "resume")}
+    if resume.get("run_dir") and given.get("run_dir", resume["run_dir"]) != resume["run_dir"]:
+        parser.error(f"--run-dir {given['run_dir']} is not the run of --resume {resume['run_dir']}")
+    if resume and not (resume.get("run_dir") or given.get("run_dir")):
+        parser.error("--resume: name the run, --resume RUN_DIR")
+    try:
+        return base.replace(**given | resume)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _parser(**settings: Any) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog="train.py",
+        usage="python train.py [--preset NAME] [--FLAG VALUE ...]",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+        **settings,
+    )
+
+
+def _add_choosers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=list(PRESETS), help="where all other values come from (default: embedded)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN_DIR",
+        help=TrainConfig.__dataclass_fields__["resume"].metadata["help"],
+    )
+
+
+def _add_flag(group: argparse._ArgumentGroup, spec: dataclasses.Field, hint: Any, default: Any) -> None:
+    shown = (
+        " ".join(map(str, default))
+        if isinstance(default, tuple)
+        else str(default).lower()
+        if default is None or isinstance(default, bool)
+        else default
+    )
+    settings: dict[str, Any] = {
+        "default": argparse.SUPPRESS,
+        "help": f"{spec.metadata['help']} (default: {shown})".replace("%", "%%"),
+    }
+    if hint is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    elif typing.get_origin(hint) is Literal:
+        settings["choices"] = typing.get_args(hint)
+    elif typing.get_origin(hint) is tuple:
+        settings |= {
+            "nargs": len(spec.metadata["metavar"]),
+            "type": int,
+            "metavar": spec.metadata["metavar"],
+            "action": _StoreTuple,
+        }
+    else:
+        options = [kind for kind in typing.get_args(hint) or (hint,) if kind is not types.NoneType]
+        settings |= {
+            "type": _optional(options[0]) if typing.get_args(hint) else hint,
+            "metavar": {int: "N", float: "X"}.get(options[0], options[0].__name__.upper()),
+        }
+    group.add_argument("--" + spec.name.replace("_", "-"), **settings)
+
+
+class _StoreTuple(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _optional(kind: type) -> Any:
+    def convert(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    convert.__name__ = f"{kind.__name__} or none"
+    return convert
+
+
+def _configuration_of_run(run_dir: Path, parser: argparse.ArgumentParser) -> Config:
+    path = run_dir / "config.json"
+    try:
+        return Config.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(f"--resume {run_dir}: there is no run to continue, {path} cannot be read ({error.strerror})")
+    except ValueError as error:
+        parser.error(f"--resume {run_dir}: {path}: {error}")
+
+
+def _from_plain(value: Any, hint: Any) -> Any:
+    """A JSON value as the field holds it: lists become tuples, strings paths."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and Path in typing.get_args(hint):
+        return Path(value)
+    return value
+
+
+def _same_keys(content: Any, expected: dict, where: str) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected an object with the keys {', '.join(expected)}")
+    missing = [key for key in expected if key not in content]
+    unknown = [key for key in content if key not in expected]
+    if missing or unknown:
+        raise ValueError(
+            f"{where}: "
+            + "; ".join(
+                f"{kind} keys: {', '.join(map(str, keys))}"
+                for kind, keys in (("missing", missing), ("unknown", unknown))
+                if keys
+            )
+        )

@@ -1,0 +1,25 @@
+"""Pairs of image and caption: reading data sets, checking, augmenting and batching them."""
+
+from .images import check_images, load_image
+from .loaders import batches_per_epoch, caption_loader, image_loader, train_loader
+from .readers import DATASETS, read_dataset
+from .samples import DataError, Drawing, Sample, gallery, queries
+from .transforms import image_transform, mask_caption
+
+__all__ = [
+    "DATASETS",
+    "DataError",
+    "Drawing",
+    "Sample",
+    "batches_per_epoch",
+    "caption_loader",
+    "check_images",
+    "gallery",
+    "image_loader",
+    "image_transform",
+    "load_image",
+    "mask_caption",
+    "queries",
+    "read_dataset",
+    "train_loader",
+]

@@ -1,0 +1,58 @@
+"""Opening images, and making sure before a long training that every one of them opens."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from .samples import DataError, Drawing, Sample
+
+NAMED_IN_ERROR = 5  # broken images that an error lists one by one
+
+# Drawing costs more than decoding a JPEG. Each process keeps the pixels as long as the drawing lives.
+_drawn: WeakKeyDictionary[Drawing, np.ndarray] = WeakKeyDictionary()
+
+
+def load_image(image: Path | Drawing) -> Image.Image:
+    """The decoded RGB image. Raises DataError with the path of an image that is missing or broken."""
+    if not isinstance(image, Path):
+        pixels = _drawn.get(image)
+        if pixels is None:
+            pixels = _drawn[image] = np.asarray(image.draw().convert("RGB"))
+        return Image.fromarray(pixels)
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except FileNotFoundError as error:
+        raise DataError(f"{image}: image is missing") from error
+    except Exception as error:  # the decoders raise many types: OSError, SyntaxError, struct.error, ...
+        raise DataError(f"{image}: image is broken ({error})") from error
+
+
+def check_images(samples: Iterable[Sample], *, progress: bool = True) -> None:
+    """Decodes every distinct image file once, in threads; drawings have nothing to check.
+
+    Raises DataError with the number of images that are missing or broken and the paths of the first few.
+    """
+    paths = list(dict.fromkeys(sample.image for sample in samples if isinstance(sample.image, Path)))
+    with ThreadPoolExecutor() as threads:
+        checked = threads.map(_problem, paths)
+        bar = tqdm(checked, total=len(paths), desc="checking images", unit="image", disable=not progress)
+        problems = [problem for problem in bar if problem is not None]
+    if problems:
+        listed = problems[:NAMED_IN_ERROR]
+        if len(problems) > len(listed):
+            listed.append(f"and {len(problems) - len(listed)} more")
+        raise DataError("\n  ".join([f"{len(problems)} of {len(paths)} images cannot be read:", *listed]))
+
+
+def _problem(path: Path) -> str | None:
+    try:
+        load_image(path)
+    except DataError as error:
+        return str(error)
+    return None

@@ -1,0 +1,163 @@
+"""What a run shows: the table, the curve, and the picture of the top ten."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import ImageOps
+from torch import Tensor
+
+from upperson.data import Sample, gallery, load_image
+
+METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
+RIGHT, WRONG = "#1a8a3c", "#c8322b"
+LOSS, MAIN, SECOND, QUIET = "#555555", "#1f5fa8", "#7fb0e0", "#888888"
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.titlesize": 11,
+    "savefig.dpi": 120,
+}
+THUMBNAIL = (192, 64)  # height, width of an image in the picture, whatever its own size
+CAPTION_WIDTH = 150  # characters
+
+
+def text(results: dict[str, Any]) -> str:
+    """The results table for a terminal."""
+    rows = ["".join([f"{'':<18}", *(f"{name:>8}" for name in METRICS)])]
+    rows += ["".join([f"{name:<18}", *(f"{metrics[key]:8.2f}" for key in METRICS)]) for name, metrics in _rows(results)]
+    return "\n".join([_title(results), "", *rows, "", _footnote(results)])
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The same as Markdown."""
+    rows = [f"| | {' | '.join(METRICS)} |", "|---|" + "---:|" * len(METRICS)]
+    rows += [f"| {name} | {' | '.join(f'{metrics[key]:.2f}' for key in METRICS)} |" for name, metrics in _rows(results)]
+    return "\n".join([_title(results), "", *rows, "", _footnote(results), ""])
+
+
+def curve(history: Sequence[dict[str, Any]], split: str, results: dict[str, Any]) -> bytes:
+    """PNG of training loss, and R@1 and mAP on the split that was watched, by epoch.
+
+    `history` holds one entry an epoch with the keys epoch, loss, R@1 and mAP; the first, of epoch 0, is the
+    zero-shot measurement and has no loss.
+    """
+    zero_shot, epochs = history[0], history[1:]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.plot([e["epoch"] for e in epochs], [e["loss"] for e in epochs], color=LOSS, marker=".")
+        left.set(title="Training loss (SDM)", xlabel="epoch", ylabel="loss, mean over the epoch")
+        for key, colour in (("R@1", MAIN), ("mAP", SECOND)):
+            right.plot([e["epoch"] for e in epochs], [e[key] for e in epochs], color=colour, marker=".", label=key)
+            right.axhline(zero_shot[key], color=colour, linestyle=":", label=f"{key}, zero-shot")
+        chosen = history[results["epoch"]]
+        right.plot(
+            chosen["epoch"],
+            chosen["R@1"],
+            "o",
+            color=MAIN,
+            markersize=9,
+            markerfacecolor="none",
+            label=f"selected: epoch {chosen['epoch']}",
+        )
+        right.set(
+            title=f"Text → image retrieval, {results['dataset']}, {split} split", xlabel="epoch", ylabel="percent"
+        )
+        right.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+        for axes in (left, right):
+            axes.margins(y=0.1)
+            axes.set_ylim(bottom=0)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return _png(figure)
+
+
+def top_ten(samples: Sequence[Sample], top: Tensor, shown: int = 4) -> bytes:
+    """PNG of what a few captions found: ten images each, best first, right and wrong ones marked.
+
+    `top` (queries, at most 10) indexes the distinct images of `samples` (Retrieval.top). The queries are evenly
+    spaced through the split, so the picture is no selection of good ones.
+    """
+    images, image_ids = gallery(samples)
+    shown = min(shown, len(samples))
+    chosen = [(2 * i + 1) * len(samples) // (2 * shown) for i in range(shown)]
+    columns = top.shape[1]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 0.4 + 3 * shown))
+        rows = figure.add_gridspec(
+            shown,
+            columns,
+            left=0.01,
+            right=0.99,
+            bottom=0.25 / figure.get_figheight(),
+            top=1 - 0.85 / figure.get_figheight(),
+            wspace=0.1,
+            hspace=0.35,
+        )
+        figure.suptitle(
+            "The ten images that each caption finds, best first",
+            x=0.01,
+            ha="left",
+            fontsize=13,
+            y=1 - 0.12 / figure.get_figheight(),
+            va="top",
+            fontweight="bold",
+        )
+        for row, query in enumerate(chosen):
+            sample = samples[query]
+            for column, index in enumerate(top[query].tolist()):
+                axes = figure.add_subplot(rows[row, column])
+                thumbnail = ImageOps.pad(load_image(images[index]), THUMBNAIL[::-1], color="white")
+                _framed(axes, thumbnail, column + 1, image_ids[index].item() == sample.person_id)
+                if column == 0:
+                    axes.set_title(
+                        _caption(sample.caption), loc="left", fontsize=9.5, pad=6, linespacing=1.3, parse_math=False
+                    )
+        return _png(figure)
+
+
+def _framed(axes: Axes, image: Any, rank: int, right: bool) -> None:
+    colour = RIGHT if right else WRONG
+    axes.imshow(image)
+    axes.grid(False)
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=colour, linewidth=3)
+    axes.set_xlabel(f"{rank}  {'✓' if right else '✗'}", color=colour, fontsize=10.5, fontweight="bold", labelpad=3)
+
+
+def _caption(caption: str) -> str:
+    return "\n".join(textwrap.wrap(f"“{caption}”", CAPTION_WIDTH, max_lines=2, placeholder=" …”"))
+
+
+def _rows(results: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    return [("zero-shot CLIP", results["zero_shot"]), ("UP-Person", results["adapted"])]
+
+
+def _title(results: dict[str, Any]) -> str:
+    return (
+        f"Text → image retrieval on {results['dataset']}, {results['split']} split: {results['queries']:,} "
+        f"queries, {results['gallery']:,} images; percent"
+    )
+
+
+def _footnote(results: dict[str, Any]) -> str:
+    return (
+        f"UP-Person: epoch {results['epoch']} of {results['epochs']}, selection {results['selection']} "
+        f"({results['selection_meaning']}); {results['trained_parameters']:,} of "
+        f"{results['all_parameters']:,} parameters trained."
+    )
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

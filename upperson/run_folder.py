@@ -1,0 +1,118 @@
+"""The folder that a run writes to: its files, claiming and finding it, and the log of metrics."""
+
+import itertools
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from upperson.checkpoint import CheckpointError, load_resume_state, write_atomically
+from upperson.config import Config
+
+CONFIG, METRICS, RESUME = "config.json", "metrics.jsonl", "resume.safetensors"
+BEST, LAST = "best.safetensors", "last.safetensors"
+RESULTS, TABLE, CURVE, TOP_TEN = "results.json", "results.md", "curve.png", "top10.png"
+SHOWN = (TABLE, CURVE, TOP_TEN, BEST, METRICS)  # what a finished run points to
+FILES = (CONFIG, METRICS, RESUME, BEST, LAST, RESULTS, TABLE, CURVE, TOP_TEN)
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on. The message says why and what to do."""
+
+
+def saved_state(config: Config) -> dict[str, Any] | None:
+    """The state to resume from; None for a run that ended before it saved one."""
+    run_dir = config.train.run_dir
+    if run_dir is None:
+        raise RunError("run_dir: a run can only be resumed by name")
+    path = run_dir / CONFIG
+    if not path.is_file():
+        raise RunError(f"{run_dir}: there is no run to continue ({CONFIG} is not there)")
+    state = None
+    if (run_dir / RESUME).exists():
+        state, saved_config = load_resume_state(run_dir / RESUME)
+    else:
+        try:
+            saved_config = Config.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+    differences = config.differences(saved_config)
+    if differences:
+        raise RunError(f"{run_dir}: the run was started with another configuration: {'; '.join(differences)} as there")
+    return state
+
+
+def refuse_used_folder(run_dir: Path) -> None:
+    for name in FILES:
+        if (run_dir / name).exists():
+            raise RunError(
+                f"{run_dir} already holds a run ({name}); continue it with --resume {run_dir}, or name "
+                "another --run-dir"
+            )
+
+
+def claim_folder(config: Config) -> Path:
+    """Makes the run folder, with the configuration in it."""
+    run_dir = config.train.run_dir
+    if run_dir is not None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        refuse_used_folder(run_dir)
+    else:
+        Path("runs").mkdir(exist_ok=True)
+        for number in itertools.count(1):
+            run_dir = Path("runs", f"{config.data.dataset}-{number}")
+            try:
+                run_dir.mkdir()
+                break
+            except FileExistsError:
+                continue
+    write_atomically(run_dir / CONFIG, config.to_json().encode())
+    return run_dir
+
+
+class MetricsLog:
+    """metrics.jsonl, one object a line, and TensorBoard where that is wanted."""
+
+    def __init__(self, run_dir: Path, tensorboard: bool):
+        self.path = run_dir / METRICS
+        self.file = open(self.path, "ab")  # noqa: SIM115 (open as long as the run)
+        self.tensorboard_dir = run_dir / "tensorboard" if tensorboard else None
+        self.writer = None
+
+    def start(self, after: int, step: int = 0) -> None:
+        """Goes on `after` so many bytes: drops what was written, or half written, after the state was saved."""
+        if os.path.getsize(self.path) < after:
+            raise RunError(f"{self.path} is shorter than when the run was saved ({after} bytes); it was changed since")
+        self.file.truncate(after)
+        if self.tensorboard_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter  # an optional dependency
+
+            self.writer = SummaryWriter(str(self.tensorboard_dir), purge_step=step + 1)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        record = {"kind": kind, "step": step, **values}
+        finite = {
+            name: value if not isinstance(value, float) or math.isfinite(value) else None
+            for name, value in record.items()
+        }  # an fp16 gradient may overflow, and JSON has no infinity
+        try:
+            self.file.write((json.dumps(finite) + "\n").encode())
+            self.file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"{self.path} could not be written ({error.strerror})") from error
+        if self.writer is not None:
+            group = "/".join([kind, values["split"]] if "split" in values else [kind])
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self.writer.add_scalar(f"{group}/{name}", value, step)
+
+    def sync(self) -> int:
+        """Makes all lines durable; the length of the file."""
+        os.fsync(self.file.fileno())
+        return os.fstat(self.file.fileno()).st_size
+
+    def close(self) -> None:
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()

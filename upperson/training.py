@@ -1,0 +1,436 @@
+"""The whole job: read, check, build, measure zero-shot, train, select, test, report. It can be killed and resumed."""
+
+import importlib.util
+import itertools
+import json
+import math
+import random
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from tqdm import tqdm
+
+from upperson import report, run_folder
+from upperson.checkpoint import copy_parameters, save_checkpoint, save_resume_state, write_atomically
+from upperson.config import SELECTIONS, Config, DataConfig, TrainConfig
+from upperson.data import DataError, Sample, batches_per_epoch, check_images, read_dataset, train_loader
+from upperson.embedded import read_embedded
+from upperson.evaluation import autocast, evaluate
+from upperson.interruption import Interruption
+from upperson.losses import sdm_loss
+from upperson.metrics import Retrieval
+from upperson.model import UPPerson
+from upperson.run_folder import MetricsLog, RunError, claim_folder, refuse_used_folder, saved_state
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM stopped a run, and its state was saved."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where everything lies, and what results.json holds."""
+
+    run_dir: Path
+    results: dict[str, Any]
+
+
+@dataclass
+class Progress:
+    """Where a run stands, and what it has found so far."""
+
+    epoch: int = 1  # the one that is being trained, or next
+    batch: int = 0  # batches of it that are done
+    step: int = 0  # optimizer steps in all
+    loss_sum: float = 0.0  # over the batches of this epoch
+    zero_shot: dict[str, float] = field(default_factory=dict)
+    best_epoch: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)  # one evaluation an epoch, 0: zero-shot
+    log_bytes: int = 0  # length of metrics.jsonl
+
+
+def fit(config: Config) -> RunResult:
+    """Trains, selects and tests UP-Person as `config` says, and writes everything to one run folder.
+
+    Raises DataError, BackboneError, CheckpointError or RunError for what the user can mend, OSError where nothing
+    can be written, RunInterrupted after Ctrl-C. A run that was stopped in any way, by SIGKILL too, continues with
+    `resume=True` and ends with the numbers of a run that was not.
+    """
+    device, precision = resources(config.train)
+    saved = saved_state(config) if config.train.resume else None
+    if config.train.run_dir is not None and not config.train.resume:
+        refuse_used_folder(config.train.run_dir)
+
+    splits = read_splits(config.data)
+    torch.manual_seed(config.train.seed)
+    model = UPPerson(config.model).to(device)
+    if config.data.check_images and config.data.dataset != "embedded":
+        check_images(itertools.chain.from_iterable(splits.values()))
+    run_dir = config.train.run_dir if config.train.resume else claim_folder(config)
+    announce(config, model, splits, run_dir, device, precision)
+
+    with Interruption() as interruption:
+        training = Training(config, model, splits, run_dir, device, precision, interruption)
+        if saved is None:
+            training.measure_zero_shot()
+        else:
+            training.load_state(saved)
+        training.start_clock()
+        while training.progress.epoch <= config.train.epochs:
+            training.train_epoch()
+            training.finish_epoch()
+    return training.finish()
+
+
+class Training:
+    """Model, optimizer and position of a run, and how they move, are saved and come back."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: UPPerson,
+        splits: dict[str, list[Sample]],
+        run_dir: Path,
+        device: torch.device,
+        precision: str,
+        interruption: Interruption,
+    ):
+        self.config, self.model, self.splits, self.run_dir = config, model, splits, run_dir
+        self.device, self.precision, self.interruption = device, precision, interruption
+        self.parameters = model.trained_parameters()
+        self.optimizer = build_optimizer(self.parameters, config.train)
+        self.schedule = build_schedule(self.optimizer, config.train)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.progress = Progress()
+        self.best: dict[str, Tensor] = {}
+        self.selection = config.train.selection
+        if self.selection == "val" and "val" not in splits:
+            self.selection = "last"
+        self.watched = "val" if self.selection == "val" else "test"  # the split that is evaluated every epoch
+        self.loader = train_loader(
+            splits["train"],
+            tokenizer=model.tokenizer,
+            image_size=config.model.image_size,
+            mean=model.image_mean,
+            std=model.image_std,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            mask_captions=config.data.mask_captions,
+            workers=config.data.workers,
+            epoch=1,
+        )
+        self.log = MetricsLog(run_dir, config.train.tensorboard)
+
+    def measure_zero_shot(self) -> None:
+        """The frozen backbone alone, on the test split and on the split that is watched."""
+        self.log.start(after=0)
+        with self.model.zero_shot():
+            self.progress.zero_shot = self.evaluate("test").metrics
+            watched = self.progress.zero_shot if self.watched == "test" else self.evaluate(self.watched).metrics
+        self.progress.history.append({"epoch": 0, **watched})
+        for split, metrics in {"test": self.progress.zero_shot, self.watched: watched}.items():
+            self.log.write("zero_shot", 0, split=split, **metrics)
+        print(f"zero-shot CLIP   {self.watched} {short(watched)}", flush=True)
+        self.save_state()
+
+    def train_epoch(self) -> None:
+        """The batches of this epoch that are still to do."""
+        progress, settings = self.progress, self.config.train
+        pairs = len(self.splits["train"])
+        batches = batches_per_epoch(pairs, settings.batch_size)
+        first = progress.batch
+        self.loader.batch_sampler.set_epoch(progress.epoch, first)
+        started = time.monotonic()
+        with tqdm(
+            total=min(pairs, batches * settings.batch_size),
+            initial=first * settings.batch_size,
+            desc=f"epoch {progress.epoch}/{settings.epochs}",
+            unit="image",
+            leave=False,
+            disable=None,
+        ) as bar:
+            for batch in self.interruption.pass_on(self.loader):
+                loss, gradient_norm = self.step(batch)
+                progress.batch += 1
+                progress.step += 1
+                progress.loss_sum += loss
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update(len(batch["person_ids"]))
+                if progress.step % settings.log_every == 0:
+                    self.log.write(
+                        "step",
+                        progress.step,
+                        epoch=progress.epoch,
+                        loss=loss,
+                        gradient_norm=gradient_norm,
+                        learning_rate=self.learning_rate,
+                    )
+                if settings.save_every and progress.step % settings.save_every == 0:
+                    self.save_state()
+        if self.interruption.requested:
+            self.stop()
+        seconds = time.monotonic() - started
+        self.log.write(
+            "epoch",
+            progress.step,
+            epoch=progress.epoch,
+            loss=progress.loss_sum / batches,
+            images_per_second=(batches - first) * settings.batch_size / seconds,
+        )
+
+    def step(self, batch: dict[str, Tensor]) -> tuple[float, float]:
+        """One optimizer step; the loss before it, and the norm of its gradient."""
+        images, captions, person_ids = (
+            batch[name].to(self.device, non_blocking=True) for name in ("images", "captions", "person_ids")
+        )
+        with autocast(self.device, self.precision):
+            image_features = self.model.encode_image(images)
+            text_features = self.model.encode_text(captions)
+        loss = sdm_loss(image_features, text_features, person_ids, temperature=self.config.train.temperature)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        loss_value, norm = torch.stack([loss.detach(), nn.utils.get_total_norm(gradients)]).tolist()
+        checked = {"loss": loss_value}
+        if not self.scaler.is_enabled():  # in fp16 gradients may overflow; the scaler then skips the step
+            checked["gradient's norm"] = norm
+        for name, value in checked.items():
+            if not math.isfinite(value):
+                raise RunError(
+                    f"epoch {self.progress.epoch}, step {self.progress.step + 1}: the {name} is {value}, and the step "
+                    f"was not taken. What was saved in {self.run_dir} before is good and stays. A lower "
+                    "--learning-rate, a longer --warmup-epochs or --precision fp32 may help"
+                )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss_value, norm
+
+    def finish_epoch(self) -> None:
+        """Evaluates, keeps the best parameters, and saves."""
+        progress, epochs = self.progress, self.config.train.epochs
+        metrics = self.evaluate(self.watched).metrics
+        best_so_far = max((entry["R@1"] for entry in progress.history[1:]), default=-1.0)
+        if self.selection == "last" or metrics["R@1"] > best_so_far:
+            progress.best_epoch = progress.epoch
+            self.best = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+        loss = progress.loss_sum / progress.batch
+        progress.history.append({"epoch": progress.epoch, "loss": loss, **metrics})
+        self.log.write("evaluation", progress.step, epoch=progress.epoch, split=self.watched, **metrics)
+        print(
+            f"epoch {progress.epoch:>{len(str(epochs))}}/{epochs}   loss {loss:7.4f}   {self.watched} "
+            f"{short(metrics)}   {self.time_left()} left",
+            flush=True,
+        )
+
+        self.schedule.step()
+        progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
+        self.save_state()
+        self.save_checkpoints()
+        if self.interruption.requested and progress.epoch <= epochs:
+            self.stop()
+
+    def finish(self) -> RunResult:
+        """Tests the selected epoch and writes the results, the curve and the picture."""
+        progress = self.progress
+        copy_parameters(self.best, self.parameters, run_folder.RESUME)
+        retrieval = self.evaluate("test")
+        results = {
+            "dataset": self.config.data.dataset,
+            "split": "test",
+            "selection": self.selection,
+            "selection_meaning": SELECTIONS[self.selection],
+            "epoch": progress.best_epoch,
+            "epochs": self.config.train.epochs,
+            "queries": len(self.splits["test"]),
+            "gallery": len({s.image_id for s in self.splits["test"]}),
+            "trained_parameters": count(self.parameters.values()),
+            "all_parameters": count(self.model.parameters()),
+            "zero_shot": progress.zero_shot,
+            "adapted": retrieval.metrics,
+        }
+        self.log.write("result", progress.step, epoch=progress.best_epoch, split="test", **retrieval.metrics)
+        self.log.close()
+        save_checkpoint(self.run_dir / run_folder.BEST, self.best, self.config, results)
+        write_atomically(self.run_dir / run_folder.RESULTS, (json.dumps(results, indent=2) + "\n").encode())
+        write_atomically(self.run_dir / run_folder.TABLE, report.markdown(results).encode())
+        write_atomically(self.run_dir / run_folder.CURVE, report.curve(progress.history, self.watched, results))
+        write_atomically(self.run_dir / run_folder.TOP_TEN, report.top_ten(self.splits["test"], retrieval.top))
+        print(f"\n{report.text(results)}\n\nin {self.run_dir}: {', '.join(run_folder.SHOWN)}", flush=True)
+        return RunResult(self.run_dir, results)
+
+    def evaluate(self, split: str) -> Retrieval:
+        settings = self.config.train
+        return evaluate(
+            self.model,
+            self.splits[split],
+            batch_size=settings.evaluate_batch_size,
+            workers=self.config.data.workers,
+            precision=self.precision,
+        )
+
+    def start_clock(self) -> None:
+        """From here on, time is measured for `time_left`."""
+        batches = batches_per_epoch(len(self.splits["train"]), self.config.train.batch_size)
+        self.clock = time.monotonic(), self.progress.epoch - 1 + self.progress.batch / batches
+
+    def time_left(self) -> str:
+        """Of the epochs after this one, at the pace of this process so far."""
+        started, epochs_before = self.clock
+        pace = (time.monotonic() - started) / (self.progress.epoch - epochs_before)
+        seconds = pace * (self.config.train.epochs - self.progress.epoch)
+        return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def stop(self) -> None:
+        self.save_state()
+        self.log.close()
+        raise RunInterrupted(
+            f"stopped in epoch {self.progress.epoch} after step {self.progress.step}, all is saved; "
+            f"continue with --resume {self.run_dir}"
+        )
+
+    def save_state(self) -> None:
+        """Everything that the run needs to go on, in one file; nothing is ever read from another."""
+        self.progress.log_bytes = self.log.sync()
+        state = {
+            "progress": asdict(self.progress),
+            "parameters": self.parameters,
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_states(),
+        }
+        save_resume_state(self.run_dir / run_folder.RESUME, state, self.config)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.progress = Progress(**state["progress"])
+        self.log.start(self.progress.log_bytes, self.progress.step)
+        copy_parameters(state["parameters"], self.parameters, str(self.run_dir / run_folder.RESUME))
+        self.best = state["best"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        set_random_states(state["random"])
+        print(f"continuing in epoch {self.progress.epoch} after step {self.progress.step}", flush=True)
+
+    def save_checkpoints(self) -> None:
+        """The parameters of the epoch that has just ended, and of the best so far."""
+        history = self.progress.history
+        for name, parameters, entry in (
+            (run_folder.BEST, self.best, history[self.progress.best_epoch]),
+            (run_folder.LAST, self.parameters, history[-1]),
+        ):
+            found = {"split": self.watched, "selection": self.selection, **entry}
+            save_checkpoint(self.run_dir / name, parameters, self.config, found)
+
+
+def build_optimizer(parameters: dict[str, nn.Parameter], settings: TrainConfig) -> Adam:
+    """Adam with coupled weight decay, none on adapter biases; prefixes may have a learning rate of their own."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rate = settings.learning_rate
+        if ".prefix." in name and settings.prefix_learning_rate is not None:
+            rate = settings.prefix_learning_rate
+        decay = 0.0 if name.endswith("_bias") else settings.weight_decay
+        groups.setdefault((rate, decay), []).append(parameter)
+    if not groups:
+        raise RunError("nothing to train: depth_prefix, depth_lora and depth_adapter leave no module in any block")
+    return Adam(
+        [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
+        eps=settings.adam_epsilon,
+    )
+
+
+def build_schedule(optimizer: Adam, settings: TrainConfig) -> LRScheduler:
+    """Per epoch: linear warm-up from warmup_factor, then a cosine to zero. Step it after every epoch."""
+    cosine_epochs = settings.epochs - settings.warmup_epochs
+    if not settings.warmup_epochs:
+        return CosineAnnealingLR(optimizer, cosine_epochs)
+    warmup = LinearLR(optimizer, settings.warmup_factor, total_iters=settings.warmup_epochs)
+    return SequentialLR(optimizer, [warmup, CosineAnnealingLR(optimizer, cosine_epochs)], [settings.warmup_epochs])
+
+
+def resources(settings: TrainConfig) -> tuple[torch.device, str]:
+    """The device and the precision that "auto" stands for; RunError for what this machine does not have."""
+    available = torch.cuda.is_available()
+    device = torch.device(settings.device if settings.device != "auto" else "cuda" if available else "cpu")
+    if device.type == "cuda" and (not available or (device.index or 0) >= torch.cuda.device_count()):
+        raise RunError(f"device: {settings.device} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise RunError("precision: fp16 needs a GPU; use fp32 or bf16 on a CPU")
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise RunError("tensorboard: the package is not installed; pip install 'upperson[tensorboard]'")
+    return device, precision
+
+
+def read_splits(data: DataConfig) -> dict[str, list[Sample]]:
+    if data.dataset == "embedded":
+        train, val, test = data.embedded_identities
+        return read_embedded(data.embedded_seed, train=train, val=val, test=test, views=data.embedded_views)
+    if data.data_root is None:
+        raise DataError(f"data_root: {data.dataset} is read from a folder; name it with --data-root")
+    return read_dataset(data.dataset, data.data_root)
+
+
+def announce(
+    config: Config,
+    model: UPPerson,
+    splits: dict[str, list[Sample]],
+    run_dir: Path,
+    device: torch.device,
+    precision: str,
+) -> None:
+    print(f"run     {run_dir}, on {device} in {precision}")
+    for split, samples in splits.items():
+        print(
+            f"{split:<7} {len(samples):,} captions of {len({s.image_id for s in samples}):,} images of "
+            f"{len({s.person_id for s in samples}):,} people"
+        )
+    trained, everything = count(model.trained_parameters().values()), count(model.parameters())
+    print(
+        f"model   {config.model.model}; {trained:,} of {everything:,} parameters are trained "
+        f"({100 * trained / everything:.1f} %)",
+        flush=True,
+    )
+
+
+def random_states() -> dict[str, Any]:
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), position, has_gauss, gauss),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, device)
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+
+
+def short(metrics: dict[str, float]) -> str:
+    return f"R@1 {metrics['R@1']:5.2f}  mAP {metrics['mAP']:5.2f}"
+
+
+def count(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
