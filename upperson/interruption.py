@@ -31,7 +31,7 @@ class Interruption:
             return
         self.requested = True
         signal.signal(number, self.previous[number])
-        os.write(2, b"\nstopping after this step; once more: stop at once\n")
+        os.write(2, b"\nstopping as soon as this step or evaluation is done; once more: stop at once\n")
 
     def pass_on(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches until a stop is requested."""

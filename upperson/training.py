@@ -144,14 +144,14 @@ class Training:
     def train_epoch(self) -> None:
         """The batches of this epoch that are still to do."""
         progress, settings = self.progress, self.config.train
-        pairs = len(self.splits["train"])
-        batches = batches_per_epoch(pairs, settings.batch_size)
-        first = progress.batch
-        self.loader.batch_sampler.set_epoch(progress.epoch, first)
+        batches = batches_per_epoch(len(self.splits["train"]), settings.batch_size)
+        images = min(len(self.splits["train"]), batches * settings.batch_size)
+        images_before = progress.batch * settings.batch_size
+        self.loader.batch_sampler.set_epoch(progress.epoch, progress.batch)
         started = time.monotonic()
         with tqdm(
-            total=min(pairs, batches * settings.batch_size),
-            initial=first * settings.batch_size,
+            total=images,
+            initial=images_before,
             desc=f"epoch {progress.epoch}/{settings.epochs}",
             unit="image",
             leave=False,
@@ -173,9 +173,10 @@ class Training:
                         gradient_norm=gradient_norm,
                         learning_rate=self.learning_rate,
                     )
-                if settings.save_every and progress.step % settings.save_every == 0:
+                # The end of an epoch saves by itself, when the epoch has been evaluated.
+                if settings.save_every and progress.step % settings.save_every == 0 and progress.batch < batches:
                     self.save_state()
-        if self.interruption.requested:
+        if progress.batch < batches:
             self.stop()
         seconds = time.monotonic() - started
         self.log.write(
@@ -183,7 +184,7 @@ class Training:
             progress.step,
             epoch=progress.epoch,
             loss=progress.loss_sum / batches,
-            images_per_second=(batches - first) * settings.batch_size / seconds,
+            images_per_second=(images - images_before) / seconds,
         )
 
     def step(self, batch: dict[str, Tensor]) -> tuple[float, float]:
@@ -279,14 +280,17 @@ class Training:
 
     def start_clock(self) -> None:
         """From here on, time is measured for `time_left`."""
+        self.clock = time.monotonic(), self.epochs_done()
+
+    def epochs_done(self) -> float:
         batches = batches_per_epoch(len(self.splits["train"]), self.config.train.batch_size)
-        self.clock = time.monotonic(), self.progress.epoch - 1 + self.progress.batch / batches
+        return self.progress.epoch - 1 + self.progress.batch / batches
 
     def time_left(self) -> str:
-        """Of the epochs after this one, at the pace of this process so far."""
-        started, epochs_before = self.clock
-        pace = (time.monotonic() - started) / (self.progress.epoch - epochs_before)
-        seconds = pace * (self.config.train.epochs - self.progress.epoch)
+        """Until the last epoch ends, at the pace of this process so far."""
+        started, done_before = self.clock
+        done = self.epochs_done()
+        seconds = (time.monotonic() - started) / (done - done_before) * (self.config.train.epochs - done)
         return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
     @property

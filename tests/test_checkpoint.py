@@ -1,0 +1,230 @@
+"""Checkpoints: exact, without pickle, atomic, and clear about what is wrong with a file."""
+
+import errno
+import json
+import os
+import resource
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from upperson.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_model,
+    load_parameters,
+    load_resume_state,
+    save_checkpoint,
+    save_resume_state,
+    write_atomically,
+)
+from upperson.config import Config, ModelConfig
+from upperson.model import UPPerson
+
+TINY_CLIP = dict(
+    embed_dim=16,
+    quick_gelu=True,
+    vision_cfg=dict(image_size=32, layers=2, width=32, head_width=16, patch_size=8),
+    text_cfg=dict(context_length=16, vocab_size=49408, width=32, heads=2, layers=2),
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    description = tmp_path / "tiny.json"
+    description.write_text(json.dumps(TINY_CLIP))
+    model = ModelConfig(
+        str(description), "none", (48, 16), prefix_length=3, lora_rank=2, adapter_reduction=4, backend="torch"
+    )
+    return Config(model)
+
+
+@pytest.fixture
+def model(config):
+    torch.manual_seed(config.train.seed)
+    model = UPPerson(config.model)
+    with torch.no_grad():
+        for parameter in model.trained_parameters().values():
+            parameter.add_(torch.randn(parameter.shape))
+    return model
+
+
+@pytest.fixture
+def path(tmp_path, config, model):
+    """A checkpoint of `model`."""
+    path = tmp_path / "best.safetensors"
+    save_checkpoint(path, model.trained_parameters(), config, {"epoch": 3, "R@1": 1 / 3})
+    return path
+
+
+def folder_of(path):
+    return sorted(entry.name for entry in path.parent.iterdir())
+
+
+def test_checkpoint_holds_trained_parameters_alone_and_comes_back_exactly(path, config, model):
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.config == config
+    assert checkpoint.results == {"epoch": 3, "R@1": 1 / 3}
+    assert list(checkpoint.parameters) == sorted(model.trained_parameters())
+    for name, parameter in model.trained_parameters().items():
+        assert (
+            torch.equal(checkpoint.parameters[name], parameter) and checkpoint.parameters[name].dtype == torch.float32
+        )
+    bytes_of_parameters = sum(4 * parameter.numel() for parameter in model.trained_parameters().values())
+    assert bytes_of_parameters < path.stat().st_size < bytes_of_parameters + 20_000
+
+
+def test_model_comes_back_and_computes_the_same(path, model):
+    random_state = torch.get_rng_state()
+    again = load_model(path)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    images, tokens = torch.randn(2, 3, 48, 16), model.tokenizer(["a red coat", "a man in blue"])
+    assert torch.equal(again.encode_image(images), model.encode_image(images))
+    assert torch.equal(again.encode_text(tokens), model.encode_text(tokens))
+
+
+def test_parameters_go_into_a_model_of_the_same_configuration(path, config, model):
+    other = UPPerson(config.replace(backend="auto").model)
+    load_parameters(other, path)
+    for name, parameter in other.trained_parameters().items():
+        assert torch.equal(parameter, model.trained_parameters()[name])
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(lora_rank=3), dict(scale_target="logits"), dict(prefix_length=2, depth_lora=1)]
+)
+def test_another_configuration_is_named(path, config, changes):
+    other = UPPerson(config.replace(**changes).model)
+    before = {name: parameter.clone() for name, parameter in other.trained_parameters().items()}
+    with pytest.raises(CheckpointError, match="checkpoint of another configuration") as error:
+        load_parameters(other, path)
+    assert str(path) in str(error.value)
+    for name, value in changes.items():
+        assert f"{name}: {getattr(config.model, name)}, not {value}" in str(error.value)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in other.trained_parameters().items())
+
+
+def test_tensors_that_do_not_fit_are_named(path, config, model):
+    parameters = dict(model.trained_parameters())
+    wanted = list(parameters)
+    parameters["extra"] = parameters.pop(wanted[0])
+    parameters[wanted[1]] = torch.zeros(5, 7)
+    save_checkpoint(path, parameters, config, {})
+    with pytest.raises(CheckpointError) as error:
+        load_model(path)
+    for part in (str(path), f"1 missing: {wanted[0]}", "1 unexpected: extra", f"{wanted[1]} (5, 7), expected"):
+        assert part in str(error.value)
+
+
+def damaged(path, kind):
+    content = path.read_bytes()
+    if kind == "missing":
+        path.unlink()
+    elif kind == "cut off":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "cut off in its header":
+        path.write_bytes(content[:20])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "pickle":
+        torch.save({"a": torch.zeros(3)}, path)
+    elif kind == "safetensors of others":
+        save_file({"a": torch.zeros(3)}, path, {"format": "pt"})
+    elif kind == "resume state":
+        save_resume_state(path, {"a": torch.zeros(3)}, Config())
+    elif kind == "of the future":
+        path.write_bytes(content.replace(b'"version":"1"', b'"version":"9"'))
+    elif kind == "strange configuration":
+        path.write_bytes(content.replace(b"lora_rank", b"lore_rank"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "there is no such file"),
+        ("cut off", "cut off, or not a safetensors file"),
+        ("cut off in its header", "cut off, or not a safetensors file"),
+        ("empty", "cut off, or not a safetensors file"),
+        ("pickle", "cut off, or not a safetensors file"),
+        ("safetensors of others", "expected an upperson checkpoint, found some other safetensors file"),
+        ("resume state", "expected an upperson checkpoint, found an upperson resume state"),
+        ("of the future", "version 9, expected version 1"),
+        ("strange configuration", "model: missing keys: lora_rank; unknown keys: lore_rank"),
+    ],
+)
+def test_unusable_files(path, kind, message):
+    damaged(path, kind)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value) and message in str(error.value)
+
+
+def test_resume_state_comes_back_exactly(tmp_path):
+    state = {
+        "tensors": {"a": torch.randn(3, 4)[:, ::2], "scalar": torch.tensor(7.0), "bytes": torch.get_rng_state()},
+        "numbers": [1, -0.1, 2**80, 1e-320, True, None, "λ"],
+        "nested": ({"1": (), 1: []}, [(), {}]),
+    }
+    path = tmp_path / "resume.safetensors"
+    save_resume_state(path, state, Config())
+    again, config = load_resume_state(path)
+    assert config == Config()
+    assert again["numbers"] == state["numbers"] and again["nested"] == state["nested"]
+    assert [type(value) for value in again["numbers"]] == [type(value) for value in state["numbers"]]
+    for name, tensor in state["tensors"].items():
+        assert torch.equal(again["tensors"][name], tensor) and again["tensors"][name].dtype == tensor.dtype
+    with pytest.raises(TypeError, match="cannot hold a set"):
+        save_resume_state(path, {"a": {1}}, Config())
+    assert load_resume_state(path)[0]["numbers"] == state["numbers"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_full_disk_leaves_the_earlier_file(path, config, model, monkeypatch, call):
+    before, names = path.read_bytes(), folder_of(path)
+
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, no_space)
+    with pytest.raises(OSError, match="best.safetensors could not be written .No space left on device") as error:
+        save_checkpoint(path, model.trained_parameters(), config, {"epoch": 4})
+    assert error.value.errno == errno.ENOSPC
+    assert path.read_bytes() == before and folder_of(path) == names
+
+
+def test_a_real_limit_on_file_size_leaves_the_earlier_file(path, config, model):
+    before, names = path.read_bytes(), folder_of(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="could not be written .File too large"):
+            save_checkpoint(path, model.trained_parameters(), config, {"epoch": 4})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before and folder_of(path) == names
+
+
+def test_a_leftover_of_a_killed_write_is_no_obstacle(path, config, model):
+    (path.parent / f".{path.name}.tmp").write_bytes(b"half a fi")
+    names = folder_of(path)
+    save_checkpoint(path, model.trained_parameters(), config, {"epoch": 4})
+    assert load_checkpoint(path).results == {"epoch": 4}
+    assert len(folder_of(path)) == len(names) - 1
+
+
+def test_an_interrupted_write_leaves_nothing_behind(path, monkeypatch):
+    before, names = path.read_bytes(), folder_of(path)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == before and folder_of(path) == names
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(OSError, match="nowhere/a.json could not be written .No such file or directory"):
+        write_atomically(tmp_path / "nowhere" / "a.json", b"")

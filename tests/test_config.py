@@ -1,0 +1,179 @@
+"""The configuration: presets, flags, JSON there and back, and errors that name the field."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from upperson.config import FIELDS, PRESETS, SECTIONS, Config, DataConfig, ModelConfig, TrainConfig, parse_arguments
+
+
+def field_values(config):
+    return {name: getattr(getattr(config, part), name) for name, part in FIELDS.items()}
+
+
+def test_field_names_are_unique_across_the_sections():
+    assert len(FIELDS) == sum(len(section.__dataclass_fields__) for section in SECTIONS.values())
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("embedded", dict(model="embedded", dataset="embedded", image_size=(192, 64))),
+        ("cuhk-pedes", dict(prefix_length=10, lora_rank=32, learning_rate=1e-3)),
+        ("icfg-pedes", dict(prefix_length=14, lora_rank=32, learning_rate=1e-3)),
+        ("rstpreid", dict(prefix_length=2, lora_rank=16, learning_rate=1e-4)),
+    ],
+)
+def test_presets(preset, expected):
+    values = field_values(PRESETS[preset])
+    assert values | expected == values
+    assert values["dataset"] == preset
+    if preset != "embedded":
+        recipe = dict(
+            model="ViT-B-16-quickgelu", pretrained="openai", image_size=(384, 128), prefix_scale=10,
+            scale_target="weights", adapter_reduction=8, epochs=60, batch_size=128, warmup_epochs=5, warmup_factor=0.1,
+            weight_decay=4e-5, adam_epsilon=1e-3, temperature=0.02, mask_captions=True, selection="val",
+        )  # fmt: skip
+        assert values | recipe == values
+
+
+def test_no_argument_is_the_embedded_preset():
+    assert parse_arguments([]) == PRESETS["embedded"]
+
+
+def test_flags_override_the_preset_in_any_order():
+    arguments = [
+        "--epochs", "7", "--preset", "icfg-pedes", "--image-size", "256", "64", "--no-mask-captions", "--tensorboard",
+        "--data-root", "some/folder", "--depth-lora", "3", "--depth-prefix", "none", "--scale-target", "logits",
+        "--prefix-learning-rate", "5e-5",
+    ]  # fmt: skip
+    assert parse_arguments(arguments) == PRESETS["icfg-pedes"].replace(
+        epochs=7, image_size=(256, 64), mask_captions=False, tensorboard=True, data_root=Path("some/folder"),
+        depth_lora=3, depth_prefix=None, scale_target="logits", prefix_learning_rate=5e-5,
+    )  # fmt: skip
+
+
+def test_every_field_is_a_flag_and_in_the_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(["--preset", "rstpreid", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for name in FIELDS:
+        assert f"--{name.replace('_', '-')}" in text, name
+    assert "(default: 0.0001)" in text  # the preset's own learning rate
+    assert "15 % of" in text
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_json_there_and_back(preset):
+    config = PRESETS[preset].replace(
+        learning_rate=0.1 + 0.2, data_root=Path("a b/ü"), depth_lora=0, seed=2**62, run_dir=Path("r"), resume=True
+    )
+    again = Config.from_json(config.to_json())
+    assert again == config
+    assert {name: type(value) for name, value in field_values(again).items()} == {
+        name: type(value) for name, value in field_values(config).items()
+    }
+    assert again.to_json() == config.to_json()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["train"].pop("epochs"), "train: missing keys: epochs"),
+        (lambda c: c["model"].update(colour=1, taste=2), "model: unknown keys: colour, taste"),
+        (lambda c: c.pop("data"), "configuration: missing keys: data"),
+        (lambda c: c.update(data=[1]), "data: expected an object with the keys dataset"),
+        (lambda c: c["train"].update(epochs="ten"), "epochs: 'ten' is not allowed; expected a whole number"),
+        (lambda c: c["train"].update(seed=True), "seed: True is not allowed; expected a whole number"),
+        (lambda c: c["model"].update(image_size=[192]), r"image_size: \(192,\) is not allowed; expected 2 values"),
+        (lambda c: c["model"].update(depth_lora=1.5), "depth_lora: 1.5 .* a whole number or none"),
+    ],
+)
+def test_json_errors_name_the_key(change, message):
+    content = json.loads(Config().to_json())
+    change(content)
+    with pytest.raises(ValueError, match=message):
+        Config.from_json(json.dumps(content))
+
+
+def test_cut_off_json():
+    with pytest.raises(ValueError, match="not JSON"):
+        Config.from_json(Config().to_json()[:-20])
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (TrainConfig, dict(epochs=0), "epochs: 0 is not allowed; it must be at least 1"),
+        (TrainConfig, dict(batch_size=1), "batch_size: 1 is not allowed; it must be at least 2"),
+        (TrainConfig, dict(learning_rate=0.0), "learning_rate: 0.0 .* above 0"),
+        (TrainConfig, dict(learning_rate=float("nan")), "learning_rate: nan .* finite"),
+        (TrainConfig, dict(warmup_factor=1.5), "warmup_factor: 1.5 .* at most 1"),
+        (TrainConfig, dict(epochs=5), "warmup_epochs: 5 .* below epochs, which is 5"),
+        (TrainConfig, dict(device="gpu"), "device: 'gpu' .* auto, cpu, cuda"),
+        (TrainConfig, dict(precision="int8"), "precision: 'int8' .* one of auto, fp32, bf16, fp16"),
+        (TrainConfig, dict(seed=2**63), "seed: .* below"),
+        (DataConfig, dict(dataset="imagenet"), "dataset: 'imagenet' .* one of embedded, cuhk-pedes"),
+        (DataConfig, dict(workers=-1), "workers: -1 .* at least 0"),
+        (DataConfig, dict(embedded_identities=(5, 0, 5)), r"embedded_identities: \(5, 0, 5\) .* at least 1"),
+        (ModelConfig, dict(image_size=(0, 64)), r"image_size: \(0, 64\)"),
+        (ModelConfig, dict(lora_rank=0), "lora_rank: 0"),
+        (ModelConfig, dict(model="ViT-B-16"), "pretrained: 'embedded' belongs to model 'embedded' alone"),
+    ],
+)
+def test_values_out_of_range(section, values, message):
+    with pytest.raises(ValueError, match=message):
+        section(**values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "market"], "argument --preset: invalid choice: 'market' (choose from 'embedded', 'cuhk-pedes'"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["--epochs", "-3"], "epochs: -3 is not allowed; it must be at least 1"),
+        (["--image-size", "192"], "argument --image-size: expected 2 arguments"),
+        (["--scale-target", "keys"], "argument --scale-target: invalid choice: 'keys'"),
+        (["--depth-lora", "deep"], "argument --depth-lora: invalid int or none value: 'deep'"),
+        (["--resume"], "--resume: name the run"),
+        (["--resume", "nowhere"], "--resume nowhere: there is no run to continue"),
+        (["--resume", "nowhere", "--preset", "rstpreid"], "--preset and --resume RUN_DIR exclude each other"),
+    ],
+)
+def test_command_line_errors(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(arguments)
+    assert stopped.value.code == 2
+    shown = capsys.readouterr().err
+    assert message in shown.replace("choose from embedded, cuhk-pedes", "choose from 'embedded', 'cuhk-pedes'")
+    assert "Traceback" not in shown
+
+
+def test_resume_takes_the_configuration_of_the_run(tmp_path, capsys):
+    started = PRESETS["rstpreid"].replace(epochs=9, run_dir=Path("elsewhere"), data_root=Path("x"))
+    (tmp_path / "config.json").write_text(started.to_json())
+    assert parse_arguments(["--resume", str(tmp_path), "--workers", "1"]) == started.replace(
+        resume=True, run_dir=tmp_path, workers=1
+    )
+    same_command = ["--preset", "rstpreid", "--epochs", "9", "--run-dir", str(tmp_path), "--resume"]
+    assert parse_arguments(same_command) == PRESETS["rstpreid"].replace(epochs=9, run_dir=tmp_path, resume=True)
+    with pytest.raises(SystemExit):
+        parse_arguments(["--resume", str(tmp_path), "--run-dir", "other"])
+    assert "is not the run of --resume" in capsys.readouterr().err
+
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        parse_arguments(["--resume", str(tmp_path)])
+    assert "config.json: configuration: missing keys: model, data, train" in capsys.readouterr().err
+
+
+def test_differences_name_what_changes_results():
+    first = Config()
+    second = first.replace(epochs=61, lora_rank=4, workers=0, run_dir=Path("x"), backend="torch")
+    assert first.differences(second) == ["lora_rank: 32, not 4", "epochs: 60, not 61"]
+    with pytest.raises(ValueError, match="unknown configuration fields: epoch"):
+        first.replace(epoch=3)

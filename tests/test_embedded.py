@@ -1,0 +1,300 @@
+"""The drawn data set says what it shows, is the same everywhere, and the small CLIP sees something in it."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torchvision.transforms.v2.functional import normalize
+
+from upperson.data.samples import Sample, gallery, queries
+from upperson.embedded import CLIP_CONFIG, load_embedded_clip, read_embedded
+from upperson.embedded.pretrain import Scenes, encode_short_text, pretrain
+from upperson.embedded.scenes import draw_scene
+from upperson.embedded.vocabulary import COLOURS, HAIR_COLOURS, NAMES, PATTERNS
+from upperson.embedded.weights import CLIP_WEIGHTS, EmbeddedWeightsError, save_embedded_clip
+from upperson.model.backbone import fit_image_size
+
+SPLITS = ("train", "val", "test")
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, list[Sample]]:
+    return read_embedded()
+
+
+@pytest.fixture(scope="module")
+def clip() -> open_clip.CLIP:
+    return load_embedded_clip()
+
+
+# -- the data set
+
+
+def fingerprint() -> str:
+    digest = hashlib.sha256()
+    for split, samples in read_embedded(3, train=3, val=1, test=2, views=2).items():
+        for sample in samples:
+            digest.update(f"{split} {sample.caption} {sample.person_id} {sample.image_id}".encode())
+            digest.update(sample.image.draw().tobytes())
+    for scene in (draw_scene(3, index) for index in range(10)):
+        digest.update(scene.caption.encode() + scene.draw().tobytes())
+    return digest.hexdigest()
+
+
+def test_same_samples_and_pixels_in_another_process():
+    here = Path(__file__)
+    command = [sys.executable, "-c", f"import {here.stem}; print({here.stem}.fingerprint())"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here.parent}",
+        "PYTHONHASHSEED": "7",
+    }
+    other = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)
+    assert other.stdout.split()[-1] == fingerprint()
+
+
+def test_another_seed_gives_other_samples():
+    sizes = {"train": 2, "val": 1, "test": 1}
+    assert read_embedded(1, **sizes)["train"] != read_embedded(2, **sizes)["train"]
+    assert read_embedded(1, **sizes) == read_embedded(1, **sizes)
+
+
+def test_sizes(data):
+    shape = {split: (len(data[split]), len(gallery(data[split])[0])) for split in SPLITS}
+    assert shape == {"train": (4800, 2400), "val": (800, 400), "test": (1600, 800)}
+    with pytest.raises(ValueError, match="at least 1"):
+        read_embedded(test=0)
+
+
+def test_no_identity_is_in_two_splits_and_all_look_different(data):
+    people = {sample.person_id: (split, sample.image.identity) for split in SPLITS for sample in data[split]}
+    assert len(people) == 900
+    for sample in data["test"]:
+        assert people[sample.person_id] == ("test", sample.image.identity)
+    assert len({identity.appearance for _, identity in people.values()}) == 900
+
+
+def test_image_ids_are_unique_over_all_splits(data):
+    images = {}
+    for split in SPLITS:
+        for sample in data[split]:
+            assert images.setdefault(sample.image_id, sample.image) == sample.image
+    assert len(set(images.values())) == len(images) == 3600
+
+
+def test_drawings_have_the_right_size_and_differ(data):
+    some = gallery(data["train"][:96])[0]
+    drawn = [np.asarray(image.draw()) for image in some]
+    assert all(picture.shape == (192, 64, 3) and picture.dtype == np.uint8 for picture in drawn)
+    assert len({picture.tobytes() for picture in drawn}) == len(drawn)
+    assert all(picture.std() > 15 for picture in drawn)
+
+
+def test_identity_shows_in_the_pixels_of_the_same_view(data):
+    one, other = data["train"][0].image, data["train"][8].image
+    same_view = replace(other, view=one.view)
+    assert np.abs(np.asarray(one.draw(), float) - np.asarray(same_view.draw(), float)).mean() > 3
+
+
+def test_clothes_have_their_colour(data):
+    """In the middle of the chest, seen from behind in even light, a plain garment has its colour."""
+    checked = 0
+    for sample in data["train"][::8]:
+        person, view = sample.image.identity, sample.image.view
+        if person.upper.pattern != "plain" or person.upper.kind == "padded jacket" or person.bag:
+            continue
+        even = replace(view.light, brightness=1, contrast=1, cast=(1, 1, 1), slope=0, noise=0, blur=0)
+        bald = replace(person, hair=replace(person.hair, kind="short hair"))
+        picture = replace(sample.image, identity=bald, view=replace(view, facing="back", light=even)).draw()
+        x, y = round(view.centre) - 4, round(view.feet - 0.66 * view.height)
+        assert np.abs(np.subtract(picture.getpixel((x, y)), person.upper.rgb)).max() <= 3
+        checked += 1
+    assert checked > 20
+
+
+# -- captions
+
+
+def colours_in(caption: str) -> set[str]:
+    """The colours that a caption names, longest names first, so that "dark blue" is not also "blue"."""
+    names = {name: key for key, colour in COLOURS.items() for name in colour.names}
+    names |= {name: name for name in HAIR_COLOURS if name not in names}
+    found, text = set(), caption.lower()
+    for name in sorted(names, key=len, reverse=True):
+        text, count = re.subn(rf"\b{name}\b", "", text)
+        found |= {names[name]} if count else set()
+    return found
+
+
+def kinds_in(caption: str) -> list[set[str]]:
+    """For each name of a thing in the caption, the kinds of thing that it can mean."""
+    names: dict[str, set[str]] = {}
+    for kind, words in NAMES.items():
+        for name in words:
+            names.setdefault(name, set()).add(kind)
+    found, text = [], caption.lower()
+    for name in sorted(names, key=len, reverse=True):
+        text, count = re.subn(rf"\b{name}\b", "", text)
+        found += [names[name]] if count else []
+    return found
+
+
+def test_captions_name_only_what_is_visible(data):
+    for sample in data["test"] + data["val"]:
+        visible = sample.image.visible()
+        colours = {colour for item in visible.values() for colour in (item.colour, item.accent) if colour}
+        assert colours_in(sample.caption) <= colours, (sample.caption, colours)
+        kinds = {item.kind for item in visible.values()}
+        for meanings in kinds_in(sample.caption):
+            assert meanings & kinds, (sample.caption, kinds)
+        patterns = {item.pattern for item in visible.values()}
+        for pattern, (adjectives, _) in PATTERNS.items():
+            if pattern != "stripes" and any(word in sample.caption for word in adjectives):
+                assert pattern in patterns, sample.caption
+        if "glasses" in sample.caption:
+            assert "glasses" in visible
+        if "logo" in sample.caption:
+            assert visible["upper"].pattern == "logo" and sample.image.view.facing == "front"
+
+
+def test_what_a_view_hides_is_not_visible(data):
+    images = gallery(data["train"])[0]
+    hidden_bags = hidden_glasses = hidden_shoes = 0
+    for image in images:
+        person, view, visible = image.identity, image.view, image.visible()
+        assert {"upper", "hair"} <= set(visible)
+        if person.bag and person.bag.kind != "backpack" and view.facing == "left":
+            assert ("bag" in visible) == (person.bag_hand == 1)
+            hidden_bags += "bag" not in visible
+        if person.glasses and view.facing == "back":
+            assert "glasses" not in visible
+            hidden_glasses += 1
+        if view.occluded:
+            assert "shoes" not in visible
+            hidden_shoes += 1
+    assert min(hidden_bags, hidden_glasses, hidden_shoes) > 10
+
+
+def test_captions_omit_something_and_vary(data):
+    captions = queries(data["train"])[0]
+    assert len(set(captions)) > 0.99 * len(captions)
+    first_words = {" ".join(caption.lower().split()[:2]) for caption in captions}
+    assert len(first_words) > 50
+    images = gallery(data["train"])[0]
+    shown = sum(len(image.visible()) for image in images) * 2
+    named = sum(len(kinds_in(caption)) + ("hair" in caption or "ponytail" in caption) for caption in captions)
+    assert 0.5 < named / shown < 0.85
+
+
+def test_captions_are_clean_and_short(data):
+    captions = [caption for split in SPLITS for caption in queries(data[split])[0]]
+    assert all(re.fullmatch(r"[A-Z][A-Za-z,. :-]+\.", caption) for caption in captions)
+    assert not any("  " in caption or " ," in caption or " a a" in caption for caption in captions)
+    tokens = open_clip.SimpleTokenizer()(captions)
+    assert tokens[:, -1].max() == 0  # none was cut off at 77 tokens
+    assert (tokens.argmax(dim=-1) >= 6).all()  # at least five words or marks
+
+
+# -- pretraining
+
+
+def test_scenes_share_the_vocabulary_but_show_no_people(data):
+    tokenizer = open_clip.SimpleTokenizer()
+    scenes = [draw_scene(0, index) for index in range(3000)]
+    known = set(tokenizer([scene.caption for scene in scenes]).unique().tolist())
+    tokens = [set(row.tolist()) for row in tokenizer(queries(data["test"])[0])]
+    share = np.mean([len(row & known) / len(row) for row in tokens])
+    assert 0.6 < share < 0.95  # pedestrian captions bring words of their own: hair, people, walking
+    assert not any(re.search(r"\b(person|people|pedestrian|hair)\b", scene.caption) for scene in scenes)
+
+
+def test_scene_gives_square_pixels_and_tokens():
+    pictures, tokens = Scenes(seed=0, count=4)[3]
+    assert pictures.shape == (3, 128, 128) and pictures.dtype == torch.uint8
+    assert tokens.shape == (77,) and tokens.max() == 49407
+
+
+def test_short_text_is_the_same_text(clip):
+    tokens = open_clip.SimpleTokenizer()(["a red coat", "a blue t-shirt with white stripes and black shoes"])
+    with torch.no_grad():
+        short, full = encode_short_text(clip, tokens), clip.encode_text(tokens)
+    torch.testing.assert_close(short, full, atol=1e-5, rtol=1e-5)
+
+
+def test_pretraining_learns_and_repeats():
+    random.seed(0)
+    first, tokens = pretrain(seed=5, steps=3, batch_size=8, learning_rate=1e-3, workers=0)
+    random.seed(1)
+    second, _ = pretrain(seed=5, steps=3, batch_size=8, learning_rate=1e-3, workers=0)
+    for (name, one), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    assert {49406, 49407} <= tokens
+
+
+# -- the shipped weights
+
+
+def test_weights_are_small_and_fit_open_clip(clip):
+    assert CLIP_WEIGHTS.stat().st_size < 5_000_000
+    fresh = open_clip.CLIP(**json.loads(CLIP_CONFIG.read_text()))
+    fresh.load_state_dict(clip.state_dict(), strict=True)
+    for tensor in clip.state_dict().values():
+        assert tensor.dtype == torch.float32 and tensor.isfinite().all()
+    stored = load_file(CLIP_WEIGHTS)
+    rows = clip.token_embedding.weight[stored["token_embedding.ids"].long()]
+    assert torch.equal(rows, stored["token_embedding.rows"].float())
+    assert 49407 in stored["token_embedding.ids"]
+
+
+def test_saved_weights_come_back(tmp_path, clip):
+    path = tmp_path / "clip.safetensors"
+    save_embedded_clip(clip, load_file(CLIP_WEIGHTS)["token_embedding.ids"].tolist(), path)
+    assert load_file(path).keys() == load_file(CLIP_WEIGHTS).keys()
+    for name, tensor in load_embedded_clip(path).state_dict().items():
+        assert torch.equal(tensor, clip.state_dict()[name]), name
+
+
+def test_damaged_weights_say_how_to_make_them_again(tmp_path):
+    path = tmp_path / "clip.safetensors"
+    rebuild = r"python -m upperson\.embedded\.pretrain"
+    with pytest.raises(EmbeddedWeightsError, match=rf"clip\.safetensors is missing.*{rebuild}"):
+        load_embedded_clip(path)
+    path.write_bytes(CLIP_WEIGHTS.read_bytes()[:-1000])
+    with pytest.raises(EmbeddedWeightsError, match=rf"clip\.safetensors is damaged.*{rebuild}"):
+        load_embedded_clip(path)
+    tensors = load_file(CLIP_WEIGHTS)
+    for change in ({"logit_scale": None}, {"visual.proj": torch.zeros(2, 2)}, {"token_embedding.ids": None}):
+        kept = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
+        save_file(kept, path)
+        with pytest.raises(EmbeddedWeightsError, match=rebuild):
+            load_embedded_clip(path)
+
+
+def test_zero_shot_is_above_chance(data):
+    """60 people in one image each, two captions: R@1 by chance is 1.7 %."""
+    clip = load_embedded_clip()
+    fit_image_size(clip.visual, (192, 64))
+    samples = [sample for sample in data["test"] if sample.image_id % 4 == 0][:120]
+    images, people = gallery(samples)
+    captions, wanted = queries(samples)
+    pictures = torch.stack([torch.from_numpy(np.array(image.draw())).permute(2, 0, 1) for image in images])
+    pictures = normalize(
+        pictures / 255, list(open_clip.OPENAI_DATASET_MEAN), list(open_clip.OPENAI_DATASET_STD)
+    )
+    with torch.no_grad():
+        seen = F.normalize(clip.encode_image(pictures), dim=-1)
+        read = F.normalize(clip.encode_text(open_clip.SimpleTokenizer()(captions)), dim=-1)
+    found = people[(read @ seen.T).argmax(dim=1)] == wanted
+    assert found.float().mean() >= 3 / len(images)

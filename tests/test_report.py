@@ -1,0 +1,109 @@
+"""What a run shows: the numbers of the table, the marks of the picture, the curve."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from upperson import report
+from upperson.config import SELECTIONS
+from upperson.data import Sample
+
+ZERO_SHOT = {"R@1": 8.125, "R@5": 20.5, "R@10": 31.25, "mAP": 9.75, "mINP": 4.0}
+ADAPTED = {"R@1": 41.375, "R@5": 66.5, "R@10": 77.75, "mAP": 38.25, "mINP": 22.5}
+
+
+@pytest.fixture
+def results():
+    return {
+        "dataset": "embedded", "split": "test", "selection": "val", "selection_meaning": SELECTIONS["val"],
+        "epoch": 2, "epochs": 3, "queries": 1600, "gallery": 800, "trained_parameters": 174648,
+        "all_parameters": 8233145, "zero_shot": ZERO_SHOT, "adapted": ADAPTED,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """Eight people with two images each, one caption an image."""
+    samples = []
+    for index in range(16):
+        path = tmp_path / f"{index}.png"
+        Image.new("RGB", (20, 48), (90, 90, 100 + 9 * index)).save(path)
+        caption = f"Person {index} in a $5 coat, who paid $3, " + "striped " * (40 if index == 1 else 1)
+        samples.append(Sample(path, caption, index // 2, index))
+    return samples
+
+
+def pixels(png):
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def share_of(colour, png):
+    return (np.abs(pixels(png) - 255 * np.array(to_rgb(colour))).max(-1) < 2).mean()
+
+
+def test_text_table_has_every_number_in_its_column(results):
+    lines = report.text(results).splitlines()
+    header = next(line.split() for line in lines if "R@10" in line)
+    for name, metrics in (("zero-shot CLIP", ZERO_SHOT), ("UP-Person ", ADAPTED)):
+        row = next(line for line in lines if line.startswith(name))
+        assert row.split()[-5:] == [f"{metrics[column]:.2f}" for column in header]
+
+
+def test_markdown_table_has_every_number_in_its_column(results):
+    rows = [line.strip("|").split("|") for line in report.markdown(results).splitlines() if line.startswith("|")]
+    header, rule, *body = rows
+    assert {len(row) for row in rows} == {6} and set("".join(rule)) <= set("-:")
+    for row, metrics in zip(body, (ZERO_SHOT, ADAPTED), strict=True):
+        assert [cell.strip() for cell in row[1:]] == [f"{metrics[name.strip()]:.2f}" for name in header[1:]]
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_tables_name_split_and_selection(results, selection):
+    results |= {"selection": selection, "selection_meaning": SELECTIONS[selection]}
+    for shown in (report.text(results), report.markdown(results)):
+        assert "test split: 1,600 queries, 800 images" in shown
+        assert f"epoch 2 of 3, selection {selection} ({SELECTIONS[selection]})" in shown
+        assert "174,648 of 8,233,145 parameters" in shown
+
+
+def test_right_and_wrong_images_are_framed_by_person(samples):
+    people = torch.tensor([sample.person_id for sample in samples])
+    right = torch.stack([(people == sample.person_id).nonzero().flatten() for sample in samples])
+    wrong = (right + 2) % len(samples)
+    all_right, all_wrong, mixed = (
+        report.top_ten(samples, top) for top in (right, wrong, torch.cat([right[:, :1], wrong[:, :1]], 1))
+    )
+    assert share_of(report.RIGHT, all_right) > 0 and share_of(report.WRONG, all_right) == 0
+    assert share_of(report.WRONG, all_wrong) > 0 and share_of(report.RIGHT, all_wrong) == 0
+    assert share_of(report.WRONG, mixed) == pytest.approx(share_of(report.RIGHT, mixed), rel=0.1)
+
+
+def test_picture_shows_the_images_that_were_found(samples):
+    top = torch.arange(10).repeat(16, 1)
+    colours = {tuple(colour) for colour in pixels(report.top_ten(samples, top)).reshape(-1, 3)}
+    assert {(90, 90, 100 + 9 * index) for index in range(10)} <= colours
+    assert not {(90, 90, 100 + 9 * index) for index in range(10, 16)} & colours
+
+
+def test_picture_of_a_small_split(samples):
+    assert pixels(report.top_ten(samples[:1], torch.zeros(1, 1, dtype=torch.int64))).shape[2] == 3
+
+
+def test_curve_follows_the_history(results):
+    history = [{"epoch": 0, **ZERO_SHOT}]
+    history += [{"epoch": epoch, "loss": 9 - epoch, **ADAPTED, "R@1": 10.0 * epoch} for epoch in (1, 2, 3)]
+    first = pixels(report.curve(history, "val", results))
+    assert first.shape[0] > 300 and first.std() > 10
+    for key, value in (("loss", 1.0), ("R@1", 3.0), ("mAP", 3.0)):
+        changed = [*history[:-1], history[-1] | {key: value}]
+        assert (pixels(report.curve(changed, "val", results)) != first).any(), key
+    assert (pixels(report.curve(history, "val", results | {"epoch": 3})) != first).any()
+
+
+def test_curve_of_one_epoch(results):
+    history = [{"epoch": 0, **ZERO_SHOT}, {"epoch": 1, "loss": 3.0, **ADAPTED}]
+    assert pixels(report.curve(history, "test", results | {"epoch": 1})).std() > 0

@@ -1,0 +1,597 @@
+"""The whole job on tiny models: what it leaves, what it selects, and that nothing is lost when it is stopped."""
+
+import importlib.util
+import json
+import math
+import os
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from upperson import training
+from upperson.checkpoint import CheckpointError, load_checkpoint, load_model, load_resume_state
+from upperson.config import FIELDS, PRESETS, TrainConfig
+from upperson.data import DataError
+from upperson.evaluation import evaluate
+from upperson.interruption import Interruption
+from upperson.model import UPPerson
+from upperson.run_folder import RunError
+from upperson.training import Training, build_optimizer, build_schedule, fit, read_splits
+
+TINY_CLIP = dict(
+    embed_dim=16,
+    quick_gelu=True,
+    vision_cfg=dict(image_size=32, layers=2, width=32, head_width=16, patch_size=8),
+    text_cfg=dict(context_length=24, vocab_size=49408, width=32, heads=2, layers=2),
+)
+TRAIN_PY = Path(__file__).parents[1] / "train.py"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Two epochs of five steps on the embedded set, with a tiny random CLIP."""
+    folder = tmp_path_factory.mktemp("shared")
+    description = folder / "tiny.json"
+    description.write_text(json.dumps(TINY_CLIP))
+    return PRESETS["embedded"].replace(
+        model=str(description), pretrained="none", image_size=(48, 16), backend="torch", device="cpu",
+        embedded_identities=(10, 3, 4), embedded_views=2, epochs=2, warmup_epochs=1, batch_size=8, learning_rate=0.01,
+        log_every=1, save_every=2, workers=0, run_dir=folder / "whole",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(shared):
+    """The folder of that run, never stopped: to compare with, not to change."""
+    return fit(shared).run_dir
+
+
+@pytest.fixture
+def config(shared, tmp_path):
+    """The same run in a folder of its own."""
+    return shared.replace(run_dir=tmp_path / "run")
+
+
+def log_of(run_dir):
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+
+def assert_same_run(first, second):
+    """Equal to the last bit in everything that a run leaves."""
+    assert log_of(first) == log_of(second)
+    assert json.loads((first / "results.json").read_text()) == json.loads((second / "results.json").read_text())
+    for name in ("best.safetensors", "last.safetensors", "resume.safetensors"):
+        one, other = load_file(first / name), load_file(second / name)
+        assert one.keys() == other.keys()
+        for key in one:
+            assert torch.equal(one[key], other[key]), (name, key)
+    assert load_checkpoint(first / "best.safetensors").results == load_checkpoint(second / "best.safetensors").results
+    for name in ("curve.png", "top10.png", "results.md"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def fail_at(monkeypatch, step, action):
+    """Calls `action` in the place of the loss of that step."""
+    real, calls = training.sdm_loss, []
+
+    def loss(*arguments, **options):
+        calls.append(None)
+        value = real(*arguments, **options)
+        return action(value) if len(calls) == step else value
+
+    monkeypatch.setattr(training, "sdm_loss", loss)
+
+
+# ------------------------------------------------------------------------------------ what a run leaves
+
+
+def test_a_run_leaves_everything_it_promises(config, capsys):
+    result = fit(config)
+    run_dir = config.train.run_dir
+    assert sorted(path.name for path in run_dir.iterdir()) == [
+        "best.safetensors", "config.json", "curve.png", "last.safetensors", "metrics.jsonl", "results.json",
+        "results.md", "resume.safetensors", "top10.png",
+    ]  # fmt: skip
+    assert (run_dir / "config.json").read_text() == config.to_json()
+    assert json.loads((run_dir / "results.json").read_text()) == result.results
+    for name in ("curve.png", "top10.png"):
+        Image.open(run_dir / name).verify()
+
+    log = log_of(run_dir)
+    assert [(line["kind"], line["step"]) for line in log] == [
+        ("zero_shot", 0), ("zero_shot", 0),
+        *(("step", step) for step in range(1, 6)), ("epoch", 5), ("evaluation", 5),
+        *(("step", step) for step in range(6, 11)), ("epoch", 10), ("evaluation", 10), ("result", 10),
+    ]  # fmt: skip
+    steps = [line for line in log if line["kind"] == "step"]
+    assert [line["learning_rate"] for line in steps] == pytest.approx([0.001] * 5 + [0.01] * 5)
+    for epoch, line in enumerate((line for line in log if line["kind"] == "epoch"), 1):
+        assert line["loss"] == pytest.approx(np.mean([step["loss"] for step in steps if step["epoch"] == epoch]))
+
+    shown = capsys.readouterr().out
+    assert (run_dir / "results.md").read_text().splitlines()[0] in shown
+    assert "10 people" in shown and "top10.png" in shown
+
+
+def test_only_the_adaptation_is_trained_and_the_checkpoint_reproduces_the_result(config):
+    result = fit(config)
+    torch.manual_seed(config.train.seed)
+    untrained = UPPerson(config.model)
+    trained = load_model(config.train.run_dir / "best.safetensors")
+    test = read_splits(config.data)["test"]
+    assert evaluate(trained, test).metrics == result.results["adapted"]
+    with trained.zero_shot():
+        assert evaluate(trained, test).metrics == result.results["zero_shot"]
+    for name, before in untrained.trained_parameters().items():
+        assert not torch.equal(before, trained.trained_parameters()[name]), name
+    assert result.results["trained_parameters"] == sum(p.numel() for p in trained.trained_parameters().values())
+    assert result.results["all_parameters"] == sum(p.numel() for p in trained.parameters())
+
+
+def test_steps_on_one_batch_bring_its_loss_down(config):
+    torch.manual_seed(0)
+    config.train.run_dir.mkdir()
+    splits, cpu = read_splits(config.data), torch.device("cpu")
+    run = Training(config, UPPerson(config.model), splits, config.train.run_dir, cpu, "fp32", Interruption())
+    batch = next(iter(run.loader))
+    losses = [run.step(batch)[0] for _ in range(60)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_number_of_workers_changes_nothing(config, whole):
+    fit(config.replace(workers=2))
+    assert_same_run(whole, config.train.run_dir)
+
+
+def test_another_seed_is_another_run(config, whole):
+    fit(config.replace(seed=2))
+    assert log_of(whole)[2] != log_of(config.train.run_dir)[2]
+
+
+def test_run_folders_are_numbered_where_none_is_named(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    unnamed = config.replace(run_dir=None, epochs=1, warmup_epochs=0)
+    assert [fit(unnamed).run_dir for _ in range(2)] == [Path("runs/embedded-1"), Path("runs/embedded-2")]
+
+
+def test_bfloat16_keeps_float32_parameters(config, whole):
+    fit(config.replace(precision="bf16"))
+    state, _ = load_resume_state(config.train.run_dir / "resume.safetensors")
+    assert {tensor.dtype for tensor in state["parameters"].values()} == {torch.float32}
+    rounded, full = (log_of(run_dir)[2]["loss"] for run_dir in (config.train.run_dir, whole))
+    assert rounded != full and rounded == pytest.approx(full, rel=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_on_a_gpu(config, tmp_path, precision, backend, monkeypatch):
+    config = config.replace(device="cuda", precision=precision, backend=backend)
+    fit(config)
+    assert all(math.isfinite(line["loss"]) for line in log_of(config.train.run_dir) if line["kind"] == "step")
+    stopped = config.replace(run_dir=tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        fail_at(patch, 8, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(stopped)
+    fit(stopped.replace(resume=True))
+    losses, again = ([line["loss"] for line in log_of(run) if line["kind"] == "step"]
+                     for run in (config.train.run_dir, stopped.train.run_dir))  # fmt: skip
+    assert again == pytest.approx(losses, rel=1e-3)
+
+
+def test_tensorboard(config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit(config.replace(tensorboard=True))
+    events = EventAccumulator(str(config.train.run_dir / "tensorboard")).Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("step/loss")]
+    written = [(line["step"], line["loss"]) for line in log_of(config.train.run_dir) if line["kind"] == "step"]
+    assert logged == [(step, pytest.approx(loss)) for step, loss in written]
+    assert len(events.Scalars("evaluation/val/R@1")) == 2
+
+
+# ------------------------------------------------------------------------------------ optimizer, schedule, selection
+
+
+def test_schedule_is_the_golden_one(golden):
+    data = golden("schedule")
+    settings = TrainConfig(
+        epochs=int(data["epochs"]),
+        warmup_epochs=int(data["warmup_epochs"]),
+        warmup_factor=float(data["warmup_factor"]),
+        learning_rate=float(data["base_lr"]),
+        prefix_learning_rate=5e-5,
+    )
+    names = ("image.blocks.0.prefix.key", "image.blocks.0.lora.key_up")
+    optimizer = build_optimizer({name: torch.nn.Parameter(torch.zeros(1)) for name in names}, settings)
+    schedule = build_schedule(optimizer, settings)
+    rates = []
+    for _ in range(settings.epochs + 1):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    prefix, others = np.array(rates).T
+    np.testing.assert_allclose(others, data["lr"], rtol=0, atol=1e-15)
+    np.testing.assert_allclose(prefix, data["lr"] * 0.05, rtol=0, atol=1e-15)
+
+
+def test_schedule_without_warmup():
+    settings = TrainConfig(epochs=4, warmup_epochs=0, learning_rate=1.0)
+    optimizer = build_optimizer({"x": torch.nn.Parameter(torch.zeros(1))}, settings)
+    schedule = build_schedule(optimizer, settings)
+    for epoch in range(5):
+        assert schedule.get_last_lr() == pytest.approx([0.5 * (1 + math.cos(math.pi * epoch / 4))])
+        optimizer.step()
+        schedule.step()
+
+
+def test_optimizer_is_the_golden_one(config, golden):
+    data = golden("cuhk")
+    decay_of = dict(zip(data["optim/names"].tolist(), data["optim/weight_decay"].tolist(), strict=True))
+    parameters = UPPerson(config.model).trained_parameters()
+    optimizer = build_optimizer(parameters, PRESETS["cuhk-pedes"].train)
+    names = {parameter: name for name, parameter in parameters.items()}
+    found = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(optimizer.param_groups) == 2
+    for name, decay in found.items():
+        assert decay == decay_of[name.replace(".prefix.", ".prefix_").replace(".lora.", ".lora_")], name
+    assert optimizer.defaults["eps"] == data["optim/eps"] and optimizer.defaults["betas"] == tuple(data["optim/betas"])
+    assert not optimizer.defaults["decoupled_weight_decay"]
+
+
+class Scripted:
+    """Evaluations with given R@1, in the order in which they are asked for."""
+
+    def __init__(self, monkeypatch, scores):
+        self.scores, self.splits, real = list(scores), [], Training.evaluate
+
+        def evaluate(run, split):
+            retrieval = real(run, split)
+            self.splits.append(split)
+            score = self.scores.pop(0) if self.scores else 0.0
+            return training.Retrieval((score, *retrieval.cmc[1:]), 0.0, 0.0, retrieval.top)
+
+        monkeypatch.setattr(Training, "evaluate", evaluate)
+
+
+@pytest.mark.parametrize(
+    ("selection", "scores", "splits", "epoch"),
+    [
+        ("val", [50, 60, 10, 30, 30, 20], ["test", *["val"] * 5, "test"], 2),
+        ("val", [0, 0, 0, 0, 0, 0], ["test", *["val"] * 5, "test"], 1),
+        ("best-on-test", [60, 10, 30, 20, 40], ["test"] * 6, 4),
+    ],
+)
+def test_selection(config, monkeypatch, selection, scores, splits, epoch):
+    script = Scripted(monkeypatch, scores)
+    results = fit(config.replace(epochs=4, selection=selection)).results
+    assert script.splits == splits
+    assert (results["selection"], results["epoch"], results["split"]) == (selection, epoch, "test")
+    best = load_checkpoint(config.train.run_dir / "best.safetensors")
+    last = load_checkpoint(config.train.run_dir / "last.safetensors")
+    same = [torch.equal(best.parameters[name], last.parameters[name]) for name in last.parameters]
+    assert all(same) if epoch == 4 else not any(same)
+
+
+# ------------------------------------------------------------------------------------ stopped and resumed
+
+
+def interrupt(value):
+    os.kill(os.getpid(), signal.SIGINT)
+    return value
+
+
+@pytest.mark.parametrize("step", [1, 5, 8])
+def test_ctrl_c_saves_and_resumes(config, whole, monkeypatch, step):
+    config, run_dir = config.replace(save_every=0), config.train.run_dir
+    with monkeypatch.context() as patch:
+        fail_at(patch, step, interrupt)
+        with pytest.raises(KeyboardInterrupt, match=f"after step {step}, .* --resume {run_dir}"):
+            fit(config)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not (run_dir / "results.json").exists()
+    fit(config.replace(resume=True))
+    assert_same_run(whole, run_dir)
+
+
+def start(*flags):
+    """train.py in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, TRAIN_PY, *map(str, flags)],
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # the order of sums depends on it
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def kill_when(process, run_dir, kind, step):
+    """SIGKILL as soon as that line stands in metrics.jsonl."""
+    wanted = f'{{"kind": "{kind}", "step": {step},'
+    deadline = time.monotonic() + 120
+    log = run_dir / "metrics.jsonl"
+    while not (log.exists() and wanted in log.read_text()):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+
+
+def flags_of(config):
+    """The command line of a configuration."""
+    flags = []
+    for name, section in FIELDS.items():
+        value = getattr(getattr(config, section), name)
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            flags += [flag if value else "--no-" + flag[2:]] if name != "resume" else []
+        elif value is not None:
+            flags += [flag, *(value if isinstance(value, tuple) else [value])]
+    return flags
+
+
+def test_killed_with_sigkill_and_resumed_ends_the_same(shared, tmp_path):
+    whole = shared.replace(epochs=3, embedded_identities=(20, 3, 4), run_dir=tmp_path / "whole")
+    killed = whole.replace(run_dir=tmp_path / "killed")
+    run_dir = killed.train.run_dir
+    kill_when(start(*flags_of(killed)), run_dir, "step", 5)  # within the first epoch
+    with open(run_dir / "metrics.jsonl", "ab") as log:
+        log.write(b'{"kind": "step", "st')  # a half-written line
+    position = load_resume_state(run_dir / "resume.safetensors")[0]["progress"]
+    assert position["epoch"] == 1 and 0 < position["batch"] <= 6
+
+    kill_when(start("--resume", run_dir), run_dir, "evaluation", 20)  # while it saves the second epoch
+    assert not (run_dir / "results.json").exists()
+
+    fit(whole)
+    fit(killed.replace(resume=True))
+    assert_same_run(whole.train.run_dir, run_dir)
+
+
+def test_a_run_killed_before_its_first_state_starts_anew(config, whole):
+    run_dir = config.train.run_dir
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text(config.to_json())
+    (run_dir / "metrics.jsonl").write_text('{"kind": "zero_shot", "step": 0, "spl')
+    fit(config.replace(resume=True))
+    assert_same_run(whole, run_dir)
+
+
+def test_resuming_a_finished_run_repeats_its_result(config, whole):
+    shutil.copytree(whole, config.train.run_dir)
+    fit(config.replace(resume=True))
+    assert_same_run(whole, config.train.run_dir)
+
+
+def test_resume_does_not_need_the_other_files(config, whole, monkeypatch):
+    """Checkpoints that are missing, or of another moment, do not change what a resumed run ends with."""
+    run_dir = config.train.run_dir
+    with monkeypatch.context() as patch:
+        fail_at(patch, 8, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config)
+    (run_dir / "best.safetensors").unlink()
+    (run_dir / "last.safetensors").write_bytes(b"damaged")
+    fit(config.replace(resume=True))
+    assert_same_run(whole, run_dir)
+
+
+def test_random_states_come_back():
+    import random
+
+    states = training.random_states()
+
+    def draw():
+        return torch.rand(2).tolist(), random.random(), np.random.rand(2).tolist()
+
+    first = draw()
+    assert draw() != first
+    training.set_random_states(states)
+    assert draw() == first
+
+
+# ------------------------------------------------------------------------------------ what goes wrong
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_the_step(config, whole, monkeypatch, value):
+    run_dir = config.train.run_dir
+    with monkeypatch.context() as patch:
+        fail_at(patch, 8, lambda loss: loss * value)
+        with pytest.raises(RunError, match=f"epoch 2, step 8: the loss is {value}"):
+            fit(config)
+    checkpoint = load_checkpoint(run_dir / "last.safetensors")
+    assert checkpoint.results["epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in checkpoint.parameters.values())
+    assert log_of(run_dir)[-1]["step"] == 7
+    fit(config.replace(resume=True))
+    assert_same_run(whole, run_dir)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(config, monkeypatch):
+    def poison(loss):
+        loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    fail_at(monkeypatch, 3, poison)
+    with pytest.raises(RunError, match="epoch 1, step 3: the gradient's norm is nan"):
+        fit(config)
+    state, _ = load_resume_state(config.train.run_dir / "resume.safetensors")
+    assert state["progress"]["step"] == 2
+    assert all(tensor.isfinite().all() for tensor in state["parameters"].values())
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(config, whole, monkeypatch):
+    run_dir = config.train.run_dir
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(loss):  # the state of step 4 needs more than there is
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        return loss
+
+    try:
+        with monkeypatch.context() as patch:
+            fail_at(patch, 4, fill)
+            with pytest.raises(OSError, match="resume.safetensors could not be written .File too large"):
+                fit(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_resume_state(run_dir / "resume.safetensors")[0]["progress"]["step"] == 2
+    assert not list(run_dir.glob(".*"))
+    fit(config.replace(resume=True))
+    assert_same_run(whole, run_dir)
+
+
+def test_a_used_folder_is_refused(shared, whole):
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    with pytest.raises(RunError, match="already holds a run .*--resume"):
+        fit(shared)
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_resuming_with_another_configuration_names_the_fields(shared, whole):
+    with pytest.raises(RunError, match="another configuration: lora_rank: 2, not 8; epochs: 3, not 2 as there"):
+        fit(shared.replace(resume=True, epochs=3, lora_rank=2, workers=1))
+
+
+def test_resume_refuses_what_it_cannot_continue(config, whole):
+    resumed = config.replace(resume=True)
+    with pytest.raises(RunError, match="there is no run to continue"):
+        fit(resumed)
+    shutil.copytree(whole, config.train.run_dir)
+    log = config.train.run_dir / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:100])
+    with pytest.raises(RunError, match="metrics.jsonl is shorter than when the run was saved"):
+        fit(resumed)
+    state = config.train.run_dir / "resume.safetensors"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="resume.safetensors: cut off"):
+        fit(resumed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(precision="fp16"), "precision: fp16 needs a GPU"),
+        (dict(device="cuda:99"), "device: cuda:99 is not there"),
+        (dict(depth_prefix=0, depth_lora=0, depth_adapter=2), "nothing to train"),
+    ],
+)
+def test_settings_that_cannot_run(config, changes, message):
+    with pytest.raises(RunError, match=message):
+        fit(config.replace(**changes))
+
+
+def test_tensorboard_that_is_not_installed(config, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else real(name))
+    with pytest.raises(RunError, match="tensorboard: the package is not installed"):
+        fit(config.replace(tensorboard=True))
+    assert not config.train.run_dir.exists()
+
+
+def run_command(monkeypatch, *flags):
+    """The exit status of train.py, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(TRAIN_PY), run_name="__main__")
+    return stopped.value.code
+
+
+def test_command_line_shows_errors_in_a_line(config, tmp_path, monkeypatch, capsys):
+    flags = flags_of(config.replace(dataset="cuhk-pedes", data_root=tmp_path / "nowhere"))
+    assert run_command(monkeypatch, *flags) == 1
+    assert capsys.readouterr().err.startswith(f"error: CUHK-PEDES: folder {tmp_path / 'nowhere'} does not exist")
+    assert run_command(monkeypatch, *flags, "--epochs", "none") == 2
+    assert not config.train.run_dir.exists()
+
+
+def test_command_line_says_how_to_resume(config, monkeypatch, capsys):
+    fail_at(monkeypatch, 3, interrupt)
+    assert run_command(monkeypatch, *flags_of(config)) == 130
+    assert f"continue with --resume {config.train.run_dir}" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ a data set in files
+
+
+def cuhk_pedes(folder, *, train, test):
+    """A folder in the format of CUHK-PEDES, with JPEG files, one a person, and one caption each."""
+    colours = ["red", "green", "blue", "black", "white", "yellow"]
+    entries = []
+    for index in range(train + test):
+        pixels = np.random.default_rng(index).integers(0, 255, (60, 25, 3), dtype=np.uint8)
+        path = Path("CUHK01") / f"{index}.jpg"
+        (folder / "imgs" / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / "imgs" / path)
+        caption = f"A person in a {colours[index % 6]} coat and {colours[index // 6]} shoes."
+        split = "train" if index < train else "test"
+        entries.append({"split": split, "captions": [caption], "file_path": str(path), "id": index + 1})
+    (folder / "reid_raw.json").write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:CUHK-PEDES")  # of its size, which is not the published one
+def test_without_a_validation_split_the_last_epoch_is_selected(config, tmp_path):
+    root = cuhk_pedes(tmp_path / "data", train=6, test=3)
+    result = fit(config.replace(dataset="cuhk-pedes", data_root=root, batch_size=3))
+    assert (result.results["selection"], result.results["epoch"], result.results["queries"]) == ("last", 2, 3)
+    assert "no validation split" in (result.run_dir / "results.md").read_text()
+    splits = {line["split"] for line in log_of(result.run_dir) if line["kind"] == "evaluation"}
+    assert splits == {"test"}
+
+
+@pytest.mark.filterwarnings("ignore:CUHK-PEDES")
+def test_a_broken_image_stops_before_the_first_epoch(config, tmp_path):
+    root = cuhk_pedes(tmp_path / "data", train=6, test=3)
+    config = config.replace(dataset="cuhk-pedes", data_root=root, batch_size=3)
+    broken = root / "imgs" / "CUHK01" / "4.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(DataError, match="4.jpg"):
+        fit(config)
+    assert not config.train.run_dir.exists()
+    with pytest.raises(DataError, match="4.jpg"):
+        fit(config.replace(check_images=False))
+    assert (config.train.run_dir / "resume.safetensors").exists()
+
+
+def test_a_data_set_needs_its_folder(config):
+    with pytest.raises(DataError, match="rstpreid is read from a folder; name it with --data-root"):
+        fit(config.replace(dataset="rstpreid"))
+
+
+@pytest.mark.filterwarnings("ignore:CUHK-PEDES")
+def test_an_epoch_of_cuhk_pedes_at_full_size(tmp_path):
+    """The preset as it is, but for the weights (there is no network), the batch and the number of epochs."""
+    root = cuhk_pedes(tmp_path / "data", train=4, test=2)
+    result = fit(
+        PRESETS["cuhk-pedes"].replace(
+            pretrained="none",
+            device="cpu",
+            backend="torch",
+            data_root=root,
+            batch_size=2,
+            epochs=1,
+            warmup_epochs=0,
+            workers=0,
+            run_dir=tmp_path / "run",
+        )  # fmt: skip
+    )
+    assert result.results["trained_parameters"] == 7_419_816
+    assert len(load_checkpoint(result.run_dir / "last.safetensors").parameters) == 504
+    assert 29e6 < (result.run_dir / "last.safetensors").stat().st_size < 30e6
+    assert [line["step"] for line in log_of(result.run_dir) if line["kind"] == "epoch"] == [2]

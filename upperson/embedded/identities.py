@@ -1,0 +1,156 @@
+"""Who the drawn pedestrians are, and the views that cameras take of them."""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .backgrounds import PLACES
+from .drawing import Light
+from .vocabulary import (
+    BAGS,
+    COLOURS,
+    DENIM,
+    HAIR,
+    HAIR_COLOURS,
+    HATS,
+    RGB,
+    SHOES,
+    SKIN,
+    Item,
+    contrast,
+    pick_item,
+)
+
+HEIGHT, WIDTH = 192, 64
+FACINGS = ("front", "back", "left", "right")
+
+# How often each kind is worn or carried.
+_UPPER = {
+    "t-shirt": 5.0,
+    "shirt": 3.0,
+    "sweater": 3.0,
+    "hoodie": 3.0,
+    "jacket": 4.0,
+    "padded jacket": 2.0,
+    "coat": 2.0,
+    "tank top": 1.5,
+    "dress": 1.5,
+}
+_LOWER = {"trousers": 5.0, "jeans": 4.0, "shorts": 2.5, "skirt": 2.0, "long skirt": 1.0}
+_LOWER_UNDER_COAT = {"trousers": 5.0, "jeans": 4.0, "long skirt": 1.0}  # the coat would hide the short ones
+_SHOES = dict(zip(SHOES, (5.0, 3.0, 2.0, 1.5), strict=True))
+_BAGS = dict(zip(BAGS, (5.0, 3.0, 2.0, 2.0, 1.0), strict=True))
+_HAIR = dict(zip(HAIR, (5.0, 4.0, 3.0, 2.0, 2.0), strict=True))
+_HAIR_COLOURS = dict(zip(HAIR_COLOURS, (6.0, 4.0, 2.0, 1.0, 1.0), strict=True))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything about a person that stays the same from view to view."""
+
+    skin: RGB
+    girth: float  # 1 is average
+    hair: Item
+    upper: Item
+    lower: Item | None  # None under a dress
+    shoes: Item
+    bag: Item | None
+    bag_hand: int  # +1 left, -1 right, as the person sees it
+    hat: Item | None
+    glasses: bool
+    inner: RGB  # the shirt in the neckline of a jacket or coat
+
+    @property
+    def appearance(self) -> tuple:
+        """What can be told from every side; no two identities of a data set share it."""
+        items = (self.hat, self.upper.without_logo(), self.lower, self.shoes)
+        worn = tuple(item and (item.kind, item.colour, item.pattern, item.accent) for item in items)
+        return (self.hair.colour, *worn)
+
+
+@dataclass(frozen=True)
+class View:
+    """How an identity is shown in one image."""
+
+    facing: str  # one of FACINGS
+    phase: float  # of the walk, radians
+    height: float  # of the figure, pixels
+    centre: float  # of the figure, pixels from the left
+    feet: float  # pixels from the top
+    place: str  # one of PLACES
+    light: Light
+    occluded: bool  # something stands in front of the feet
+    seed: int  # of the details of the background, and of the noise
+
+
+def draw_identity(rng: random.Random) -> Identity:
+    """A person at random; black, white, grey and blue clothes are commoner, as on the street."""
+    skin = rng.choice(SKIN)
+    upper_kind = _choose(rng, _UPPER)
+    upper = _unlike(skin, lambda: pick_item(rng, upper_kind, patterned=0.4))
+    return Identity(
+        skin=skin,
+        girth=rng.uniform(0.86, 1.16),
+        hair=_unlike(skin, lambda: _draw_hair(rng)),
+        upper=upper,
+        lower=None if upper.kind == "dress" else _draw_lower(rng, upper),
+        shoes=pick_item(rng, _choose(rng, _SHOES)),
+        bag=pick_item(rng, _choose(rng, _BAGS)) if rng.random() < 0.65 else None,
+        bag_hand=rng.choice((-1, 1)),
+        hat=pick_item(rng, rng.choice(tuple(HATS))) if rng.random() < 0.2 else None,
+        glasses=rng.random() < 0.2,
+        inner=rng.choice(COLOURS[rng.choice(("white", "grey", "black", "light blue"))].shades),
+    )
+
+
+def draw_views(rng: random.Random, count: int) -> list[View]:
+    """`count` views of one identity, from changing sides, at changing places, each by another camera."""
+    facings = rng.sample(FACINGS, len(FACINGS))
+    places = rng.sample(tuple(PLACES), len(PLACES))
+    return [_draw_view(rng, facings[i % len(facings)], places[i % len(places)]) for i in range(count)]
+
+
+def _draw_view(rng: random.Random, facing: str, place: str) -> View:
+    height, warmth = rng.uniform(158, 178), rng.gauss(0, 0.05)
+    return View(
+        facing=facing,
+        phase=rng.uniform(0, 2 * math.pi),
+        height=height,
+        centre=WIDTH / 2 + rng.uniform(-4, 4),
+        feet=min(HEIGHT - 4, (HEIGHT + height) / 2 + rng.uniform(-5, 7)),
+        place=place,
+        light=Light(
+            brightness=rng.uniform(0.72, 1.12),
+            contrast=rng.uniform(0.75, 1.1),
+            cast=(1 + warmth, 1.0, 1 - warmth),
+            slope=rng.uniform(-0.3, 0.3),
+            noise=rng.uniform(2, 7),
+            blur=rng.choice((0, 0.4, 0.7)),
+        ),
+        occluded=rng.random() < 0.12,
+        seed=rng.getrandbits(63),
+    )
+
+
+def _draw_hair(rng: random.Random) -> Item:
+    colour = _choose(rng, _HAIR_COLOURS)
+    return Item(_choose(rng, _HAIR), colour, rng.choice(HAIR_COLOURS[colour]))
+
+
+def _draw_lower(rng: random.Random, upper: Item) -> Item:
+    kind = _choose(rng, _LOWER_UNDER_COAT if upper.kind == "coat" else _LOWER)
+    among = DENIM if kind == "jeans" else tuple(COLOURS)
+    patterned = 0.12 if kind in ("skirt", "long skirt", "shorts") else 0.0
+    return _unlike(upper.rgb, lambda: pick_item(rng, kind, among, patterned).without_logo())
+
+
+def _unlike(rgb: RGB, draw: Callable[[], Item]) -> Item:
+    """Draws items until one stands out from the colour beside it."""
+    while contrast((item := draw()).rgb, rgb) < 50:
+        pass
+    return item
+
+
+def _choose(rng: random.Random, weights: dict[str, float]) -> str:
+    return rng.choices(tuple(weights), tuple(weights.values()))[0]

@@ -1,0 +1,67 @@
+"""One image of the embedded data set: an identity in a view."""
+
+import random
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from .backgrounds import draw_background
+from .drawing import Canvas, mix, shade
+from .figure import draw_figure
+from .identities import HEIGHT, WIDTH, Identity, View
+from .vocabulary import Item
+
+
+@dataclass(frozen=True)
+class Pedestrian:
+    """Drawn when asked for, the same pixels every time."""
+
+    identity: Identity
+    view: View
+
+    def draw(self) -> Image.Image:
+        """The RGB image, 192 high and 64 wide."""
+        rng = random.Random(self.view.seed)
+        canvas = Canvas(WIDTH, HEIGHT, (128, 128, 128))
+        draw_background(canvas, self.view.place, rng)
+        draw_figure(canvas, self.identity, self.view)
+        if self.view.occluded:
+            _draw_obstacle(canvas, rng)
+        return self.view.light.apply(canvas.finish(), self.view.seed)
+
+    def visible(self) -> dict[str, Item]:
+        """What a caption may speak of: items by part, without what this view hides."""
+        person, facing = self.identity, self.view.facing
+        parts = {"upper": person.upper, "lower": person.lower, "hair": person.hair, "hat": person.hat}
+        if facing != "front":
+            parts["upper"] = person.upper.without_logo()
+        if person.hat or (facing == "front" and person.hair.kind in ("ponytail", "bun")):
+            parts["hair"] = replace(person.hair, kind="hair")  # its colour shows, its style does not
+        if person.glasses and facing != "back":
+            parts["glasses"] = Item("glasses", "black", (25, 25, 30))
+        if not self.view.occluded:
+            parts["shoes"] = person.shoes
+        if person.bag and _bag_shows(person, facing):
+            parts["bag"] = person.bag
+        return {part: item for part, item in parts.items() if item is not None}
+
+
+def _bag_shows(person: Identity, facing: str) -> bool:
+    """From the side the far hand, and what it holds, is behind the body."""
+    if person.bag.kind == "backpack" or facing in ("front", "back"):
+        return True
+    return person.bag_hand == (-1 if facing == "right" else 1)
+
+
+def _draw_obstacle(canvas: Canvas, rng: random.Random) -> None:
+    """A hedge or a low wall between the camera and the feet."""
+    top = HEIGHT * rng.uniform(0.84, 0.88)
+    if rng.random() < 0.5:
+        hedge = mix((52, 92, 48), (96, 120, 60), rng.random())
+        for x in range(-4, WIDTH + 8, 9):
+            canvas.ellipse(x, top + 10, 10, 10 + rng.uniform(-3, 3), shade(hedge, rng.uniform(0.85, 1.15)))
+        canvas.rectangle(0, top + 10, WIDTH, HEIGHT, hedge)
+    else:
+        stone = (rng.randint(110, 180),) * 3
+        canvas.rectangle(0, top, WIDTH, HEIGHT, stone)
+        canvas.rectangle(0, top, WIDTH, top + 4, shade(stone, 1.2))

@@ -1,0 +1,115 @@
+"""Trains the small CLIP on drawn scenes without people: `python -m upperson.embedded.pretrain`.
+
+Contrastive training as in CLIP (arXiv 2103.00020). Every pair is seen once: scene i of an endless series
+is drawn when step i // batch needs it, so what is seen depends on the seed alone.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import normalize
+from tqdm import tqdm
+
+from .scenes import draw_scene
+from .weights import CLIP_WEIGHTS, build_embedded_clip, save_embedded_clip
+
+WARMUP_STEPS = 100
+LARGEST_SCALE = math.log(100)
+
+
+class Scenes(Dataset):
+    """Scene i of a series: its pixels [3, 128, 128] uint8 and its token ids [77] int64."""
+
+    def __init__(self, seed: int, count: int):
+        self.seed, self.count = seed, count
+        self.tokenizer = open_clip.SimpleTokenizer()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        scene = draw_scene(self.seed, index)
+        return torch.from_numpy(np.array(scene.draw())).permute(2, 0, 1), self.tokenizer(scene.caption)[0]
+
+
+def encode_short_text(clip: open_clip.CLIP, tokens: Tensor) -> Tensor:
+    """clip.encode_text without the padding behind the longest text, which a causal tower never sees."""
+    ends = tokens.argmax(dim=-1)
+    length = int(ends.max()) + 1
+    x = clip.token_embedding(tokens[:, :length]) + clip.positional_embedding[:length]
+    x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:length, :length]))
+    return x[torch.arange(len(tokens)), ends] @ clip.text_projection
+
+
+def pretrain(
+    seed: int, steps: int, batch_size: int, learning_rate: float, workers: int
+) -> tuple[open_clip.CLIP, set[int]]:
+    """The trained CLIP and the ids of the tokens that its captions had."""
+    torch.manual_seed(seed)
+    clip = build_embedded_clip().train()
+    optimizer = AdamW(_groups(clip), lr=learning_rate, betas=(0.9, 0.98), eps=1e-6)
+    warmup = min(WARMUP_STEPS, steps // 2)
+    schedule = SequentialLR(
+        optimizer,
+        [LinearLR(optimizer, 0.01, total_iters=warmup), CosineAnnealingLR(optimizer, steps - warmup)],
+        milestones=[warmup],
+    )
+    loss_of = ClipLoss()
+    mean, std = list(open_clip.OPENAI_DATASET_MEAN), list(open_clip.OPENAI_DATASET_STD)
+    tokens_seen: set[int] = set()
+    loader = DataLoader(Scenes(seed, steps * batch_size), batch_size=batch_size, num_workers=workers)
+    with tqdm(loader, desc="pretraining", unit="step") as progress:
+        for pixels, tokens in progress:
+            tokens_seen.update(tokens.unique().tolist())
+            images = F.normalize(clip.encode_image(normalize(pixels / 255, mean, std)), dim=-1)
+            texts = F.normalize(encode_short_text(clip, tokens), dim=-1)
+            loss = loss_of(images, texts, clip.logit_scale.exp())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                clip.logit_scale.clamp_(max=LARGEST_SCALE)
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+    return clip.eval(), tokens_seen
+
+
+def _groups(clip: open_clip.CLIP) -> list[dict]:
+    """Matrices decay; gains, biases and embeddings do not."""
+    decayed, kept = [], []
+    for name, parameter in clip.named_parameters():
+        (kept if parameter.ndim < 2 or "embedding" in name else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
+    parser.add_argument("--output", type=Path, default=CLIP_WEIGHTS)
+    options = parser.parse_args()
+    clip, tokens = pretrain(
+        options.seed, options.steps, options.batch_size, options.learning_rate, options.workers
+    )
+    save_embedded_clip(clip, tokens, options.output)
+    print(f"{options.output}: {options.output.stat().st_size / 1e6:.2f} MB, {len(tokens)} trained tokens")
+
+
+if __name__ == "__main__":
+    main()

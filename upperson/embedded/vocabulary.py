@@ -1,0 +1,143 @@
+"""What the drawings can show and what it is called: shared by pedestrians, scenes and captions."""
+
+import random
+from dataclasses import dataclass
+
+RGB = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Colour:
+    names: tuple[str, ...]  # synonyms; the first is the commonest
+    shades: tuple[RGB, ...]
+    weight: float  # how often it is worn
+
+
+COLOURS = {
+    "black": Colour(("black",), ((26, 26, 30), (38, 37, 40), (18, 20, 26)), 3.0),
+    "white": Colour(("white",), ((240, 240, 238), (226, 228, 232), (246, 243, 236)), 2.2),
+    "grey": Colour(("grey", "gray"), ((128, 130, 134), (146, 146, 148), (112, 114, 118)), 2.0),
+    "red": Colour(("red", "bright red"), ((204, 32, 36), (220, 46, 40), (190, 24, 44)), 1.5),
+    "maroon": Colour(("maroon", "dark red", "burgundy"), ((104, 22, 36), (120, 30, 40), (92, 18, 30)), 0.8),
+    "orange": Colour(("orange",), ((236, 124, 28), (244, 140, 40), (228, 108, 20)), 0.8),
+    "yellow": Colour(("yellow", "bright yellow"), ((242, 208, 44), (250, 220, 70), (232, 192, 30)), 1.0),
+    "green": Colour(("green",), ((44, 150, 70), (60, 164, 60), (30, 132, 76)), 1.0),
+    "dark green": Colour(("dark green", "olive"), ((44, 72, 46), (62, 76, 40), (34, 64, 52)), 0.9),
+    "turquoise": Colour(("turquoise", "teal"), ((30, 158, 160), (44, 172, 168), (24, 140, 150)), 0.7),
+    "light blue": Colour(
+        ("light blue", "sky blue"), ((136, 186, 228), (150, 196, 232), (124, 174, 220)), 1.2
+    ),
+    "blue": Colour(("blue", "bright blue"), ((38, 88, 196), (50, 104, 208), (30, 76, 180)), 1.6),
+    "dark blue": Colour(("dark blue", "navy", "navy blue"), ((28, 40, 92), (34, 48, 100), (24, 34, 78)), 1.8),
+    "purple": Colour(("purple", "violet"), ((118, 56, 158), (130, 70, 170), (104, 46, 140)), 0.8),
+    "pink": Colour(("pink",), ((238, 140, 176), (244, 158, 188), (228, 120, 164)), 1.0),
+    "brown": Colour(("brown",), ((112, 72, 40), (126, 84, 50), (98, 62, 36)), 1.1),
+    "beige": Colour(
+        ("beige", "tan", "cream-coloured"), ((214, 190, 148), (222, 200, 162), (202, 178, 136)), 1.1
+    ),
+}
+
+DENIM = ("blue", "dark blue", "light blue", "black", "grey")
+
+# kind -> names. A name in the plural takes no article ("blue jeans" or "a pair of blue jeans").
+UPPER = {
+    "t-shirt": ("t-shirt", "tee", "short-sleeved top"),
+    "shirt": ("shirt", "button-up shirt", "long-sleeved shirt"),
+    "sweater": ("sweater", "pullover", "jumper"),
+    "hoodie": ("hoodie", "hooded sweatshirt"),
+    "jacket": ("jacket", "zipped jacket"),
+    "padded jacket": ("padded jacket", "down jacket", "puffer jacket"),
+    "coat": ("coat", "long coat", "overcoat"),
+    "tank top": ("tank top", "sleeveless top"),
+    "dress": ("dress",),
+}
+LOWER = {
+    "trousers": ("trousers", "pants", "long pants"),
+    "jeans": ("jeans", "denim jeans"),
+    "shorts": ("shorts", "short pants"),
+    "skirt": ("skirt", "short skirt"),
+    "long skirt": ("long skirt",),
+}
+SHOES = {
+    "sneakers": ("sneakers", "trainers", "sports shoes"),
+    "shoes": ("shoes",),
+    "boots": ("boots",),
+    "sandals": ("sandals",),
+}
+BAGS = {
+    "backpack": ("backpack", "rucksack"),
+    "shoulder bag": ("shoulder bag", "messenger bag", "crossbody bag"),
+    "handbag": ("handbag", "purse"),
+    "shopping bag": ("shopping bag", "carrier bag"),
+    "suitcase": ("suitcase", "trolley case"),
+}
+HATS = {
+    "cap": ("cap", "baseball cap"),
+    "beanie": ("beanie", "knitted hat", "woolly hat"),
+    "sun hat": ("hat", "brimmed hat", "sun hat"),
+}
+HAIR = {
+    "short hair": ("short {} hair", "short hair that is {}"),
+    "long hair": ("long {} hair", "{} hair falling on the shoulders"),
+    "ponytail": ("{} hair in a ponytail", "a {} ponytail"),
+    "bun": ("{} hair in a bun", "{} hair tied up in a knot"),
+    "curly hair": ("curly {} hair", "a lot of curly {} hair"),
+}
+HAIR_COLOURS = {
+    "black": ((28, 24, 24), (20, 20, 24)),
+    "brown": ((92, 58, 34), (110, 70, 40)),
+    "blond": ((222, 186, 110), (208, 168, 92)),
+    "red": ((170, 74, 30), (186, 86, 40)),
+    "grey": ((168, 168, 170), (190, 190, 192)),
+}
+SKIN = ((244, 206, 178), (230, 184, 150), (204, 152, 112), (164, 112, 76), (122, 80, 54), (90, 58, 42))
+
+# pattern -> (adjectives, endings with the second colour in them)
+PATTERNS = {
+    "stripes": (("striped",), ("with {} stripes", "with horizontal {} stripes")),
+    "vertical stripes": (("vertically striped",), ("with vertical {} stripes", "with {} pinstripes")),
+    "checks": (("checked", "plaid"), ("with {} checks", "with a {} plaid pattern")),
+    "dots": (("dotted", "polka-dot"), ("with {} dots", "with {} polka dots")),
+    "logo": ((), ("with a {} logo", "with a {} print on the chest", "with a {} picture on the front")),
+}
+
+NAMES = {**UPPER, **LOWER, **SHOES, **BAGS, **HATS}
+PLURAL = frozenset({"trousers", "jeans", "shorts", *SHOES})
+
+
+@dataclass(frozen=True)
+class Item:
+    """A coloured thing: a garment, a bag, a toy car. `accent` is the second colour of its pattern."""
+
+    kind: str
+    colour: str
+    rgb: RGB
+    pattern: str = "plain"
+    accent: str | None = None
+    accent_rgb: RGB | None = None
+
+    def without_logo(self) -> "Item":
+        """The item as it looks from where a logo on its front does not show."""
+        return Item(self.kind, self.colour, self.rgb) if self.pattern == "logo" else self
+
+
+def pick_colour(rng: random.Random, among: tuple[str, ...] = tuple(COLOURS)) -> str:
+    """A colour name, drawn as often as it is worn."""
+    return rng.choices(among, [COLOURS[name].weight for name in among])[0]
+
+
+def pick_item(
+    rng: random.Random, kind: str, among: tuple[str, ...] = tuple(COLOURS), patterned: float = 0.0
+) -> Item:
+    """An item of one kind in a colour from `among`; with probability `patterned` in two colours."""
+    colour = pick_colour(rng, among)
+    rgb = rng.choice(COLOURS[colour].shades)
+    if rng.random() >= patterned:
+        return Item(kind, colour, rgb)
+    accent = rng.choice([name for name in COLOURS if contrast(COLOURS[name].shades[0], rgb) > 230])
+    return Item(kind, colour, rgb, rng.choice(list(PATTERNS)), accent, rng.choice(COLOURS[accent].shades))
+
+
+def contrast(a: RGB, b: RGB) -> int:
+    """Sum of the absolute differences of the channels: 0 for the same colour, 765 for black and white."""
+    return sum(abs(x - y) for x, y in zip(a, b, strict=True))
