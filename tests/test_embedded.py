@@ -20,6 +20,7 @@ from torchvision.transforms.v2.functional import normalize
 
 from upperson.data.samples import Sample, gallery, queries
 from upperson.embedded import CLIP_CONFIG, load_embedded_clip, read_embedded
+from upperson.embedded.identities import Identity, draw_identity
 from upperson.embedded.pretrain import Scenes, encode_short_text, pretrain
 from upperson.embedded.scenes import draw_scene
 from upperson.embedded.vocabulary import COLOURS, HAIR_COLOURS, NAMES, PATTERNS
@@ -84,6 +85,20 @@ def test_no_identity_is_in_two_splits_and_all_look_different(data):
     for sample in data["test"]:
         assert people[sample.person_id] == ("test", sample.image.identity)
     assert len({identity.appearance for _, identity in people.values()}) == 900
+
+
+def test_people_who_look_alike_are_drawn_again(monkeypatch):
+    def twins(rng: random.Random) -> Identity:
+        pending[:] = pending or [draw_identity(rng)] * 2
+        return pending.pop()
+
+    pending: list[Identity] = []
+    monkeypatch.setattr("upperson.embedded.dataset.draw_identity", twins)
+    splits = read_embedded(train=3, val=2, test=2, views=1)
+    looks = {
+        sample.person_id: sample.image.identity.appearance for split in SPLITS for sample in splits[split]
+    }
+    assert len(looks) == len(set(looks.values())) == 7
 
 
 def test_image_ids_are_unique_over_all_splits(data):
@@ -185,6 +200,21 @@ def test_what_a_view_hides_is_not_visible(data):
             assert "shoes" not in visible
             hidden_shoes += 1
     assert min(hidden_bags, hidden_glasses, hidden_shoes) > 10
+
+
+def test_what_is_visible_is_drawn(data):
+    """Taking a visible bag or hat away, or recolouring visible shoes, changes the picture."""
+    checked = dict.fromkeys(("bag", "hat", "shoes", "glasses"), 0)
+    for image in gallery(data["val"])[0]:
+        person, before = image.identity, np.asarray(image.draw(), int)
+        green = replace(person.shoes, rgb=(0, 255, 0) if person.shoes.rgb[0] > 100 else (255, 0, 255))
+        for part, other in (("bag", None), ("hat", None), ("shoes", green), ("glasses", False)):
+            if part in image.visible() and checked[part] < 25:
+                after = np.asarray(replace(image, identity=replace(person, **{part: other})).draw(), int)
+                changed = (np.abs(after - before).max(axis=2) > 8).sum()
+                assert changed > (10 if part == "glasses" else 40), (part, image)
+                checked[part] += 1
+    assert min(checked.values()) == 25
 
 
 def test_captions_omit_something_and_vary(data):

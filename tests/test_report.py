@@ -32,7 +32,7 @@ def samples(tmp_path):
     for index in range(16):
         path = tmp_path / f"{index}.png"
         Image.new("RGB", (20, 48), (90, 90, 100 + 9 * index)).save(path)
-        caption = f"Person {index} in a $5 coat, who paid $3, " + "striped " * (40 if index == 1 else 1)
+        caption = f"Person {index} in a $5 \\coat, who paid $3, " + "striped " * (40 if index == 1 else 1)
         samples.append(Sample(path, caption, index // 2, index))
     return samples
 

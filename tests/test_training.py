@@ -151,6 +151,20 @@ def test_steps_on_one_batch_bring_its_loss_down(config):
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_every_epoch_shows_every_pair_in_another_order(config, monkeypatch):
+    real, seen = Training.step, []
+
+    def step(run, batch):
+        seen.append(batch["person_ids"].tolist())
+        return real(run, batch)
+
+    monkeypatch.setattr(Training, "step", step)
+    fit(config)
+    first, second = sum(seen[:5], []), sum(seen[5:], [])
+    assert first != second
+    assert sorted(first) == sorted(second) == sorted(sample.person_id for sample in read_splits(config.data)["train"])
+
+
 def test_the_number_of_workers_changes_nothing(config, whole):
     fit(config.replace(workers=2))
     assert_same_run(whole, config.train.run_dir)
@@ -494,6 +508,7 @@ def test_resume_refuses_what_it_cannot_continue(config, whole):
 def test_settings_that_cannot_run(config, changes, message):
     with pytest.raises(RunError, match=message):
         fit(config.replace(**changes))
+    assert not config.train.run_dir.exists()
 
 
 def test_tensorboard_that_is_not_installed(config, monkeypatch):

@@ -269,8 +269,8 @@ _BACKBONE = {"model": "ViT-B-16-quickgelu", "pretrained": "openai", "image_size"
 PRESETS: dict[str, Config] = {
     "embedded": Config(
         ModelConfig(prefix_length=4, lora_rank=8, adapter_reduction=4),
-        DataConfig(workers=0),
-        TrainConfig(epochs=30, batch_size=64, warmup_epochs=2),
+        DataConfig(workers=0, mask_captions=False, embedded_identities=(1200, 100, 200)),
+        TrainConfig(epochs=8, batch_size=64, warmup_epochs=1, learning_rate=3e-3, adam_epsilon=1e-8),
     ),
     "cuhk-pedes": Config(ModelConfig(**_BACKBONE), DataConfig(dataset="cuhk-pedes")),
     "icfg-pedes": Config(ModelConfig(**_BACKBONE, prefix_length=14), DataConfig(dataset="icfg-pedes")),

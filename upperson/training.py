@@ -72,6 +72,8 @@ def fit(config: Config) -> RunResult:
     splits = read_splits(config.data)
     torch.manual_seed(config.train.seed)
     model = UPPerson(config.model).to(device)
+    if not model.trained_parameters():
+        raise RunError("nothing to train: depth_prefix, depth_lora and depth_adapter leave no module in any block")
     if config.data.check_images and config.data.dataset != "embedded":
         check_images(itertools.chain.from_iterable(splits.values()))
     run_dir = config.train.run_dir if config.train.resume else claim_folder(config)
@@ -350,8 +352,6 @@ def build_optimizer(parameters: dict[str, nn.Parameter], settings: TrainConfig) 
             rate = settings.prefix_learning_rate
         decay = 0.0 if name.endswith("_bias") else settings.weight_decay
         groups.setdefault((rate, decay), []).append(parameter)
-    if not groups:
-        raise RunError("nothing to train: depth_prefix, depth_lora and depth_adapter leave no module in any block")
     return Adam(
         [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
         eps=settings.adam_epsilon,

@@ -1,4 +1,4 @@
-"""Places to stand in: what is behind a figure or an object, on a canvas of any size."""
+"""What is behind a figure or an object: public places for pedestrians, rooms for the pretraining scenes."""
 
 import random
 
@@ -6,6 +6,11 @@ from .drawing import Canvas, mix, shade
 from .vocabulary import RGB
 
 # name -> how a caption says it
+ROOMS = {
+    "studio": ("on a plain background",),
+    "room": ("in a room", "in an empty room"),
+    "table": ("on a table", "on a wooden table"),
+}
 PLACES = {
     "street": ("on the street", "beside the road"),
     "wall": ("in front of a brick wall", "by a brick wall"),
@@ -17,7 +22,7 @@ PLACES = {
 
 
 def draw_background(canvas: Canvas, place: str, rng: random.Random) -> None:
-    """Fills the canvas with one of PLACES; every call draws other details from `rng`."""
+    """Fills the canvas with one of PLACES or ROOMS; every call draws other details from `rng`."""
     horizon = canvas.height * rng.uniform(0.42, 0.72)
     _PAINTERS[place](canvas, horizon, rng)
 
@@ -132,4 +137,35 @@ def _fence(canvas: Canvas, horizon: float, rng: random.Random) -> None:
     canvas.rectangle(0, horizon, width, height, mix(_muted(rng, 120, 180), (150, 140, 100), 0.4))
 
 
-_PAINTERS = {"street": _street, "wall": _wall, "park": _park, "shop": _shop, "hall": _hall, "fence": _fence}
+def _studio(canvas: Canvas, horizon: float, rng: random.Random) -> None:
+    canvas.rectangle(0, 0, canvas.width, canvas.height, _muted(rng, 140, 240))
+
+
+def _room(canvas: Canvas, horizon: float, rng: random.Random) -> None:
+    width, height = canvas.width, canvas.height
+    canvas.rectangle(0, 0, width, horizon, _muted(rng, 170, 240, (230, 210, 180), 0.6))
+    floor = mix(_muted(rng, 110, 190), (150, 110, 70), rng.random() * 0.6)
+    canvas.rectangle(0, horizon, width, height, floor)
+    canvas.rectangle(0, horizon - 3, width, horizon, shade(floor, 0.8))
+
+
+def _table(canvas: Canvas, horizon: float, rng: random.Random) -> None:
+    width, height = canvas.width, canvas.height
+    canvas.rectangle(0, 0, width, height, _muted(rng, 150, 230))
+    wood = mix(_muted(rng, 120, 190), (170, 120, 76), rng.uniform(0.3, 0.9))
+    canvas.rectangle(0, horizon * 0.5, width, height, wood)
+    for y in range(int(horizon * 0.5) + 6, height, 9):
+        canvas.line(((0, y), (width, y + rng.uniform(-2, 2))), 0.7, shade(wood, 0.9))
+
+
+_PAINTERS = {
+    "studio": _studio,
+    "room": _room,
+    "table": _table,
+    "street": _street,
+    "wall": _wall,
+    "park": _park,
+    "shop": _shop,
+    "hall": _hall,
+    "fence": _fence,
+}

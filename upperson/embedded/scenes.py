@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .backgrounds import PLACES, draw_background
+from .backgrounds import ROOMS, draw_background
 from .captions import listed, noun_phrase
 from .drawing import Canvas, Light
 from .objects import draw_item
@@ -68,17 +68,16 @@ def draw_scene(seed: int, index: int) -> Scene:
     """Scene `index` of the endless series that belongs to a seed."""
     rng = random.Random(f"scene/{seed}/{index}")
     things, words = rng.choices((_side_by_side, _shelf, _alone), (4, 2, 3))[0](rng)
-    place = rng.choice(tuple(PLACES))
+    place = rng.choice(tuple(ROOMS))
     if rng.random() < 0.3:
-        words += " " + rng.choice(PLACES[place])
-    warmth = rng.gauss(0, 0.04)
+        words += " " + rng.choice(ROOMS[place])
+    warmth = rng.gauss(0, 0.03)
     light = Light(
-        brightness=rng.uniform(0.8, 1.15),
-        contrast=rng.uniform(0.8, 1.1),
+        brightness=rng.uniform(0.9, 1.1),
+        contrast=rng.uniform(0.9, 1.05),
         cast=(1 + warmth, 1.0, 1 - warmth),
-        slope=rng.uniform(-0.2, 0.2),
-        noise=rng.uniform(0, 5),
-        blur=rng.choice((0, 0, 0.5)),
+        slope=rng.uniform(-0.15, 0.15),
+        noise=rng.uniform(0, 4),
     )
     return Scene(tuple(things), place, light, words[0].upper() + words[1:] + ".", rng.getrandbits(63))
 
@@ -135,7 +134,7 @@ def _garment(rng: random.Random, kind: str) -> Item:
 
 
 def _anything(rng: random.Random) -> Item:
-    if rng.random() < 0.35:
+    if rng.random() < 0.5:
         return _garment(rng, rng.choice(tuple(rng.choice((UPPER, LOWER, SHOES, BAGS, HATS)))))
     kind = rng.choice(tuple(TOYS))
     return pick_item(rng, kind, patterned=0.4 if kind in _PATTERNED_TOYS else 0.0).without_logo()

@@ -71,4 +71,4 @@ def load_embedded_clip(path: Path = CLIP_WEIGHTS) -> open_clip.CLIP:
     return clip.eval()
 
 
-_REBUILD = "`python -m upperson.embedded.pretrain` makes it again (about 25 minutes on two cores)"
+_REBUILD = "`python -m upperson.embedded.pretrain` makes it again (about 8 minutes on two cores)"

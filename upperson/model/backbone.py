@@ -11,10 +11,10 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer, Visio
 from torch import Tensor, nn
 
 from upperson.config import ModelConfig
-from upperson.embedded import load_embedded_clip
+from upperson.embedded import CLIP_CONFIG, load_embedded_clip
+from upperson.embedded.weights import EmbeddedWeightsError
 
 CLIP_VOCABULARY = 49408
-EMBEDDED_CLIP = Path(__file__).parents[1] / "embedded" / "clip.json"
 
 
 class BackboneError(ValueError):
@@ -27,9 +27,12 @@ def build_clip(config: ModelConfig) -> nn.Module:
     Raises BackboneError for an unknown model or tag, and for a file that is missing or does not fit.
     """
     if config.model == "embedded" and config.pretrained == "embedded":
-        return load_embedded_clip()
+        try:
+            return load_embedded_clip()
+        except EmbeddedWeightsError as error:
+            raise BackboneError(str(error)) from error
     if config.model == "embedded" or config.model.endswith(".json"):
-        return create_from_file(EMBEDDED_CLIP if config.model == "embedded" else Path(config.model), config.pretrained)
+        return create_from_file(CLIP_CONFIG if config.model == "embedded" else Path(config.model), config.pretrained)
     return create_by_name(config.model, config.pretrained)
 
 
@@ -88,15 +91,22 @@ def text_tower(clip: nn.Module) -> nn.Module:
     return getattr(clip, "text", clip)
 
 
+def pooling(clip: nn.Module) -> tuple[str, int | None]:
+    """How the text tower picks the token that stands for the caption: open_clip's pool type and end token id."""
+    if isinstance(clip, open_clip.CustomTextCLIP):
+        return clip.text.pool_type, clip.text.eos_id
+    return clip.text_pool_type, clip.text_eos_id
+
+
 def require_transformers(name: str, clip: nn.Module) -> None:
     """Raises BackboneError unless both towers are open_clip's own transformers and read CLIP's vocabulary."""
     if not isinstance(clip.visual, VisionTransformer):
         raise BackboneError(f"{name}: the image tower is a {type(clip.visual).__name__}; UP-Person adapts open_clip's "
                             "VisionTransformer (its ViT CLIP models)")
     text = text_tower(clip)
-    if text is not clip and not isinstance(text, TextTransformer):
-        raise BackboneError(f"{name}: the text tower is a {type(text).__name__}; UP-Person adapts open_clip's own "
-                            "text transformer")
+    if not isinstance(clip, open_clip.CLIP) and (not isinstance(text, TextTransformer) or text.cls_emb is not None):
+        raise BackboneError(f"{name}: the text tower is not open_clip's own text transformer with an end token, which "
+                            "UP-Person adapts")
     for tower, transformer in (("image", clip.visual.transformer), ("text", text.transformer)):
         kind = type(transformer.resblocks[0])
         if kind is not ResidualAttentionBlock:

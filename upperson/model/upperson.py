@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import open_clip
+from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from upperson.config import ModelConfig
-from upperson.model.backbone import build_clip, fit_image_size, require_transformers, text_tower
+from upperson.model.backbone import build_clip, fit_image_size, pooling, require_transformers, text_tower
 from upperson.model.block import Block
 from upperson.model.petl import LAdapter, LoRA, SalablePrefix
 
@@ -32,8 +33,9 @@ class UPPerson(nn.Module):
         fit_image_size(self.clip.visual, config.image_size)
         self.clip.visual.patch_dropout = nn.Identity()
         text = text_tower(self.clip)
+        self.text_causal = text.attn_mask is not None
         self.image_blocks = adapt(self.clip.visual.transformer, config, causal=False)
-        self.text_blocks = adapt(text.transformer, config, causal=text.attn_mask is not None)
+        self.text_blocks = adapt(text.transformer, config, causal=self.text_causal)
         self.context_length = text.context_length
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
         preprocessing = open_clip.get_model_preprocess_cfg(self.clip)
@@ -45,8 +47,22 @@ class UPPerson(nn.Module):
         return self.clip.encode_image(images)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Embeddings (B, E), not normalised, of token ids (B, context_length), int64."""
-        return self.clip.encode_text(tokens)
+        """Embeddings (B, E), not normalised, of token ids (B, context_length), int64.
+
+        What open_clip's encode_text computes, without the padding behind the longest caption of the batch: no
+        token before it sees it.
+        """
+        text = text_tower(self.clip)
+        pool_type, end_id = pooling(self.clip)
+        length = tokens.shape[1]
+        if self.text_causal and pool_type == "argmax":                  # the end token has the largest id
+            length = int(tokens.argmax(1).max()) + 1
+        x = text.token_embedding(tokens[:, :length]) + text.positional_embedding[:length]
+        for block in self.text_blocks:
+            x = block(x)
+        x = text_global_pool(text.ln_final(x), tokens[:, :length], pool_type, end_id)
+        projection = text.text_projection
+        return projection(x) if isinstance(projection, nn.Module) else x @ projection
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name: {image,text}.blocks.{i}.{prefix,lora,adapter_attn,adapter_mlp}.…"""
