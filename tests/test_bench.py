@@ -16,7 +16,8 @@ BENCH = Path(__file__).parents[1] / "bench"
 def test_attention_benchmark(tmp_path):
     report = tmp_path / "attention.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, BENCH / "attn.py", "--shape", "text", "--batch", "2", "--seconds", "0.1", "--json", report]
+    command = [sys.executable, BENCH / "attn.py", "--shape", "text", "--batch", "2", "--seconds", "0.1",
+               "--json", report]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "These need a GPU and are left out: the fused kernels" in run.stdout

@@ -4,11 +4,11 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from upperson.training import build_optimizer
 
 from upperson import ModelConfig, TrainConfig, UPPerson
 from upperson.losses import sdm_loss
 from upperson.model.backbone import fit_image_size
+from upperson.training import build_optimizer
 
 FEATURE_BOUND = 1e-9
 GRADIENT_BOUND = 1e-7

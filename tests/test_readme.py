@@ -16,5 +16,8 @@ def test_the_kernels_alone(capsys):
 
 def test_named_files_exist():
     root = Path(__file__).parents[1]
-    for name in re.findall(r"`((?:kernels|upperson|bench|tests)/[\w/.-]+)`", README) + re.findall(r"\]\(([\w/.-]+)\)", README):
+    quoted = re.findall(r"`((?:kernels|upperson|bench|tests)/[\w/.-]+)`", README)
+    linked = re.findall(r"\]\(([\w/.-]+)\)", README)
+    assert quoted and linked
+    for name in quoted + linked:
         assert (root / name).exists(), name
