@@ -51,6 +51,11 @@ def resolve(backend: str | None, tensor: torch.Tensor) -> str:
     return backend
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums inside the kernels: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def float32_precision() -> str:
     """Precision of float32 products in Triton's terms: TF32 only where the user allowed it in PyTorch
     (torch.set_float32_matmul_precision), full float32 otherwise."""

@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import capability, float32_precision
+from kernels.backend import accumulator, capability, float32_precision
 
 MAX_SHARES = 32     # partial sums of the parameter gradients
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def row_tiles(hidden: int, element_size: int) -> dict:
@@ -241,11 +242,6 @@ def parameter_gradient_kernel(
 # ---------------------------------------------------------------------------------------- launchers
 
 
-def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    """Statistics and sums are float32, or float64 for float64 inputs; for PyTorch and for Triton."""
-    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
-
-
 def as_rows(tensor: Tensor) -> Tensor:
     """(..., C) as (T, C) with neighbouring columns adjacent in memory; copies only where it must."""
     rows = tensor.reshape(-1, tensor.shape[-1])
@@ -258,7 +254,7 @@ def launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Ten
     """Returns y, x + residual (empty without a residual), and per row: mean, 1/std, hidden activations (T, R)."""
     hidden_width, width = down_weight.shape
     rows = x.numel() // width
-    acc_dtype, acc = accumulator(x.dtype)
+    acc_dtype = accumulator(x.dtype)
     y = x.new_empty(x.shape)
     total = x.new_empty(0 if residual is None else x.shape)
     mean = x.new_empty(rows, dtype=acc_dtype)
@@ -274,7 +270,8 @@ def launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Ten
                 down_bias.contiguous(), up_weight.contiguous(), up_bias.contiguous(), scale,
                 y, total, mean, rstd, hidden,
                 x_rows.stride(0), residual_rows.stride(0), rows, width, hidden_width,
-                EPS=eps, HAS_RESIDUAL=residual is not None, PRECISION=float32_precision(), ACC=acc, **tiles,
+                EPS=eps, HAS_RESIDUAL=residual is not None,
+                PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **tiles,
             )
     return y, total, mean, rstd, hidden
 
@@ -287,7 +284,7 @@ def launch_backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor
     need_x, need_weight, need_bias, need_down, need_down_bias, need_up, need_up_bias, need_scale = needs
     hidden_width, width = down_weight.shape
     rows = x.numel() // width
-    acc_dtype, acc = accumulator(x.dtype)
+    acc_dtype = accumulator(x.dtype)
     tiles = row_tiles(hidden_width, x.element_size())
     dy_rows, x_rows = as_rows(dy), as_rows(x)
 
@@ -301,7 +298,8 @@ def launch_backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor
                 dy_rows, dtotal_rows, x_rows, weight.contiguous(), down_weight.contiguous(), up_weight.contiguous(),
                 scale, mean, rstd, hidden, dx, dhidden,
                 dy_rows.stride(0), dtotal_rows.stride(0), x_rows.stride(0), rows, width, hidden_width,
-                NEED_DX=need_x, HAS_DTOTAL=dtotal is not None, PRECISION=float32_precision(), ACC=acc, **tiles,
+                NEED_DX=need_x, HAS_DTOTAL=dtotal is not None,
+                PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **tiles,
             )
 
     compute_up = need_up or need_scale
@@ -323,7 +321,7 @@ def launch_backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor
                 dy_rows.stride(0), x_rows.stride(0), rows, width, hidden_width,
                 triton.cdiv(row_blocks, shares) * tiles["BLOCK_T"],
                 NEED_UP=compute_up, NEED_COLUMN=compute_column, NEED_DOWN=compute_down, NEED_WEIGHT=need_weight,
-                PRECISION=float32_precision(), ACC=acc, **tiles,
+                PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **tiles,
             )
     dup, dcolumn, ddown, ddown_bias, dgamma = (
         t.sum(0) if t.dim() > 1 else t for t in (dup, dcolumn, ddown, ddown_bias, dgamma))

@@ -23,9 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backend import capability, float32_precision
+from kernels.backend import accumulator, capability, float32_precision
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def forward_tiles(head_width: int, element_size: int) -> dict:
@@ -329,11 +330,6 @@ def prefix_gradient(p_q, p_g, p_o, p_lse, p_prefix_key, p_prefix_value, p_dk, p_
 # ---------------------------------------------------------------------------------------- launchers
 
 
-def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    """Statistics and sums are float32, or float64 for float64 inputs; for PyTorch and for Triton."""
-    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
-
-
 def innermost_contiguous(tensor: Tensor) -> Tensor:
     """The kernels take any stride but that of the last dimension, which must be 1 (a gradient of a sum has 0)."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
@@ -343,7 +339,7 @@ def launch_forward(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix
                    causal: bool, scale_target: str) -> tuple[Tensor, Tensor]:
     """Returns the output (B, N, H, D) and the log-sum-exp of each row's logits in base 2, (B, H, N)."""
     batch, length, _, heads, width = qkv.shape
-    acc_dtype, acc = accumulator(qkv.dtype)
+    acc_dtype = accumulator(qkv.dtype)
     out = qkv.new_empty(batch, length, heads, width)
     lse = qkv.new_empty(batch, heads, length, dtype=acc_dtype)
     if out.numel() == 0:
@@ -355,7 +351,7 @@ def launch_forward(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix
             qkv, prefix_key.contiguous(), prefix_value.contiguous(), prefix_scale, out, lse,
             *qkv.stride()[:4], length, heads,
             P=prefix_key.shape[0], D=width, CAUSAL=causal, SCALE_LOGITS=scale_target == "logits",
-            PRECISION=float32_precision(), ACC=acc, **tiles,
+            PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **tiles,
         )
     return out, lse
 
@@ -370,7 +366,7 @@ def launch_backward(grad: Tensor, qkv: Tensor, prefix_key: Tensor, prefix_value:
     batch, length, _, heads, width = qkv.shape
     prefix_length = prefix_key.shape[0]
     need_qkv, need_key, need_value, need_scale = needs
-    acc_dtype, acc = accumulator(qkv.dtype)
+    acc_dtype = accumulator(qkv.dtype)
     tiles = backward_tiles(width, qkv.element_size(), capability(qkv))
     prefix_programs = triton.cdiv(prefix_length, tiles["BLOCK_P"])
 
@@ -393,7 +389,7 @@ def launch_backward(grad: Tensor, qkv: Tensor, prefix_key: Tensor, prefix_value:
                 dqkv, dkey, dvalue, dscale, *qkv.stride()[:4], *grad.stride()[:3], length, heads,
                 P=prefix_length, D=width, CAUSAL=causal, SCALE_LOGITS=scale_target == "logits",
                 NEED_QKV=need_qkv, NEED_KEY=need_key, NEED_VALUE=need_value, NEED_SCALE=need_scale,
-                PRECISION=float32_precision(), ACC=acc, **tiles,
+                PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **tiles,
             )
     elif out.numel() == 0:
         for tensor in (dkey, dvalue, dscale):

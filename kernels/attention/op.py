@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import device
+from kernels.backend import accumulator
 
 
 @torch.library.custom_op("upperson::prefix_attention", mutates_args=())
@@ -16,7 +17,7 @@ def forward(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale:
 def _(qkv, prefix_key, prefix_value, prefix_scale, causal, scale_target):
     batch, length, _, heads, width = qkv.shape
     return (qkv.new_empty(batch, length, heads, width),
-            qkv.new_empty(batch, heads, length, dtype=device.accumulator(qkv.dtype)[0]))
+            qkv.new_empty(batch, heads, length, dtype=accumulator(qkv.dtype)))
 
 
 @torch.library.custom_op("upperson::prefix_attention_backward", mutates_args=())

@@ -1,10 +1,10 @@
 """Pairs of image and caption: reading data sets, checking, augmenting and batching them."""
 
-from .images import check_images, load_image
-from .loaders import batches_per_epoch, caption_loader, image_loader, train_loader
-from .readers import DATASETS, read_dataset
-from .samples import DataError, Drawing, Sample, gallery, queries
-from .transforms import image_transform, mask_caption
+from upperson.data.images import check_images, load_image
+from upperson.data.loaders import batches_per_epoch, caption_loader, image_loader, train_loader
+from upperson.data.readers import DATASETS, read_dataset
+from upperson.data.samples import DataError, Drawing, Sample, gallery, queries
+from upperson.data.transforms import image_transform, mask_caption
 
 __all__ = [
     "DATASETS",

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .samples import DataError, Drawing, Sample
+from upperson.data.samples import DataError, Drawing, Sample
 
 NAMED_IN_ERROR = 5  # broken images that an error lists one by one
 

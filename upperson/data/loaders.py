@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .images import load_image
-from .samples import DataError, Drawing, Sample
-from .transforms import image_transform, mask_caption
+from upperson.data.images import load_image
+from upperson.data.samples import DataError, Drawing, Sample
+from upperson.data.transforms import image_transform, mask_caption
 
 Tokenizer = Callable[[list[str]], torch.Tensor]  # texts -> [texts, L] int64
 ImageTransform = Callable[[Image.Image], torch.Tensor]

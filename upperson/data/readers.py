@@ -11,7 +11,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-from .samples import DataError, Sample
+from upperson.data.samples import DataError, Sample
 
 SPLITS = ("train", "val", "test")
 REQUIRED_SPLITS = ("train", "test")

@@ -3,7 +3,7 @@
 It needs no network and no files beside the package, and proves the whole path, not the paper's accuracy.
 """
 
-from .dataset import read_embedded
-from .weights import CLIP_CONFIG, load_embedded_clip
+from upperson.embedded.dataset import read_embedded
+from upperson.embedded.weights import CLIP_CONFIG, load_embedded_clip
 
 __all__ = ["CLIP_CONFIG", "load_embedded_clip", "read_embedded"]

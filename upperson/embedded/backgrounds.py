@@ -2,8 +2,8 @@
 
 import random
 
-from .drawing import Canvas, mix, shade
-from .vocabulary import RGB
+from upperson.embedded.drawing import Canvas, mix, shade
+from upperson.embedded.vocabulary import RGB
 
 # name -> how a caption says it
 ROOMS = {

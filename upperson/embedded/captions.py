@@ -2,9 +2,9 @@
 
 import random
 
-from .backgrounds import PLACES
-from .pedestrians import Pedestrian
-from .vocabulary import COLOURS, HAIR, NAMES, PATTERNS, PLURAL, Item
+from upperson.embedded.backgrounds import PLACES
+from upperson.embedded.pedestrians import Pedestrian
+from upperson.embedded.vocabulary import COLOURS, HAIR, NAMES, PATTERNS, PLURAL, Item
 
 # How often an annotator mentions a part that is visible.
 MENTIONED = {"upper": 0.95, "lower": 0.9, "bag": 0.8, "hat": 0.8, "hair": 0.6, "shoes": 0.55, "glasses": 0.5}

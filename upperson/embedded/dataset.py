@@ -3,10 +3,9 @@
 import random
 
 from upperson.data.samples import Sample
-
-from .captions import describe
-from .identities import Identity, draw_identity, draw_views
-from .pedestrians import Pedestrian
+from upperson.embedded.captions import describe
+from upperson.embedded.identities import Identity, draw_identity, draw_views
+from upperson.embedded.pedestrians import Pedestrian
 
 CAPTIONS_PER_IMAGE = 2
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from .vocabulary import RGB, Item
+from upperson.embedded.vocabulary import RGB, Item
 
 Point = tuple[float, float]
 Fill = RGB | tuple[int, int, int, int]

@@ -6,9 +6,9 @@ is the image's right; seen from the side, +u is the way the person walks, and li
 
 import math
 
-from .drawing import Brush, Canvas, Paint, Point, crease, edge, shade
-from .identities import Identity, View
-from .vocabulary import RGB, Item
+from upperson.embedded.drawing import Brush, Canvas, Paint, Point, crease, edge, shade
+from upperson.embedded.identities import Identity, View
+from upperson.embedded.vocabulary import RGB, Item
 
 _HEM = {
     "coat": 0.30,

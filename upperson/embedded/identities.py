@@ -5,9 +5,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .backgrounds import PLACES
-from .drawing import Light
-from .vocabulary import (
+from upperson.embedded.backgrounds import PLACES
+from upperson.embedded.drawing import Light
+from upperson.embedded.vocabulary import (
     BAGS,
     COLOURS,
     DENIM,

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from .drawing import Brush, Canvas, Paint, crease, edge, shade
-from .vocabulary import LOWER, SHOES, UPPER, Item
+from upperson.embedded.drawing import Brush, Canvas, Paint, crease, edge, shade
+from upperson.embedded.vocabulary import LOWER, SHOES, UPPER, Item
 
 
 def draw_item(canvas: Canvas, item: Item, x: float, y: float, size: float) -> None:

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from .backgrounds import draw_background
-from .drawing import Canvas, mix, shade
-from .figure import draw_figure
-from .identities import HEIGHT, WIDTH, Identity, View
-from .vocabulary import Item
+from upperson.embedded.backgrounds import draw_background
+from upperson.embedded.drawing import Canvas, mix, shade
+from upperson.embedded.figure import draw_figure
+from upperson.embedded.identities import HEIGHT, WIDTH, Identity, View
+from upperson.embedded.vocabulary import Item
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
-from .scenes import draw_scene
-from .weights import CLIP_WEIGHTS, build_embedded_clip, save_embedded_clip
+from upperson.embedded.scenes import draw_scene
+from upperson.embedded.weights import CLIP_WEIGHTS, build_embedded_clip, save_embedded_clip
 
 WARMUP_STEPS = 100
 LARGEST_SCALE = math.log(100)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .backgrounds import ROOMS, draw_background
-from .captions import listed, noun_phrase
-from .drawing import Canvas, Light
-from .objects import draw_item
-from .vocabulary import BAGS, COLOURS, DENIM, HATS, LOWER, NAMES, SHOES, UPPER, Item, pick_item
+from upperson.embedded.backgrounds import ROOMS, draw_background
+from upperson.embedded.captions import listed, noun_phrase
+from upperson.embedded.drawing import Canvas, Light
+from upperson.embedded.objects import draw_item
+from upperson.embedded.vocabulary import BAGS, COLOURS, DENIM, HATS, LOWER, NAMES, SHOES, UPPER, Item, pick_item
 
 SIZE = 128
 
