@@ -73,7 +73,8 @@ def assert_within_budget(fused, plain, oracle, tensors, grads):
         assert a.dtype == dtype and a.shape == c.shape
         if c.numel() == 0:
             continue
-        error, allowed = relative_error(a, c), 2 * relative_error(b, c) + SLACK[dtype]
+        slack = SLACK[dtype] if c.dim() else 10 * SLACK[dtype]          # a sum over everything may nearly cancel
+        error, allowed = relative_error(a, c), 2 * relative_error(b, c) + slack
         if c.norm() < 1e-10:                                     # exactly zero up to rounding, as dλ may be
             error, allowed = float(a.detach().double().norm()), 1e-6
         assert error <= allowed, f"result {i}: error {error:.2e}, allowed {allowed:.2e}"
