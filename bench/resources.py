@@ -1,10 +1,17 @@
-"""What the compiled kernels need on each GPU generation, without a GPU: registers, spills, shared memory.
+"""What the compiled kernels need on each GPU generation, without a GPU: registers, spills, shared memory, padding.
 
     python bench/resources.py                          every production shape on every target
     python bench/resources.py --target 90 --json resources.json
 
 Compiles every kernel ahead of time, as it is launched at the shapes of CLIP ViT-B/16 and ViT-L/14, and reads what
-the assembler reports. A stack above 0 is a spill.
+the compiler and the assembler report:
+
+    stack       bytes a thread; above 0 is a spill
+    occupancy   share of a multiprocessor's warps that can be resident
+    padded      elements of the matrix products computed, tiles being what they are, over those of the definition (two
+                products forward, five backward; the second walk of backward, which recomputes two, counts here too)
+    matrix      matrix instructions; on Hopper and data-centre Blackwell also how many products of 64 rows or more miss
+                the unit for those (wgmma, tcgen05)
 """
 
 import argparse
@@ -14,7 +21,10 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import triton
@@ -22,6 +32,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels import tiles
 from kernels.adapter import device as adapter
 from kernels.attention import device as attention
 
@@ -30,32 +41,27 @@ DTYPES = ("fp16", "bf16")
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}                    # KB that one program may have
 REGISTERS = 65536                                                       # on one multiprocessor
 WARPS = {80: 64, 89: 48, 90: 64, 100: 64}                               # that one multiprocessor holds at most
-ATTENTION = {"image": False, "text": True}                              # causal; heads of 64, any number of tokens
-PREFIXES = (2, 10, 14)
-ADAPTERS = ((512, 64), (768, 96), (1024, 128))                          # width, hidden width
-HEAD_WIDTH = 64
+BIG_UNIT = {90: ("wgmma", "wgmma.mma_async"), 100: ("tcgen05", "tcgen05.mma")}          # takes 64 rows or more
 
 
 @dataclass(frozen=True)
-class Resources:
-    """One compiled kernel."""
+class Attention:
+    """One attention call of CLIP, heads of 64. Padding is counted for sequences of `length` tokens."""
 
-    kernel: str
-    shape: str
-    target: int
-    dtype: str
-    registers: int
-    stack: int                                                          # bytes a thread; above 0 it spills
-    shared: int                                                         # bytes a program
-    warps: int
-    matrix: str                                                         # matrix instructions and how many
+    length: int
+    causal: bool
+    packed: bool = False
 
-    @property
-    def occupancy(self) -> float:
-        """Share of the warps of a multiprocessor that can be resident."""
-        by_registers = REGISTERS // (max(self.registers, 1) * 32 * self.warps)
-        by_shared = (SHARED_MEMORY[self.target] + 1) * 1024 // max(self.shared + 1024, 1)
-        return min(by_registers, by_shared, WARPS[self.target] // self.warps) * self.warps / WARPS[self.target]
+
+ATTENTION = {
+    "image": Attention(193, False),
+    "image L/14": Attention(244, False),
+    "text": Attention(77, True),
+    "text, packed": Attention(26, True, packed=True),                   # a usual caption
+}
+HEAD_WIDTH = 64
+PREFIXES = (2, 10, 14)
+ADAPTERS = ((512, 64), (768, 96), (1024, 128))                          # width, hidden width
 
 
 @dataclass(frozen=True)
@@ -68,42 +74,97 @@ class Case:
     constants: dict
     tiles: dict
     pointers: dict[str, str]
+    padded: float
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One compiled kernel."""
+
+    kernel: str
+    shape: str
+    target: int
+    dtype: str
+    registers: int
+    stack: int                                                          # bytes a thread
+    shared: int                                                         # bytes a program
+    warps: int
+    occupancy: float
+    padded: float
+    matrix: str                                                         # matrix instructions and how many
+    off_unit: int                                                       # products of 64 rows that miss their unit
+
+
+# ---------------------------------------------------------------------------------------- what is compiled
 
 
 def cases(target: int) -> Iterator[Case]:
     """Every kernel at every production shape, parameters in float32 beside 16-bit activations as under autocast."""
     common = dict(PRECISION="ieee", ACC=tl.float32)
     wide = dict.fromkeys(("p_prefix_key", "p_prefix_value", "p_prefix_scale", "p_lse", "p_dprefix_key",
-                          "p_dprefix_value", "p_dscale"), "fp32")
-    for name, causal in ATTENTION.items():
-        for prefix in PREFIXES:
-            for target_name in ("weights", "logits"):
-                shape = f"{name}, P {prefix}, λ on {target_name}"
-                constants = dict(P=prefix, D=HEAD_WIDTH, CAUSAL=causal, SCALE_LOGITS=target_name == "logits", **common)
-                needs = dict(NEED_QKV=True, NEED_KEY=True, NEED_VALUE=True, NEED_SCALE=True)
-                yield Case("attention forward", shape, attention.forward_kernel, constants,
-                           attention.forward_tiles(HEAD_WIDTH, 2), wide)
-                yield Case("attention backward", shape, attention.backward_kernel, constants | needs,
-                           attention.backward_tiles(HEAD_WIDTH, 2, target), wide)
+                          "p_dprefix_value", "p_dscale"), "fp32") | dict(p_cu_seqlens="i32")
+    for (name, call), prefix, scale_target in product(ATTENTION.items(), PREFIXES, ("weights", "logits")):
+        if scale_target == "logits" and prefix != 10:                   # as good as the same code
+            continue
+        constants = dict(P=prefix, D=HEAD_WIDTH, CAUSAL=call.causal, PACKED=call.packed,
+                         SCALE_LOGITS=scale_target == "logits", **common)
+        needs = dict.fromkeys(("NEED_QKV", "NEED_KEY", "NEED_VALUE", "NEED_SCALE"), True)
+        shape = f"{name}, P {prefix}{', λ on logits' if scale_target == 'logits' else ''}"
+        for mode, kernel, extra in (("forward", attention.forward_kernel, {}),
+                                    ("backward", attention.backward_kernel, needs)):
+            chosen = tiles.choose(f"attention_{mode}", HEAD_WIDTH, 2, target)
+            last = attention.last_tiles(call.length, prefix, call.packed, chosen["BLOCK_M"], chosen["BLOCK_N"])
+            yield Case(f"attention {mode}", shape, kernel, constants | extra | last, chosen, wide,
+                       attention_products(mode, call, prefix, chosen | last) / attention_needed(mode, call, prefix))
 
     wide = dict.fromkeys(("p_weight", "p_bias", "p_down_weight", "p_down_bias", "p_up_weight", "p_up_bias", "p_scale",
                           "p_mean", "p_rstd", "p_dup", "p_dcolumn", "p_ddown", "p_ddown_bias", "p_dweight"), "fp32")
     for width, hidden in ADAPTERS:
-        rows, columns = adapter.row_tiles(hidden, 2), adapter.parameter_tiles(hidden, 2, target)
+        rows, columns = (tiles.choose(kernel, hidden, 2, target) for kernel in ("adapter_rows", "adapter_parameters"))
+        padded = rows["BLOCK_R"] / hidden                               # the width is a multiple of every block
         for residual in (False, True):
             shape = f"{width} → {hidden}{', residual' if residual else ''}"
             yield Case("adapter forward", shape, adapter.forward_kernel,
-                       dict(EPS=1e-5, HAS_RESIDUAL=residual, **common), rows, wide)
+                       dict(EPS=1e-5, HAS_RESIDUAL=residual, **common), rows, wide, padded)
             yield Case("adapter input gradient", shape, adapter.input_gradient_kernel,
-                       dict(NEED_DX=True, HAS_DTOTAL=residual, **common), rows, wide)
+                       dict(NEED_DX=True, HAS_DTOTAL=residual, **common), rows, wide, padded)
         yield Case("adapter parameter gradient", f"{width} → {hidden}", adapter.parameter_gradient_kernel,
-                   dict(NEED_UP=True, NEED_COLUMN=True, NEED_DOWN=True, NEED_WEIGHT=False, **common), columns, wide)
+                   dict(NEED_UP=True, NEED_COLUMN=True, NEED_DOWN=True, NEED_WEIGHT=False, **common), columns, wide,
+                   padded)
+
+
+def attention_needed(mode: str, call: Attention, prefix: int) -> float:
+    """Elements of the products that the definition asks for, per head and unit of its width."""
+    visible = call.length * (call.length + 1) / 2 if call.causal else call.length**2
+    return (visible + call.length * prefix) * {"forward": 2, "backward": 5}[mode]
+
+
+def attention_products(mode: str, call: Attention, prefix: int, chosen: dict) -> float:
+    """The same as the kernels cut it: tiles of rows and columns, and which of them meet."""
+    def cut(count: int, block: int, last: int) -> list[tuple[int, int]]:
+        return [(start, last if start + block >= count else block) for start in range(0, count, block)]
+
+    block_m, block_n, last_m = chosen["BLOCK_M"], chosen["BLOCK_N"], chosen["LAST_M"]
+    columns = cut(call.length + prefix, block_n, chosen["LAST_N"])
+    plain = min(call.length // block_n, (call.length + prefix - 1) // block_n) * block_n
+    by_rows = sum(m * n for start_m, m in cut(call.length, block_m, last_m) for start_n, n in columns
+                  if not (call.causal and start_m + m <= start_n < plain))
+    if mode == "forward":
+        return 2 * by_rows
+    by_columns = 0
+    for start_n, n in columns:
+        step = block_m if start_n < plain and not call.causal else block_m // 2
+        begin = start_n // step * step if start_n < plain and call.causal else 0
+        by_columns += sum(n * m for start_m, m in cut(call.length, step, min(last_m, step)) if start_m >= begin)
+    return 3 * by_rows + 4 * by_columns
+
+
+# ---------------------------------------------------------------------------------------- what came out
 
 
 def compile_case(case: Case, target: int, dtype: str) -> Resources:
-    tiles = dict(case.tiles)
-    options = {key: tiles.pop(key) for key in ("num_warps", "num_stages")}
-    constants = case.constants | tiles
+    constants = case.constants | case.tiles
+    options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in constants}
     signature, values, attributes = {}, {}, {}
     for position, name in enumerate(case.kernel.arg_names):
         if name in constants:
@@ -116,12 +177,10 @@ def compile_case(case: Case, target: int, dtype: str) -> Resources:
     compiled = triton.compile(ASTSource(case.kernel, signature, values, attributes),
                               target=GPUTarget("cuda", target, 32), options=options)
     registers, stack = resource_usage(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
-    counts = {name: ptx.count(code) for name, code in
-              (("wgmma", "wgmma.mma_async"), ("tcgen05", "tcgen05.mma"), ("mma", "mma.sync"))}
-    matrix = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    return Resources(case.name, case.shape, target, dtype, registers, stack, compiled.metadata.shared,
-                     options["num_warps"], matrix)
+    shared, warps = compiled.metadata.shared, options["num_warps"]
+    return Resources(case.name, case.shape, target, dtype, registers, stack, shared, warps,
+                     occupancy(target, registers, shared, warps), case.padded,
+                     *matrix_instructions(compiled, target))
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -137,6 +196,30 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def occupancy(target: int, registers: int, shared: int, warps: int) -> float:
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)   # handed out in eights
+    by_shared = (SHARED_MEMORY[target] + 1) * 1024 // (shared + 1024)   # the system takes 1 KB of each program's
+    return min(by_registers, by_shared, WARPS[target] // warps) * warps / WARPS[target]
+
+
+def matrix_instructions(compiled: triton.compiler.CompiledKernel, target: int) -> tuple[str, int]:
+    """Kinds of matrix instructions with their number, and how many products of 64 rows or more do without the unit
+    made for them."""
+    units = [BIG_UNIT[target]] if target in BIG_UNIT else []
+    counts = {name: compiled.asm["ptx"].count(code) for name, code in (*units, ("mma", "mma.sync"))}
+    found = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    left = re.findall(r"= tt\.dot .*-> tensor<(\d+)x\d+x\w+,", compiled.asm["ttgir"]) if units else []
+    return found, sum(int(rows) >= 64 for rows in left)
+
+
+# ---------------------------------------------------------------------------------------- the command
+
+
+def compile_numbered(job: tuple[int, int, str]) -> Resources:
+    target, position, dtype = job
+    return compile_case(list(cases(target))[position], target, dtype)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=int, choices=TARGETS, help="one target instead of all")
@@ -147,18 +230,20 @@ def main() -> None:
         parser.error("TRITON_INTERPRET is set; kernels are compiled here, so unset it")
 
     print(f"Triton {triton.__version__}")
-    print(f"{'kernel':<28}{'shape':<30}{'target':>8}{'dtype':>7}{'regs':>6}{'stack':>7}{'shared':>9}{'occupancy':>11}"
-          "   matrix instructions")
+    print(f"{'kernel':<28}{'shape':<34}{'target':>7}{'dtype':>6}{'regs':>6}{'stack':>7}{'shared':>8}{'occupancy':>11}"
+          f"{'padded':>8}   matrix instructions")
+    jobs = [(target, position, dtype) for target in ([arguments.target] if arguments.target else TARGETS)
+            for position, _ in enumerate(cases(target)) for dtype in ([arguments.dtype] if arguments.dtype else DTYPES)]
     rows = []
-    for target in [arguments.target] if arguments.target else TARGETS:
-        for case in cases(target):
-            for dtype in [arguments.dtype] if arguments.dtype else DTYPES:
-                row = compile_case(case, target, dtype)
-                rows.append(row)
-                print(f"{row.kernel:<28}{row.shape:<30}{'sm_' + str(target):>8}{dtype:>7}{row.registers:>6}"
-                      f"{row.stack:>7}{row.shared / 1024:>6.0f} KB{row.occupancy:>11.0%}   {row.matrix}", flush=True)
-    spilled = [row for row in rows if row.stack]
-    print(f"\n{len(rows)} kernels compiled, {len(spilled)} spill")
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for row in pool.map(compile_numbered, jobs):
+            rows.append(row)
+            missed = f", {row.off_unit} products of 64 rows elsewhere" if row.off_unit else ""
+            print(f"{row.kernel:<28}{row.shape:<34}{'sm_' + str(row.target):>7}{row.dtype:>6}{row.registers:>6}"
+                  f"{row.stack:>7}{row.shared / 1024:>5.0f} KB{row.occupancy:>11.0%}{row.padded:>7.2f}×   "
+                  f"{row.matrix}{missed}", flush=True)
+    spilled, missed = sum(row.stack > 0 for row in rows), sum(row.off_unit > 0 for row in rows)
+    print(f"\n{len(rows)} kernels compiled, {spilled} spill, {missed} keep a product of 64 rows off wgmma or tcgen05")
     if arguments.json:
         result = dict(triton=triton.__version__, rows=[asdict(row) for row in rows])
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

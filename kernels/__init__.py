@@ -2,9 +2,11 @@
 
 prefix_attention    multi-head attention with a learned prefix scaled by a learnable λ
 layernorm_adapter   LayerNorm with a bottleneck adapter in parallel, optionally after a residual addition
+
+PrefixAttention and LayerNormAdapter are the same as modules that own their parameters.
 """
 
-from kernels.adapter import layernorm_adapter
-from kernels.attention import prefix_attention
+from kernels.adapter import LayerNormAdapter, layernorm_adapter
+from kernels.attention import PrefixAttention, prefix_attention
 
-__all__ = ["layernorm_adapter", "prefix_attention"]
+__all__ = ["LayerNormAdapter", "PrefixAttention", "layernorm_adapter", "prefix_attention"]

@@ -56,6 +56,12 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def in_autocast(tensor: torch.Tensor) -> bool:
+    """Whether torch.autocast is on for the tensor's device."""
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def float32_precision() -> str:
     """Precision of float32 products in Triton's terms: TF32 only where the user allowed it in PyTorch
     (torch.set_float32_matmul_precision), full float32 otherwise."""

@@ -1,4 +1,4 @@
-"""The kernels compile for every GPU generation and spill nothing, checked ahead of time on any machine.
+"""The kernels compile for every GPU generation, spill nothing and pad no more than stated, checked on any machine.
 
 In a process of its own, because the interpreter that the other tests run in replaces the compiler.
 """
@@ -13,21 +13,51 @@ import pytest
 
 RESOURCES = Path(__file__).parents[1] / "bench" / "resources.py"
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}                    # KB a program may have
+PREFIXES = (2, 10, 14)
+ATTENTION = ("image", "image L/14", "text", "text, packed")
+ADAPTERS = ("512 → 64", "768 → 96", "1024 → 128")
+PADDED = {                                                              # elements computed over elements needed
+    ("attention forward", "image"): 1.16, ("attention backward", "image"): 1.62,
+    ("attention forward", "image L/14"): 1.12, ("attention backward", "image L/14"): 1.56,
+    ("attention forward", "text"): 2.05, ("attention backward", "text"): 2.85,
+    ("attention forward", "text, packed"): 10.2, ("attention backward", "text, packed"): 10.2,
+    ("adapter", "512 → 64"): 1, ("adapter", "768 → 96"): 1.34, ("adapter", "1024 → 128"): 1,
+}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
-@pytest.mark.parametrize("target", SHARED_MEMORY)
-def test_production_shapes_compile_without_spills(target, tmp_path):
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    if sys.platform != "linux":
+        pytest.skip("Triton compiles on Linux")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    report = tmp_path / "resources.json"
-    subprocess.run([sys.executable, RESOURCES, "--target", str(target), "--dtype", "bf16", "--json", report],
-                   env=environment, check=True)
-    rows = json.loads(report.read_text())["rows"]
-    assert {row["kernel"] for row in rows} == {
-        "attention forward", "attention backward", "adapter forward", "adapter input gradient",
-        "adapter parameter gradient"}
+    report = tmp_path_factory.mktemp("compiled") / "resources.json"
+    subprocess.run([sys.executable, RESOURCES, "--dtype", "bf16", "--json", report], env=environment, check=True)
+    return json.loads(report.read_text())["rows"]
+
+
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_production_shapes_compile_without_spills(target, rows):
+    rows = [row for row in rows if row["target"] == target]
+    compiled = {(row["kernel"], row["shape"]) for row in rows}
+    assert compiled >= {(f"attention {mode}", f"{name}, P {prefix}") for mode in ("forward", "backward")
+                        for name in ATTENTION for prefix in PREFIXES}
+    assert compiled >= {(f"attention {mode}", f"{name}, P 10, λ on logits") for mode in ("forward", "backward")
+                        for name in ATTENTION}
+    assert compiled >= {(f"adapter {mode}", f"{name}{residual}") for mode in ("forward", "input gradient")
+                        for name in ADAPTERS for residual in ("", ", residual")}
+    assert compiled >= {("adapter parameter gradient", name) for name in ADAPTERS}
     for row in rows:
         assert row["stack"] == 0, row
         assert row["shared"] <= SHARED_MEMORY[target] * 1024, row
-        unit = {90: "wgmma", 100: "tcgen05"}.get(target, "mma")
-        assert unit in row["matrix"], row
+        assert 0 < row["occupancy"] <= 1, row
+        kind = row["kernel"] if row["kernel"].startswith("attention") else "adapter"
+        assert 1 <= row["padded"] <= PADDED[kind, row["shape"].split(", P")[0].removesuffix(", residual")], row
+
+
+def test_products_of_64_rows_run_on_the_unit_made_for_them(rows):
+    for row in rows:
+        if row["target"] in (90, 100):
+            assert {90: "wgmma", 100: "tcgen05"}[row["target"]] in row["matrix"], row
+            assert row["off_unit"] == 0, row
+        else:
+            assert "mma" in row["matrix"], row

@@ -1,111 +1,44 @@
-"""Both operators against plain PyTorch: values, gradients, shapes, strides, dtypes, and what they refuse.
+"""Both operators against their definitions: values, gradients, shapes, strides, dtypes, and what they refuse.
 
-On a GPU the compiled kernels are tested in float32, float16 and bfloat16; without one, Triton's interpreter
-runs the same kernels in float64, float32 and float16. The oracle is the definition in float64 everywhere, and
-the budget of a low-precision kernel is twice the error of PyTorch's own computation in that dtype.
+How they are compared stands in operators.py.
 """
 
 import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from operators import (
+    DEVICE,
+    DTYPES,
+    EXACT,
+    GPU,
+    adapter_functions,
+    adapter_inputs,
+    attention_functions,
+    attention_inputs,
+    check_adapter,
+    check_attention,
+    packed_inputs,
+    randn,
+    relative_error,
+    require_grad,
+    run,
+)
 
 import kernels
-from kernels import layernorm_adapter, prefix_attention
+from kernels import layernorm_adapter, prefix_attention, tiles
 from kernels.adapter import op as adapter_op
 from kernels.adapter import reference as adapter_reference
 from kernels.attention import op as attention_op
 from kernels.attention import reference as attention_reference
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-EXACT = torch.float32 if GPU else torch.float64                 # the most precise dtype that the kernels take here
-DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float64, torch.float32, torch.float16]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 needs_float64 = pytest.mark.skipif(GPU, reason="compiled kernels take no float64; the error budgets stand in")
-
-# The unit roundoff bounds what any order of summation may differ by where PyTorch's own error happens to be zero.
-SLACK = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh memory holds NaN, so that an element which nobody wrote cannot pass; float32 products stay exact."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.set_float32_matmul_precision(precision)
-
-
-def randn(*shape, seed=0, dtype=None, scale=1.0):
-    generator = torch.Generator().manual_seed(seed + 1000 * sum(shape))
-    return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(DEVICE, dtype or EXACT)
-
-
-def require_grad(tensors):
-    return [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
-
-
-def relative_error(value, exact):
-    value, exact = value.detach().double(), exact.detach().double()
-    return float((value - exact).norm() / exact.norm().clamp_min(1e-30))
-
-
-def run(function, tensors, grads, dtype=None):
-    """Outputs of function(*tensors) and its gradients for the given output gradients."""
-    tensors = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
-    outputs = function(*tensors)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    gradients = torch.autograd.grad(outputs, tensors, [g.to(outputs[0].dtype) for g in grads], allow_unused=True)
-    gradients = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, tensors, strict=True)]
-    return [*outputs, *gradients]
-
-
-def assert_within_budget(fused, plain, oracle, tensors, grads):
-    """`fused` errs at most twice as much as `plain` in the tensors' dtype, against `oracle` in float64."""
-    exact = run(oracle, tensors, grads, torch.float64)
-    theirs = run(plain, tensors, grads)
-    ours = run(fused, tensors, grads)
-    dtype = tensors[0].dtype
-    for i, (a, b, c) in enumerate(zip(ours, theirs, exact, strict=True)):
-        assert a.dtype == dtype and a.shape == c.shape
-        if c.numel() == 0:
-            continue
-        slack = SLACK[dtype] if c.dim() else 10 * SLACK[dtype]          # a sum over everything may nearly cancel
-        error, allowed = relative_error(a, c), 2 * relative_error(b, c) + slack
-        if c.norm() < 1e-10:                                     # exactly zero up to rounding, as dλ may be
-            error, allowed = float(a.detach().double().norm()), 1e-6
-        assert error <= allowed, f"result {i}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 # ------------------------------------------------------------------------------------ prefix_attention
-
-
-def attention_inputs(batch=2, length=7, prefix=3, heads=2, width=16, scale=1.5, dtype=None, seed=0):
-    qkv = randn(batch, length, 3, heads, width, seed=seed, dtype=dtype)
-    key = randn(prefix, heads, width, seed=seed + 1, dtype=dtype)
-    value = randn(prefix, heads, width, seed=seed + 2, dtype=dtype)
-    return [qkv, key, value, torch.tensor(float(scale), device=DEVICE, dtype=dtype or EXACT)]
-
-
-def attention_functions(causal, target):
-    def fused(*tensors):
-        return prefix_attention(*tensors, causal=causal, scale_target=target, backend="triton")
-
-    def plain(*tensors):
-        return prefix_attention(*tensors, causal=causal, scale_target=target, backend="torch")
-
-    def oracle(*tensors):
-        return attention_reference.explicit(*tensors, causal, target)
-
-    return fused, plain, oracle
-
-
-def check_attention(tensors, causal, target):
-    grads = [randn(*tensors[0].shape[:2], *tensors[0].shape[3:], seed=9, dtype=tensors[0].dtype)]
-    assert_within_budget(*attention_functions(causal, target), tensors, grads)
 
 
 @needs_float64
@@ -119,14 +52,21 @@ def test_attention_gradcheck(prefix, causal, target):
     assert torch.autograd.gradcheck(fused, tensors, fast_mode=True)
 
 
+LENGTHS = [1, 2, 15, 16, 17, 50, 63, 64, 65, 77, 127, 128, 129, 192, 193, 197, 244, 257, 600]
+PREFIXES = [0, 1, 2, 3, 10, 14, 16, 17, 64]
+PAIRS = sorted({(length, PREFIXES[i * k % len(PREFIXES)]) for i, length in enumerate(LENGTHS, 1) for k in (1, 5)}
+               | {(length, prefix) for length in (77, 193, 244) for prefix in (2, 10, 14)})
+
+
 @pytest.mark.parametrize("target", ["weights", "logits"])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("length", "prefix"), [
-    (1, 0), (1, 1), (2, 3), (15, 2), (16, 16), (17, 17), (31, 10), (32, 10), (33, 10), (50, 14), (63, 0), (64, 3),
-    (65, 64), (77, 10), (129, 2), (193, 10),
-])
-def test_attention_lengths(length, prefix, causal, target):
-    check_attention(attention_inputs(batch=1, length=length, prefix=prefix), causal, target)
+@pytest.mark.parametrize(("length", "prefix"), PAIRS)
+def test_attention_lengths(length, prefix, causal, target, monkeypatch):
+    if not GPU:                                     # cut as 16-bit inputs are, though computed in float64
+        chosen = dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
+        for kernel in ("attention_forward", "attention_backward"):
+            monkeypatch.setitem(tiles.SHIPPED, kernel, lambda *_: chosen)
+    check_attention(attention_inputs(batch=1, heads=1, length=length, prefix=prefix), causal, target)
 
 
 @pytest.mark.parametrize("target", ["weights", "logits"])
@@ -146,6 +86,70 @@ def test_attention_prefix_scales(scale, target):
 @pytest.mark.parametrize(("heads", "width"), [(1, 16), (3, 20), (12, 64), (1, 80), (2, 128), (1, 1)])
 def test_attention_heads(heads, width):
     check_attention(attention_inputs(length=9, heads=heads, width=width), True, "weights")
+
+
+@pytest.mark.parametrize("target", ["weights", "logits"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("lengths", "prefix"), [
+    ([5], 3), ([0], 3), ([0, 0], 0), ([3, 0, 40, 1], 0), ([0, 7, 33], 1), ([32, 64, 31, 0], 2), ([77, 12, 26], 10),
+    ([9, 70, 0], 64),
+])
+def test_attention_of_packed_sequences(lengths, prefix, causal, target):
+    tensors, cu_seqlens = packed_inputs(lengths, prefix)
+    check_attention(tensors, causal, target, cu_seqlens)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_of_packed_sequences_in_every_dtype(dtype):
+    tensors, cu_seqlens = packed_inputs([26, 0, 77, 66], prefix=10, width=64, dtype=dtype)
+    check_attention(tensors, True, "weights", cu_seqlens)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_attention_of_packed_sequences_is_that_of_each_alone(backend):
+    lengths = [4, 0, 19, 33]
+    tensors, cu_seqlens = packed_inputs(lengths)
+    options = dict(causal=True, backend=backend)
+    outs = prefix_attention(*tensors, cu_seqlens=cu_seqlens, **options).split(lengths)
+    longer = prefix_attention(*tensors, cu_seqlens=cu_seqlens, max_seqlen=50, **options).split(lengths)
+    for qkv, out, same in zip(tensors[0].split(lengths), outs, longer, strict=True):
+        torch.testing.assert_close(out, prefix_attention(qkv[None], *tensors[1:], **options)[0])
+        torch.testing.assert_close(out, same)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_attention_of_anything(data, monkeypatch):
+    """Shapes, strides, packing, tiles and options as they come."""
+    def draw(*values):
+        return data.draw(st.sampled_from(values))
+
+    if not GPU:
+        chosen = dict(BLOCK_M=draw(32, 64), BLOCK_N=draw(16, 32, 64), num_warps=4, num_stages=2)
+        for kernel in ("attention_forward", "attention_backward"):
+            monkeypatch.setitem(tiles.SHIPPED, kernel, lambda *_: chosen)
+    heads, width, prefix = draw(1, 2, 3), draw(8, 16, 20, 32), data.draw(st.integers(0, 40))
+    causal, target, scale = draw(False, True), draw("weights", "logits"), draw(0.0, 1.0, -0.5, 1e-4, 10.0)
+    if draw(False, True):
+        lengths = data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=4))
+        tensors, cu_seqlens = packed_inputs(lengths, prefix, heads, width, scale)
+    else:
+        tensors = attention_inputs(draw(1, 2), data.draw(st.integers(1, 140)), prefix, heads, width, scale)
+        cu_seqlens = None
+    tensors[:3] = (rearranged(t, data) for t in tensors[:3])
+    check_attention(tensors, causal, target, cu_seqlens)
+
+
+def rearranged(tensor, data):
+    """The same values in memory of another order, with gaps, and misaligned."""
+    order = data.draw(st.permutations(range(tensor.dim())))
+    gap = data.draw(st.sampled_from([0, 1, 3]))
+    if data.draw(st.booleans()):                    # most often rows stay whole, as they do in what networks produce
+        order = [*(d for d in order if d != tensor.dim() - 1), tensor.dim() - 1]
+    moved = tensor.permute(order)
+    memory = torch.full((*moved.shape[:-1], moved.shape[-1] + gap), float("nan"), device=DEVICE, dtype=tensor.dtype)
+    memory[..., gap:] = moved
+    return memory[..., gap:].permute(*sorted(range(tensor.dim()), key=lambda d: order[d]))
 
 
 def test_attention_many_samples_share_one_prefix():
@@ -242,9 +246,10 @@ def test_attention_empty(shape):
 def test_attention_computes_only_gradients_asked_for(wanted):
     tensors = attention_inputs()
     full = run(attention_functions(False, "weights")[0], tensors, [randn(2, 7, 2, 16, seed=9)])[1:]
-    out, lse = attention_op.forward(*tensors, False, "weights")
+    out, lse = attention_op.forward(*tensors, None, 0, False, "weights")
     needs = [i in wanted for i in range(4)]
-    grads = attention_op.backward(randn(2, 7, 2, 16, seed=9), *tensors, out, lse, False, "weights", needs)
+    grads = attention_op.backward(randn(2, 7, 2, 16, seed=9), *tensors, None, 0, out, lse, False, "weights",
+                                  needs)
     for i, (grad, need) in enumerate(zip(grads, needs, strict=True)):
         assert torch.equal(grad, full[i]) if need else grad.numel() == 0
 
@@ -254,48 +259,6 @@ def test_attention_computes_only_gradients_asked_for(wanted):
 
 
 # ------------------------------------------------------------------------------------ layernorm_adapter
-
-
-def adapter_inputs(rows=(2, 5), width=24, hidden=3, scale=0.7, dtype=None, residual=False, seed=0):
-    tensors = [
-        randn(*rows, width, seed=seed, dtype=dtype),
-        1 + randn(width, seed=seed + 1, dtype=dtype, scale=0.1), randn(width, seed=seed + 2, dtype=dtype, scale=0.1),
-        randn(hidden, width, seed=seed + 3, dtype=dtype, scale=width**-0.5),
-        randn(hidden, seed=seed + 4, dtype=dtype, scale=0.1),
-        randn(width, hidden, seed=seed + 5, dtype=dtype, scale=hidden**-0.5),
-        randn(width, seed=seed + 6, dtype=dtype, scale=0.1),
-        torch.tensor(float(scale), device=DEVICE, dtype=dtype or EXACT),
-    ]
-    return [*tensors, randn(*rows, width, seed=seed + 7, dtype=dtype)] if residual else tensors
-
-
-def adapter_functions(residual):
-    def split(tensors):
-        return (tensors[:-1], tensors[-1]) if residual else (tensors, None)
-
-    def fused(*tensors):
-        tensors, added = split(tensors)
-        return layernorm_adapter(*tensors, residual=added, backend="triton")
-
-    def plain(*tensors):
-        tensors, added = split(tensors)
-        return layernorm_adapter(*tensors, residual=added, backend="torch")
-
-    def oracle(*tensors):
-        (x, weight, bias, down_weight, down_bias, up_weight, up_bias, scale), added = split(tensors)
-        x = x if added is None else x + added
-        centred = x - x.mean(-1, keepdim=True)
-        normalised = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
-        hidden = (x @ down_weight.t() + down_bias).clamp_min(0)
-        y = normalised + scale * (hidden @ up_weight.t() + up_bias)
-        return y if added is None else (y, x)
-
-    return fused, plain, oracle
-
-
-def check_adapter(tensors, residual=False):
-    grads = [randn(*tensors[0].shape, seed=20 + i, dtype=tensors[0].dtype) for i in range(2 if residual else 1)]
-    assert_within_budget(*adapter_functions(residual), tensors, grads)
 
 
 @needs_float64
@@ -309,10 +272,20 @@ def test_adapter_gradcheck(residual):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("rows", "width", "hidden"), [
     ((1,), 64, 8), ((31,), 65, 5), ((2, 33), 64, 16), ((193,), 96, 12), ((4,), 512, 64), ((3,), 768, 96),
-    ((2,), 1024, 128), ((5,), 1, 1), ((2100,), 16, 2),
+    ((2,), 1024, 128), ((5,), 1, 1), ((2100,), 16, 2)
 ])
 def test_adapter_shapes(rows, width, hidden, residual):
     check_adapter(adapter_inputs(rows, width, hidden, residual=residual), residual)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_adapter_of_anything(data):
+    rows = data.draw(st.lists(st.integers(0, 12), min_size=0, max_size=3))
+    width, hidden = data.draw(st.integers(1, 130)), data.draw(st.integers(1, 40))
+    residual, scale = data.draw(st.booleans()), data.draw(st.sampled_from([0.0, 1.0, -2.0]))
+    tensors = adapter_inputs(tuple(rows), width, hidden, scale, residual=residual)
+    check_adapter([rearranged(t, data) if t.dim() else t for t in tensors], residual)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -417,64 +390,7 @@ def test_adapter_with_one_output_unused(used):
         torch.testing.assert_close(zero if a is None else a, zero if b is None else b)
 
 
-# ------------------------------------------------------------------------------------ both
-
-
-OPERATORS = {
-    "attention": (lambda: attention_inputs(length=40), lambda: attention_functions(True, "logits"), 1),
-    "adapter": (lambda: adapter_inputs((90,)), lambda: adapter_functions(False), 1),
-    "adapter with residual": (lambda: adapter_inputs((90,), residual=True), lambda: adapter_functions(True), 2),
-}
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_repetition_gives_the_same_bits_and_leaves_inputs_alone(operator):
-    make, functions, outputs = OPERATORS[operator]
-    tensors, fused = make(), functions()[0]
-    before = [t.clone() for t in tensors]
-    out = fused(*tensors)
-    shape = out[0].shape if outputs == 2 else out.shape
-    grads = [randn(*shape, seed=30 + i) for i in range(outputs)]
-    first, second = run(fused, tensors, grads), run(fused, tensors, grads)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_an_output_used_twice(operator):
-    make, functions, outputs = OPERATORS[operator]
-    fused, plain, _ = functions()
-
-    def twice(function):
-        def call(*tensors):
-            out = function(*tensors)
-            out = out[0] if outputs == 2 else out
-            return out.sin() + out * out
-        return call
-
-    tensors = make()
-    shape = twice(plain)(*tensors).shape
-    for a, b in zip(run(twice(fused), tensors, [randn(*shape)]), run(twice(plain), tensors, [randn(*shape)]),
-                    strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4 if GPU else 1e-9, atol=1e-4 if GPU else 1e-9)
-
-
-def test_opcheck():
-    """Schema, fake tensors, autograd registration and ahead-of-time dispatch, as PyTorch itself checks them."""
-    tensors = require_grad(attention_inputs(length=5))
-    torch.library.opcheck(attention_op.forward, (*tensors, True, "weights"))
-    tensors = [t.detach() for t in tensors]
-    out, lse = attention_op.forward(*tensors, True, "weights")
-    torch.library.opcheck(attention_op.backward, (randn(2, 5, 2, 16), *tensors, out, lse, True, "weights",
-                                                  [True, False, True, True]))
-    x, *parameters = require_grad(adapter_inputs())
-    for residual in (None, randn(2, 5, 24, seed=1).requires_grad_()):
-        torch.library.opcheck(adapter_op.forward, (x, residual, *parameters, 1e-5))
-    weight, _, down_weight, _, up_weight, up_bias, scale = (p.detach() for p in parameters)
-    x = x.detach()
-    *_, mean, rstd, hidden = adapter_op.forward(x, None, *(p.detach() for p in parameters), 1e-5)
-    torch.library.opcheck(adapter_op.backward, (x, None, x, weight, down_weight, up_weight, up_bias, scale, mean, rstd,
-                                                hidden, [True, False, False, True, True, True, True, True]))
+# ------------------------------------------------------------------------------------ references
 
 
 def test_references_agree():
@@ -532,6 +448,9 @@ def test_float32_products_follow_pytorchs_setting():
     (dict(prefix_key=torch.zeros(3, 2, 16, dtype=torch.float16)), TypeError,
      "prefix_key must be float32 beside qkv, not float16"),
     (dict(prefix_value=torch.zeros(3, 2, 16, device="meta")), ValueError, "prefix_value is on meta, but qkv is on cpu"),
+    (dict(cu_seqlens=torch.tensor([0, 7], dtype=torch.int32)), ValueError,
+     r"qkv must be \(T, 3, H, D\) beside cu_seqlens, not \(2, 7, 3, 2, 16\)"),
+    (dict(max_seqlen=7), ValueError, "max_seqlen goes with cu_seqlens, which is missing"),
     (dict(scale_target="values"), ValueError, "scale_target must be 'weights' or 'logits', not 'values'"),
     (dict(backend="fast"), ValueError, "backend must be None, 'triton' or 'torch', not 'fast'"),
 ])
@@ -540,6 +459,26 @@ def test_attention_refuses(change, error, message):
                      prefix_value=torch.zeros(3, 2, 16), prefix_scale=torch.tensor(1.0))
     with pytest.raises(error, match=message):
         prefix_attention(**(arguments | change))
+
+
+@pytest.mark.parametrize(("cu_seqlens", "max_seqlen", "error", "message"), [
+    (torch.tensor([0, 7]), None, TypeError, "cu_seqlens must be int32, not int64"),
+    (torch.tensor([[0, 7]], dtype=torch.int32), None, ValueError, r"cu_seqlens must be \(S \+ 1,\), not \(1, 2\)"),
+    (torch.tensor([], dtype=torch.int32), None, ValueError, r"cu_seqlens must be \(S \+ 1,\), not \(0,\)"),
+    (torch.tensor([0, 7], dtype=torch.int32, device="meta"), None, ValueError, "cu_seqlens is on meta, but qkv"),
+    (torch.tensor([0, 6], dtype=torch.int32), None, ValueError, r"end with T = 7, but is \[0, 6\]"),
+    (torch.tensor([1, 7], dtype=torch.int32), None, ValueError, r"must begin with 0.*but is \[1, 7\]"),
+    (torch.tensor([0, 5, 3, 7], dtype=torch.int32), None, ValueError, "never fall"),
+    (torch.tensor([0, 3, 7], dtype=torch.int32), 3, ValueError, "max_seqlen is 3, but the longest sequence .* has 4"),
+    (torch.tensor([0, 3, 7], dtype=torch.int32), -1, ValueError, "max_seqlen must be at least 0, not -1"),
+])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_attention_refuses_marks(cu_seqlens, max_seqlen, error, message, backend):
+    if GPU and backend == "triton":
+        pytest.skip("values of cu_seqlens are checked on the CPU")
+    with pytest.raises(error, match=message):
+        prefix_attention(torch.zeros(7, 3, 2, 16), torch.zeros(3, 2, 16), torch.zeros(3, 2, 16), torch.tensor(1.0),
+                         cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, backend=backend)
 
 
 def test_attention_refuses_wide_heads():

@@ -1,9 +1,12 @@
 """LayerNorm with a bottleneck adapter in parallel: UP-Person's L-Adapter (arXiv 2504.10084, Sec. III)."""
 
-from torch import Tensor
+import math
+
+import torch
+from torch import Tensor, nn
 
 from kernels.adapter import reference
-from kernels.backend import resolve
+from kernels.backend import in_autocast, resolve
 from kernels.checks import require_device, require_dtype, require_float, require_shape
 
 MAX_HIDDEN_WIDTH = 256
@@ -22,7 +25,8 @@ def layernorm_adapter(x: Tensor, weight: Tensor, bias: Tensor, down_weight: Tens
         up_weight, up_bias: (C, R) and (C,), as nn.Linear(R, C) keeps them.
         scale: (), the adapter's learnable scale.
         eps: added to the variance.
-        residual: x's shape and dtype. With it x + residual takes the place of x and is returned too.
+        residual: x's shape and dtype. With it x + residual takes the place of x and is returned too. Under autocast
+            their dtypes may differ; the wider one holds for both.
         backend: None (Triton on CUDA or under TRITON_INTERPRET=1, else PyTorch), "triton" or "torch".
 
     Returns:
@@ -57,6 +61,9 @@ def layernorm_adapter(x: Tensor, weight: Tensor, bias: Tensor, down_weight: Tens
     if residual is not None:
         require_shape(name, "residual", residual, tuple(x.shape))
         require_device(name, "residual", residual, "x", x)
+        if in_autocast(x):                                              # where x often comes from a matrix product
+            wider = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(wider), residual.to(wider)
         if residual.dtype != x.dtype:
             raise TypeError(f"{name}: residual must have x's dtype, {x.dtype}, not {residual.dtype}")
 
@@ -69,3 +76,38 @@ def layernorm_adapter(x: Tensor, weight: Tensor, bias: Tensor, down_weight: Tens
         from kernels.adapter import op  # imports Triton
         y, total, *_ = op.forward(x, residual, *parameters.values(), eps)
     return y if residual is None else (y, total)
+
+
+class LayerNormAdapter(nn.Module):
+    """LayerNorm and the adapter beside it as a module. See layernorm_adapter.
+
+    Args:
+        width: C.
+        hidden: R, the adapter's hidden width.
+        eps: LayerNorm's.
+        scale: the adapter's learnable scale at the start.
+        backend: None, "triton" or "torch".
+
+    Starts as LayerNorm alone, since the up projection starts at zero; the down projection as nn.Linear's does.
+    """
+
+    def __init__(self, width: int, hidden: int, *, eps: float = 1e-5, scale: float = 1.0, backend: str | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.down_weight = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(hidden, width), a=math.sqrt(5)))
+        self.down_bias = nn.Parameter(torch.zeros(hidden))
+        self.up_weight = nn.Parameter(torch.zeros(width, hidden))
+        self.up_bias = nn.Parameter(torch.zeros(width))
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
+        self.eps = eps
+        self.backend = backend
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """x, residual and the result: (..., C). With a residual returns the pair (result, x + residual)."""
+        return layernorm_adapter(x, self.weight, self.bias, self.down_weight, self.down_bias, self.up_weight,
+                                 self.up_bias, self.scale, eps=self.eps, residual=residual, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        hidden, width = self.down_weight.shape
+        return f"width={width}, hidden={hidden}, eps={self.eps}"

@@ -24,28 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import tiles
 from kernels.backend import accumulator, capability, float32_precision
 
 MAX_SHARES = 32     # partial sums of the parameter gradients
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-def row_tiles(hidden: int, element_size: int) -> dict:
-    """Block sizes and launch options of the kernels that own rows: 64, the least that Hopper's matrix unit takes, for
-    16-bit inputs; fewer for wider types, whose tiles would not fit the registers."""
-    block = 64 if element_size == 2 else 32
-    block_r = max(16, triton.next_power_of_2(hidden))
-    return dict(BLOCK_T=block, BLOCK_C=block, BLOCK_R=block_r, num_warps=4 if block_r <= 32 else 8, num_stages=2)
-
-
-def parameter_tiles(hidden: int, element_size: int, capability: int) -> dict:
-    """The same for the kernel that owns columns, by compute capability (80 to 100): chosen so that nothing spills."""
-    tiles = row_tiles(hidden, element_size)
-    if element_size == 2 and capability < 90:
-        tiles |= dict(BLOCK_T=16)                   # operands live in registers there
-    elif element_size == 2 and capability >= 100:
-        tiles |= dict(BLOCK_T=32)
-    return tiles
 
 
 # ---------------------------------------------------------------------------------------- shared pieces
@@ -263,15 +246,15 @@ def launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Ten
     if rows:
         x_rows = as_rows(x)
         residual_rows = x_rows if residual is None else as_rows(residual)
-        tiles = row_tiles(hidden_width, x.element_size())
+        chosen = tiles.choose("adapter_rows", hidden_width, x.element_size(), capability(x))
         with torch.cuda.device_of(x):
-            forward_kernel[(triton.cdiv(rows, tiles["BLOCK_T"]),)](
+            forward_kernel[(triton.cdiv(rows, chosen["BLOCK_T"]),)](
                 x_rows, residual_rows, weight.contiguous(), bias.contiguous(), down_weight.contiguous(),
                 down_bias.contiguous(), up_weight.contiguous(), up_bias.contiguous(), scale,
                 y, total, mean, rstd, hidden,
                 x_rows.stride(0), residual_rows.stride(0), rows, width, hidden_width,
                 EPS=eps, HAS_RESIDUAL=residual is not None,
-                PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **tiles,
+                PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **chosen,
             )
     return y, total, mean, rstd, hidden
 
@@ -285,7 +268,7 @@ def launch_backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor
     hidden_width, width = down_weight.shape
     rows = x.numel() // width
     acc_dtype = accumulator(x.dtype)
-    tiles = row_tiles(hidden_width, x.element_size())
+    chosen = tiles.choose("adapter_rows", hidden_width, x.element_size(), capability(x))
     dy_rows, x_rows = as_rows(dy), as_rows(x)
 
     dx = x.new_empty(x.shape if need_x else 0)
@@ -294,18 +277,18 @@ def launch_backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor
     if rows and (need_x or compute_down):
         dtotal_rows = dy_rows if dtotal is None else as_rows(dtotal)
         with torch.cuda.device_of(x):
-            input_gradient_kernel[(triton.cdiv(rows, tiles["BLOCK_T"]),)](
+            input_gradient_kernel[(triton.cdiv(rows, chosen["BLOCK_T"]),)](
                 dy_rows, dtotal_rows, x_rows, weight.contiguous(), down_weight.contiguous(), up_weight.contiguous(),
                 scale, mean, rstd, hidden, dx, dhidden,
                 dy_rows.stride(0), dtotal_rows.stride(0), x_rows.stride(0), rows, width, hidden_width,
                 NEED_DX=need_x, HAS_DTOTAL=dtotal is not None,
-                PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **tiles,
+                PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **chosen,
             )
 
     compute_up = need_up or need_scale
     compute_column = need_bias or need_up_bias or need_scale
-    tiles = parameter_tiles(hidden_width, x.element_size(), capability(x))
-    row_blocks = triton.cdiv(rows, tiles["BLOCK_T"])
+    chosen = tiles.choose("adapter_parameters", hidden_width, x.element_size(), capability(x))
+    row_blocks = triton.cdiv(rows, chosen["BLOCK_T"])
     shares = min(MAX_SHARES, row_blocks)
 
     def buffer(needed: bool, *shape: int) -> Tensor:
@@ -316,12 +299,12 @@ def launch_backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor
     ddown_bias = buffer(compute_down, hidden_width)
     if rows and (compute_up or compute_column or compute_down or need_weight):
         with torch.cuda.device_of(x):
-            parameter_gradient_kernel[(triton.cdiv(width, tiles["BLOCK_C"]), shares)](
+            parameter_gradient_kernel[(triton.cdiv(width, chosen["BLOCK_C"]), shares)](
                 dy_rows, x_rows, mean, rstd, hidden, dhidden, dup, dcolumn, ddown, ddown_bias, dgamma,
                 dy_rows.stride(0), x_rows.stride(0), rows, width, hidden_width,
-                triton.cdiv(row_blocks, shares) * tiles["BLOCK_T"],
+                triton.cdiv(row_blocks, shares) * chosen["BLOCK_T"],
                 NEED_UP=compute_up, NEED_COLUMN=compute_column, NEED_DOWN=compute_down, NEED_WEIGHT=need_weight,
-                PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **tiles,
+                PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **chosen,
             )
     dup, dcolumn, ddown, ddown_bias, dgamma = (
         t.sum(0) if t.dim() > 1 else t for t in (dup, dcolumn, ddown, ddown_bias, dgamma))

@@ -1,18 +1,28 @@
 """Triton kernels of prefix attention, and the functions that launch them.
 
-The N tokens of one head of one sample attend to P prefix columns and N token columns in one softmax. Every
-kernel walks over the prefix columns first and over the token columns after them; nothing of size N × N and
-no concatenation of prefix and tokens ever exists in memory.
+The tokens of one head of one sequence attend to columns in one softmax: first the N tokens, behind them the P
+prefix columns. Nothing of size N × N and no concatenation of tokens and prefix ever exists in memory; the tile of
+columns in which both meet is loaded from two places.
 
-    forward    one program per (sample, head, block of queries): online softmax, one pass over the columns
+    0                   64                  128                 192 193         203
+    ├── tokens ─────────┼── tokens ─────────┼── tokens ─────────┼─ token, prefix ─┤         N = 193, P = 10
+        plain tiles: neither masked (unless causal) nor scaled    tail: 16 columns
+
+The rows, one for each query, are cut the same way. The last tile on either axis is only as wide as it must be (a
+power of two, 16 at least), which at these lengths is a third of the work.
+
+    forward    one program per (sequence, head, block of queries): online softmax, one pass over the columns
     backward   one launch, in which a program owns the gradient of
-                   a block of queries (walks over all columns),
-                   a block of token keys and values (walks over all queries), or
-                   a block of prefix columns of one sample (walks over all queries)
+                   a block of queries (walks over all columns), or
+                   a block of columns (walks over all queries)
                The programs of one head are neighbours, so that they share its queries, keys, values and
                gradients in the L2 cache. No two programs write the same address: no atomics, and the same
-               bits at every repetition. The prefix is shared by the batch; its gradient is written per
-               sample and summed in a second, ordered step.
+               bits at every repetition. The prefix is shared by all sequences; its gradient is written per
+               sequence and summed in a second, ordered step.
+
+Sequences are the samples of a (B, N, …) tensor, or lie one behind the other in a packed (T, …) tensor between the
+marks cu_seqlens. In the latter case their number of tokens is only known here, so that the last tiles are full
+ones; N is the longest, and programs beyond the end of their sequence have nothing to do.
 
 Names in device code: b_ value of a block, p_ pointer, o_ offsets, m_ mask. Logits are kept in base 2
 (multiplied by log2 e), because exp2 is the instruction that the hardware has.
@@ -23,100 +33,90 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import tiles
 from kernels.backend import accumulator, capability, float32_precision
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def forward_tiles(head_width: int, element_size: int) -> dict:
-    """Block sizes and launch options. Wider types than 16 bit take smaller tiles, or they would not fit registers."""
-    block_d = max(16, triton.next_power_of_2(head_width))
-    block, warps = (64, 4 if block_d <= 64 else 8) if element_size == 2 else (32, 8)
-    return dict(BLOCK_M=block, BLOCK_N=block, BLOCK_P=16, BLOCK_D=block_d, num_warps=warps, num_stages=2)
-
-
-def backward_tiles(head_width: int, element_size: int, capability: int) -> dict:
-    """The same for backward, by compute capability (80 to 100): chosen so that nothing spills at head width 64.
-
-    From Hopper on (90), matrix units take 64 rows at once and read operands from shared memory. Before it operands
-    live in registers, and a tile of 64 × 64 spills.
-    """
-    tiles = forward_tiles(head_width, element_size)
-    if element_size == 2 and capability < 90:
-        tiles |= dict(BLOCK_M=64 if tiles["BLOCK_D"] <= 64 else 32, BLOCK_N=32, num_warps=4)
-    elif capability >= 100:
-        tiles |= dict(num_warps=8)
-    return tiles
-
-
 # ---------------------------------------------------------------------------------------- shared pieces
 
 
 @triton.jit
-def load_rows(p_base, o_row, stride_row, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of a (rows, D) matrix, zero outside of it.  [BLOCK, BLOCK_D]"""
-    o_d = tl.arange(0, BLOCK_D)
-    m_rows = (o_row[:, None] < rows) & (o_d[None, :] < D)
-    return tl.load(p_base + o_row[:, None] * stride_row + o_d[None, :], mask=m_rows, other=0.0)
-
-
-@triton.jit
-def store_rows(p_base, b_rows, o_row, stride_row, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    o_d = tl.arange(0, BLOCK_D)
-    m_rows = (o_row[:, None] < rows) & (o_d[None, :] < D)
-    tl.store(p_base + o_row[:, None] * stride_row + o_d[None, :], b_rows.to(p_base.dtype.element_ty), mask=m_rows)
-
-
-@triton.jit
-def prefix_factors(p_prefix_scale, SCALE_LOGITS: tl.constexpr, ACC: tl.constexpr):
-    """λ where it acts and 1 where it does not: the factors of the prefix columns' logits and of their weights."""
-    b_scale = tl.load(p_prefix_scale).to(ACC)
-    b_one = tl.full([], 1.0, ACC)
-    if SCALE_LOGITS:
-        return b_scale, b_one
+def locate_sequence(p_cu_seqlens, i_s, N, T, PACKED: tl.constexpr):
+    """A sequence's first token among all T, and its number of tokens. Marks outside of the tensor are cut off."""
+    if PACKED:
+        begin = tl.minimum(tl.maximum(tl.load(p_cu_seqlens + i_s).to(tl.int64), 0), T)
+        end = tl.minimum(tl.maximum(tl.load(p_cu_seqlens + i_s + 1).to(tl.int64), begin), T)
+        return begin, tl.minimum(end - begin, N).to(tl.int32)
     else:
-        return b_one, b_scale
+        return i_s * N, N
 
 
 @triton.jit
-def online_softmax_step(b_q, b_k, b_v, b_max, b_sum, b_acc, m_visible, logit_scale, PRECISION: tl.constexpr):
-    """Adds a block of columns to the running maximum, sum of exponentials and weighted sum of values."""
-    b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=b_acc.dtype) * logit_scale
-    b_logits = tl.where(m_visible, b_logits, float("-inf"))                             # [M, N]
-    b_new_max = tl.maximum(b_max, tl.max(b_logits, 1))
-    b_correction = tl.exp2(b_max - b_new_max)
-    b_weights = tl.exp2(b_logits - b_new_max[:, None])
-    b_sum = b_sum * b_correction + tl.sum(b_weights, 1)
-    b_acc = b_acc * b_correction[:, None]
-    b_acc += tl.dot(b_weights.to(b_v.dtype), b_v, input_precision=PRECISION, out_dtype=b_acc.dtype)
-    return b_new_max, b_sum, b_acc
+def locate_head(i_s, i_h, begin, stride_s, stride_n, stride_h, PACKED: tl.constexpr):
+    """Offset of a sequence's head in a (B, N, …, H, …) or (T, …, H, …) tensor."""
+    if PACKED:
+        return begin * stride_n + i_h * stride_h
+    else:
+        return i_s * stride_s + i_h * stride_h
 
 
 @triton.jit
-def softmax_gradient(b_x, b_y, b_x_side, b_y_side, b_lse, b_delta, m_visible, logit_scale, weight,
-                     PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """One tile of the softmax's backward: p, ds = p (w a − Δ), and its ingredients q·k and a = g·v.
-
-    With x = q, y = k, x_side = g, y_side = v the tile is [queries, keys]; swapped, it is [keys, queries].
-    """
-    b_qk = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION, out_dtype=ACC)
-    b_p = tl.where(m_visible, tl.exp2(b_qk * logit_scale - b_lse), 0.0)
-    b_a = tl.dot(b_x_side, tl.trans(b_y_side), input_precision=PRECISION, out_dtype=ACC)
-    b_ds = b_p * (b_a * weight - b_delta)
-    return b_p, b_ds, b_qk, b_a
+def tile_of_rows(p_base, start, stride_row, rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers to rows start … start + BLOCK of a (rows, D) matrix, and which of them lie inside of it."""
+    o_row, o_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    p_tile = p_base + tl.cast(start, tl.int64) * stride_row + (o_row[:, None] * stride_row + o_d[None, :])
+    m_tile = (o_row[:, None] >= -start) & (o_row[:, None] < rows - start) & (o_d[None, :] < D)
+    return p_tile, m_tile
 
 
 @triton.jit
-def load_query_side(p_q, p_g, p_o, p_lse, o_m, stride_q_n, stride_g_n, stride_o_n, N,
-                    D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
-    """A block of queries, its output gradients, log-sum-exps and Δ = g·o."""
-    b_q = load_rows(p_q, o_m, stride_q_n, N, D, BLOCK_D)
-    b_g = load_rows(p_g, o_m, stride_g_n, N, D, BLOCK_D)
-    b_o = load_rows(p_o, o_m, stride_o_n, N, D, BLOCK_D)
-    b_lse = tl.load(p_lse + o_m, mask=o_m < N, other=0.0)
-    b_delta = tl.sum(b_g.to(ACC) * b_o.to(ACC), 1)
-    return b_q, b_g, b_lse, b_delta
+def load_rows(p_base, start, stride_row, rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A block of rows of a (rows, D) matrix, zero outside of it.  [BLOCK, BLOCK_D]"""
+    p_tile, m_tile = tile_of_rows(p_base, start, stride_row, rows, D, BLOCK, BLOCK_D)
+    return tl.load(p_tile, mask=m_tile, other=0.0)
+
+
+@triton.jit
+def store_rows(p_base, b_rows, start, stride_row, rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    p_tile, m_tile = tile_of_rows(p_base, start, stride_row, rows, D, BLOCK, BLOCK_D)
+    tl.store(p_tile, b_rows.to(p_base.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def plain_columns(N, P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many columns lie in plain tiles: full of tokens, and not the last."""
+    return tl.minimum(N // BLOCK_N, (N + P - 1) // BLOCK_N) * BLOCK_N
+
+
+@triton.jit
+def load_columns(columns, start, P: tl.constexpr, D: tl.constexpr, SCALE_LOGITS: tl.constexpr, ACC: tl.constexpr,
+                 PLAIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile of columns: its offsets, keys and values [N, D], and the factors of its logits and its weights [N],
+    which are λ where it acts (on prefix columns, one of the two) and 1 elsewhere."""
+    p_k, p_v, p_prefix_key, p_prefix_value, p_prefix_scale, stride_n, N, H = columns
+    o_n = start + tl.arange(0, BLOCK_N)
+    b_k = load_rows(p_k, start, stride_n, N, D, BLOCK_N, BLOCK_D)
+    b_v = load_rows(p_v, start, stride_n, N, D, BLOCK_N, BLOCK_D)
+    b_one = tl.full([BLOCK_N], 1.0, ACC)
+    b_factor = b_one
+    if not PLAIN and P > 0:
+        b_k += load_rows(p_prefix_key, start - N, H * D, P, D, BLOCK_N, BLOCK_D).to(b_k.dtype)
+        b_v += load_rows(p_prefix_value, start - N, H * D, P, D, BLOCK_N, BLOCK_D).to(b_v.dtype)
+        b_factor = tl.where(o_n >= N, tl.load(p_prefix_scale).to(ACC), b_one)
+    if SCALE_LOGITS:
+        return o_n, b_k, b_v, b_factor, b_one
+    else:
+        return o_n, b_k, b_v, b_one, b_factor
+
+
+@triton.jit
+def first_query(o_n, N, P: tl.constexpr, CAUSAL: tl.constexpr):
+    """The first query that sees each column: a token's own if causal, else query 0; none behind the last column."""
+    b_first = tl.where(o_n < N, o_n, 0) if CAUSAL else tl.zeros_like(o_n)
+    return tl.where(o_n < N + P, b_first, 2**30)
 
 
 # ---------------------------------------------------------------------------------------- forward
@@ -124,49 +124,83 @@ def load_query_side(p_q, p_g, p_o, p_lse, o_m, stride_q_n, stride_g_n, stride_o_
 
 @triton.jit
 def forward_kernel(
-    p_qkv, p_prefix_key, p_prefix_value, p_prefix_scale, p_out, p_lse,
-    stride_qkv_b, stride_qkv_n, stride_qkv_part, stride_qkv_h,
-    N, H,
-    P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, SCALE_LOGITS: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_qkv, p_prefix_key, p_prefix_value, p_prefix_scale, p_cu_seqlens, p_out, p_lse,
+    stride_qkv_s, stride_qkv_n, stride_qkv_part, stride_qkv_h, N, H, T,
+    P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, SCALE_LOGITS: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    LAST_M: tl.constexpr, LAST_N: tl.constexpr, MIXED_TILES: tl.constexpr,
 ):
+    """BLOCK_…: sizes of tiles; LAST_…: of the last tile of rows and of columns. MIXED_TILES: whether there may be full
+    tiles of columns that are not plain."""
     blocks = tl.cdiv(N, BLOCK_M)
-    i_head = (tl.program_id(0) // blocks).to(tl.int64)                                  # sample and head
-    i_b, i_h = i_head // H, i_head % H
-    o_m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_block = tl.program_id(0) % blocks
+    i_head = (tl.program_id(0) // blocks).to(tl.int64)                                  # sequence and head
+    i_s, i_h = i_head // H, i_head % H
+    begin, length = locate_sequence(p_cu_seqlens, i_s, N, T, PACKED)
 
-    p_q = p_qkv + i_b * stride_qkv_b + i_h * stride_qkv_h
-    b_q = load_rows(p_q, o_m, stride_qkv_n, N, D, BLOCK_D)                              # [M, D]
-    b_logit_factor, b_weight_factor = prefix_factors(p_prefix_scale, SCALE_LOGITS, ACC)
-    logit_scale: tl.constexpr = LOG2_E * D ** -0.5
+    p_q = p_qkv + locate_head(i_s, i_h, begin, stride_qkv_s, stride_qkv_n, stride_qkv_h, PACKED)
+    p_k = p_q + stride_qkv_part
+    columns = (p_k, p_k + stride_qkv_part, p_prefix_key + i_h * D, p_prefix_value + i_h * D, p_prefix_scale,
+               stride_qkv_n, length, H)
+    p_o = p_out + (begin * H + i_h) * D
+    p_l = p_lse + i_h * T + begin
+    if LAST_M < BLOCK_M and i_block == blocks - 1:
+        attend(p_q, p_o, p_l, columns, i_block * BLOCK_M, P, D, CAUSAL, SCALE_LOGITS, PRECISION, ACC,
+               LAST_M, BLOCK_N, BLOCK_D, LAST_N, MIXED_TILES)
+    elif i_block * BLOCK_M < length:
+        attend(p_q, p_o, p_l, columns, i_block * BLOCK_M, P, D, CAUSAL, SCALE_LOGITS, PRECISION, ACC,
+               BLOCK_M, BLOCK_N, BLOCK_D, LAST_N, MIXED_TILES)
 
+
+@triton.jit
+def attend(p_q, p_o, p_lse, columns, start_m, P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+           SCALE_LOGITS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
+           BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LAST_N: tl.constexpr, MIXED_TILES: tl.constexpr):
+    """Output and log-sum-exp of a block of queries."""
+    _, _, _, _, _, stride_n, N, H = columns
+    o_m = start_m + tl.arange(0, BLOCK_M)
+    b_q = load_rows(p_q, start_m, stride_n, N, D, BLOCK_M, BLOCK_D)                                  # [M, D]
     b_max = tl.full([BLOCK_M], float("-inf"), ACC)
     b_sum = tl.zeros([BLOCK_M], ACC)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
 
-    for start in range(0, P, BLOCK_P):
-        o_p = start + tl.arange(0, BLOCK_P)
-        b_k = load_rows(p_prefix_key + i_h * D, o_p, H * D, P, D, BLOCK_D).to(b_q.dtype)        # [P, D]
-        b_v = load_rows(p_prefix_value + i_h * D, o_p, H * D, P, D, BLOCK_D).to(b_q.dtype)
-        b_max, b_sum, b_acc = online_softmax_step(b_q, b_k, b_v, b_max, b_sum, b_acc, o_p[None, :] < P,
-                                                  b_logit_factor * logit_scale, PRECISION)
-    b_acc *= b_weight_factor                                                            # so far prefix columns only
+    plain = plain_columns(N, P, BLOCK_N)
+    last = N + P if LAST_N == BLOCK_N else (N + P - 1) // BLOCK_N * BLOCK_N
+    for start in range(0, tl.minimum(plain, start_m + BLOCK_M) if CAUSAL else plain, BLOCK_N):
+        b_max, b_sum, b_acc = attend_tile(b_max, b_sum, b_acc, b_q, o_m, columns, start, P, D, CAUSAL, SCALE_LOGITS,
+                                          PRECISION, ACC, True, BLOCK_N, BLOCK_D)
+    if MIXED_TILES:
+        for start in range(plain, last, BLOCK_N):
+            b_max, b_sum, b_acc = attend_tile(b_max, b_sum, b_acc, b_q, o_m, columns, start, P, D, CAUSAL,
+                                              SCALE_LOGITS, PRECISION, ACC, False, BLOCK_N, BLOCK_D)
+    if LAST_N < BLOCK_N:
+        b_max, b_sum, b_acc = attend_tile(b_max, b_sum, b_acc, b_q, o_m, columns, last, P, D, CAUSAL, SCALE_LOGITS,
+                                          PRECISION, ACC, False, LAST_N, BLOCK_D)
 
-    p_k, p_v = p_q + stride_qkv_part, p_q + 2 * stride_qkv_part
-    end = tl.minimum(N, (tl.program_id(0) % blocks + 1) * BLOCK_M) if CAUSAL else N
-    for start in range(0, end, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        b_k = load_rows(p_k, o_n, stride_qkv_n, N, D, BLOCK_D)                          # [N, D]
-        b_v = load_rows(p_v, o_n, stride_qkv_n, N, D, BLOCK_D)
-        m_visible = o_n[None, :] < N
-        if CAUSAL:
-            m_visible &= o_n[None, :] <= o_m[:, None]
-        b_max, b_sum, b_acc = online_softmax_step(b_q, b_k, b_v, b_max, b_sum, b_acc, m_visible,
-                                                  logit_scale, PRECISION)
+    store_rows(p_o, b_acc / b_sum[:, None], start_m, H * D, N, D, BLOCK_M, BLOCK_D)
+    tl.store(p_lse + o_m, b_max + tl.log2(b_sum), mask=o_m < N)
 
-    store_rows(p_out + (i_b * N * H + i_h) * D, b_acc / b_sum[:, None], o_m, H * D, N, D, BLOCK_D)
-    tl.store(p_lse + i_head * N + o_m, b_max + tl.log2(b_sum), mask=o_m < N)
+
+@triton.jit
+def attend_tile(b_max, b_sum, b_acc, b_q, o_m, columns, start, P: tl.constexpr, D: tl.constexpr,
+                CAUSAL: tl.constexpr, SCALE_LOGITS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+                PLAIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Adds a tile of columns to the running maximum, sum of exponentials and weighted sum of values."""
+    o_n, b_k, b_v, b_logit_factor, b_weight_factor = load_columns(columns, start, P, D, SCALE_LOGITS, ACC, PLAIN,
+                                                                  BLOCK_N, BLOCK_D)
+    b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION, out_dtype=ACC)     # [M, N]
+    b_logits *= b_logit_factor[None, :] * (LOG2_E * D ** -0.5)
+    if CAUSAL or not PLAIN:
+        m_visible = first_query(o_n, columns[6], P, CAUSAL)[None, :] <= o_m[:, None]
+        b_logits = tl.where(m_visible, b_logits, float("-inf"))
+    b_new_max = tl.maximum(b_max, tl.max(b_logits, 1))
+    b_correction = tl.exp2(b_max - b_new_max)
+    b_weights = tl.exp2(b_logits - b_new_max[:, None])
+    b_sum = b_sum * b_correction + tl.sum(b_weights, 1)
+    b_weights = (b_weights * b_weight_factor[None, :]).to(b_v.dtype)                    # behind the softmax
+    b_acc = b_acc * b_correction[:, None]
+    b_acc += tl.dot(b_weights, b_v, input_precision=PRECISION, out_dtype=ACC)
+    return b_new_max, b_sum, b_acc
 
 
 # ---------------------------------------------------------------------------------------- backward
@@ -174,226 +208,297 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    p_qkv, p_prefix_key, p_prefix_value, p_prefix_scale, p_out, p_lse, p_grad,
+    p_qkv, p_prefix_key, p_prefix_value, p_prefix_scale, p_cu_seqlens, p_out, p_lse, p_grad,
     p_dqkv, p_dprefix_key, p_dprefix_value, p_dscale,
-    stride_qkv_b, stride_qkv_n, stride_qkv_part, stride_qkv_h,
-    stride_grad_b, stride_grad_n, stride_grad_h,
-    N, H,
-    P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, SCALE_LOGITS: tl.constexpr,
+    stride_qkv_s, stride_qkv_n, stride_qkv_part, stride_qkv_h, stride_grad_s, stride_grad_n, stride_grad_h, N, H, T,
+    P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, SCALE_LOGITS: tl.constexpr,
     NEED_QKV: tl.constexpr, NEED_KEY: tl.constexpr, NEED_VALUE: tl.constexpr, NEED_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    LAST_M: tl.constexpr, LAST_N: tl.constexpr, MIXED_TILES: tl.constexpr,
 ):
     """p_d…: where each gradient goes; those not needed are never touched. See launch_backward for shapes."""
-    prefix_programs: tl.constexpr = tl.cdiv(P, BLOCK_P) if NEED_KEY or NEED_VALUE or NEED_SCALE else 0
-    query_programs = tl.cdiv(N, BLOCK_M) if NEED_QKV else 0
-    key_programs = tl.cdiv(N, BLOCK_N) if NEED_QKV else 0
-    programs = prefix_programs + query_programs + key_programs
-    i_head = (tl.program_id(0) // programs).to(tl.int64)                                # sample and head
-    i_program = tl.program_id(0) % programs
-    i_b, i_h = i_head // H, i_head % H
+    query_blocks = tl.cdiv(N, BLOCK_M) if NEED_QKV else 0
+    column_blocks = tl.cdiv(N + P, BLOCK_N)
+    i_block = tl.program_id(0) % (query_blocks + column_blocks)
+    i_head = (tl.program_id(0) // (query_blocks + column_blocks)).to(tl.int64)          # sequence and head
+    i_s, i_h = i_head // H, i_head % H
+    begin, length = locate_sequence(p_cu_seqlens, i_s, N, T, PACKED)
 
-    p_q = p_qkv + i_b * stride_qkv_b + i_h * stride_qkv_h
-    p_k, p_v = p_q + stride_qkv_part, p_q + 2 * stride_qkv_part
-    p_g = p_grad + i_b * stride_grad_b + i_h * stride_grad_h
-    p_o = p_out + (i_b * N * H + i_h) * D
-    p_l = p_lse + i_head * N
-    p_dq = p_dqkv + (i_b * N * 3 * H + i_h) * D                                         # packed (B, N, 3, H, D)
-    b_logit_factor, b_weight_factor = prefix_factors(p_prefix_scale, SCALE_LOGITS, ACC)
+    p_q = p_qkv + locate_head(i_s, i_h, begin, stride_qkv_s, stride_qkv_n, stride_qkv_h, PACKED)
+    p_k = p_q + stride_qkv_part
+    columns = (p_k, p_k + stride_qkv_part, p_prefix_key + i_h * D, p_prefix_value + i_h * D, p_prefix_scale,
+               stride_qkv_n, length, H)
+    rows = (p_q, p_grad + locate_head(i_s, i_h, begin, stride_grad_s, stride_grad_n, stride_grad_h, PACKED),
+            p_out + (begin * H + i_h) * D, p_lse + i_h * T + begin, stride_qkv_n, stride_grad_n, length, H)
+    p_dq = p_dqkv + (begin * 3 * H + i_h) * D                                           # contiguous (…, 3, H, D)
 
-    if i_program < prefix_programs:
-        prefix_gradient(p_q, p_g, p_o, p_l, p_prefix_key + i_h * D, p_prefix_value + i_h * D,
-                        p_dprefix_key + (i_b * P * H + i_h) * D, p_dprefix_value + (i_b * P * H + i_h) * D,
-                        p_dscale + i_head * prefix_programs + i_program,
-                        i_program * BLOCK_P, b_logit_factor, b_weight_factor, stride_qkv_n, stride_grad_n, N, H,
-                        P, D, SCALE_LOGITS, NEED_KEY, NEED_VALUE, NEED_SCALE, PRECISION, ACC,
-                        BLOCK_M, BLOCK_P, BLOCK_D)
-    elif i_program < prefix_programs + query_programs:
-        query_gradient(p_q, p_k, p_v, p_g, p_o, p_l, p_prefix_key + i_h * D, p_prefix_value + i_h * D, p_dq,
-                       (i_program - prefix_programs) * BLOCK_M, b_logit_factor, b_weight_factor,
-                       stride_qkv_n, stride_grad_n, N, H,
-                       P, D, CAUSAL, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_P, BLOCK_D)
+    if NEED_QKV and i_block < query_blocks:
+        start_m = i_block * BLOCK_M
+        if LAST_M < BLOCK_M and i_block == query_blocks - 1:
+            query_gradient(p_dq, rows, columns, start_m, P, D, CAUSAL, SCALE_LOGITS, PRECISION, ACC,
+                           LAST_M, BLOCK_N, BLOCK_D, LAST_N, MIXED_TILES)
+        elif start_m < length:
+            query_gradient(p_dq, rows, columns, start_m, P, D, CAUSAL, SCALE_LOGITS, PRECISION, ACC,
+                           BLOCK_M, BLOCK_N, BLOCK_D, LAST_N, MIXED_TILES)
     else:
-        key_gradient(p_q, p_k, p_v, p_g, p_o, p_l, p_dq + H * D, p_dq + 2 * H * D,
-                     (i_program - prefix_programs - query_programs) * BLOCK_N, stride_qkv_n, stride_grad_n,
-                     N, H, D, CAUSAL, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_D)
+        i_column = i_block - query_blocks
+        start_n = i_column * BLOCK_N
+        HALF_M: tl.constexpr = BLOCK_M // 2                     # masks and dλ take registers: fewer queries at a time
+        LAST_HALF_M: tl.constexpr = LAST_M if LAST_M < HALF_M else HALF_M
+        PLAIN_M: tl.constexpr = HALF_M if CAUSAL else BLOCK_M
+        LAST_PLAIN_M: tl.constexpr = LAST_HALF_M if CAUSAL else LAST_M
+        gradients = (p_dq + H * D, p_dq + 2 * H * D,
+                     p_dprefix_key + (i_s * P * H + i_h) * D, p_dprefix_value + (i_s * P * H + i_h) * D,
+                     p_dscale + i_head * column_blocks + i_column)
+        if start_n < plain_columns(length, P, BLOCK_N):
+            if NEED_QKV:
+                column_gradient(gradients, rows, columns, start_n, P, D, CAUSAL, SCALE_LOGITS, True, False, False,
+                                False, PRECISION, ACC, True, PLAIN_M, BLOCK_N, BLOCK_D, LAST_PLAIN_M)
+        elif LAST_N < BLOCK_N and i_column == column_blocks - 1:
+            column_gradient(gradients, rows, columns, start_n, P, D, CAUSAL, SCALE_LOGITS, NEED_QKV, NEED_KEY,
+                            NEED_VALUE, NEED_SCALE, PRECISION, ACC, False, HALF_M, LAST_N, BLOCK_D, LAST_HALF_M)
+        elif MIXED_TILES and start_n < length + P:
+            column_gradient(gradients, rows, columns, start_n, P, D, CAUSAL, SCALE_LOGITS, NEED_QKV, NEED_KEY,
+                            NEED_VALUE, NEED_SCALE, PRECISION, ACC, False, HALF_M, BLOCK_N, BLOCK_D, LAST_HALF_M)
 
 
 @triton.jit
-def query_gradient(p_q, p_k, p_v, p_g, p_o, p_lse, p_prefix_key, p_prefix_value, p_dq, start_m,
-                   b_logit_factor, b_weight_factor, stride_qkv_n, stride_grad_n, N, H,
-                   P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
-                   PRECISION: tl.constexpr, ACC: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    """dq_i = σ Σ_j ds_ij k_j for a block of queries."""
+def load_query_side(rows, start, D: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A block of queries, its output gradients, log-sum-exps and Δ = g·o."""
+    p_q, p_g, p_o, p_lse, stride_q_n, stride_g_n, N, H = rows
+    b_q = load_rows(p_q, start, stride_q_n, N, D, BLOCK_M, BLOCK_D)
+    b_g = load_rows(p_g, start, stride_g_n, N, D, BLOCK_M, BLOCK_D)
+    b_o = load_rows(p_o, start, H * D, N, D, BLOCK_M, BLOCK_D)
+    o_m = start + tl.arange(0, BLOCK_M)
+    b_lse = tl.load(p_lse + o_m, mask=o_m < N, other=0.0)
+    b_delta = tl.sum(b_g.to(ACC) * b_o.to(ACC), 1)
+    return b_q, b_g, b_lse, b_delta
+
+
+@triton.jit
+def softmax_gradient(b_x, b_y, b_x_side, b_y_side, b_lse, b_delta, m_visible, b_logit_factor, b_weight_factor,
+                     D: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """One tile of the softmax's backward: p, ds = p (w a − Δ), and its ingredients q·k and a = g·v.
+
+    With x = q, y = k, x_side = g, y_side = v the tile is [queries, columns]; swapped, it is [columns, queries].
+    """
+    b_qk = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION, out_dtype=ACC)
+    b_p = tl.exp2(b_qk * (b_logit_factor * (LOG2_E * D ** -0.5)) - b_lse)
+    if m_visible is not None:
+        b_p = tl.where(m_visible, b_p, 0.0)
+    b_a = tl.dot(b_x_side, tl.trans(b_y_side), input_precision=PRECISION, out_dtype=ACC)
+    b_ds = b_p * (b_a * b_weight_factor - b_delta)
+    return b_p, b_ds, b_qk, b_a
+
+
+@triton.jit
+def query_gradient(p_dq, rows, columns, start_m, P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+                   SCALE_LOGITS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
+                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LAST_N: tl.constexpr, MIXED_TILES: tl.constexpr):
+    """dq_i = σ Σ_j ds_ij k_j for a block of queries; λ k_j where λ acts on the logits."""
+    _, _, _, _, _, _, N, H = rows
     o_m = start_m + tl.arange(0, BLOCK_M)
-    b_q, b_g, b_lse, b_delta = load_query_side(p_q, p_g, p_o, p_lse, o_m, stride_qkv_n, stride_grad_n, H * D, N,
-                                               D, BLOCK_D, ACC)
+    query_side = load_query_side(rows, start_m, D, ACC, BLOCK_M, BLOCK_D)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    logit_scale: tl.constexpr = LOG2_E * D ** -0.5
 
-    for start in range(0, P, BLOCK_P):
-        o_p = start + tl.arange(0, BLOCK_P)
-        b_k = load_rows(p_prefix_key, o_p, H * D, P, D, BLOCK_D).to(b_q.dtype)                  # [P, D]
-        b_v = load_rows(p_prefix_value, o_p, H * D, P, D, BLOCK_D).to(b_q.dtype)
-        _, b_ds, _, _ = softmax_gradient(b_q, b_k, b_g, b_v, b_lse[:, None], b_delta[:, None], o_p[None, :] < P,
-                                         b_logit_factor * logit_scale, b_weight_factor, PRECISION, ACC)
-        b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PRECISION, out_dtype=ACC)
-    b_dq *= b_logit_factor                                                              # so far prefix columns only
-
-    end = tl.minimum(N, start_m + BLOCK_M) if CAUSAL else N
-    for start in range(0, end, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        b_k = load_rows(p_k, o_n, stride_qkv_n, N, D, BLOCK_D)                          # [N, D]
-        b_v = load_rows(p_v, o_n, stride_qkv_n, N, D, BLOCK_D)
-        m_visible = o_n[None, :] < N
-        if CAUSAL:
-            m_visible &= o_n[None, :] <= o_m[:, None]
-        _, b_ds, _, _ = softmax_gradient(b_q, b_k, b_g, b_v, b_lse[:, None], b_delta[:, None], m_visible,
-                                         logit_scale, 1.0, PRECISION, ACC)
-        b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PRECISION, out_dtype=ACC)
-
-    store_rows(p_dq, b_dq * D ** -0.5, o_m, 3 * H * D, N, D, BLOCK_D)
+    plain = plain_columns(N, P, BLOCK_N)
+    last = N + P if LAST_N == BLOCK_N else (N + P - 1) // BLOCK_N * BLOCK_N
+    for start in range(0, tl.minimum(plain, start_m + BLOCK_M) if CAUSAL else plain, BLOCK_N):
+        b_dq += query_gradient_tile(query_side, o_m, columns, start, P, D, CAUSAL, SCALE_LOGITS, PRECISION, ACC,
+                                    True, BLOCK_N, BLOCK_D)
+    if MIXED_TILES:
+        for start in range(plain, last, BLOCK_N):
+            b_dq += query_gradient_tile(query_side, o_m, columns, start, P, D, CAUSAL, SCALE_LOGITS, PRECISION, ACC,
+                                        False, BLOCK_N, BLOCK_D)
+    if LAST_N < BLOCK_N:
+        b_dq += query_gradient_tile(query_side, o_m, columns, last, P, D, CAUSAL, SCALE_LOGITS, PRECISION, ACC,
+                                    False, LAST_N, BLOCK_D)
+    store_rows(p_dq, b_dq * D ** -0.5, start_m, 3 * H * D, N, D, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
-def key_gradient(p_q, p_k, p_v, p_g, p_o, p_lse, p_dk, p_dv, start_n, stride_qkv_n, stride_grad_n, N, H,
-                 D: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """dk_j = σ Σ_i ds_ij q_i and dv_j = Σ_i p_ij g_i for a block of token columns."""
-    o_n = start_n + tl.arange(0, BLOCK_N)
-    b_k = load_rows(p_k, o_n, stride_qkv_n, N, D, BLOCK_D)                              # [N, D]
-    b_v = load_rows(p_v, o_n, stride_qkv_n, N, D, BLOCK_D)
+def query_gradient_tile(query_side, o_m, columns, start, P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+                        SCALE_LOGITS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, PLAIN: tl.constexpr,
+                        BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What a tile of columns adds to dq / σ."""
+    b_q, b_g, b_lse, b_delta = query_side
+    o_n, b_k, b_v, b_logit_factor, b_weight_factor = load_columns(columns, start, P, D, SCALE_LOGITS, ACC, PLAIN,
+                                                                  BLOCK_N, BLOCK_D)
+    m_visible = None
+    if CAUSAL or not PLAIN:
+        m_visible = first_query(o_n, columns[6], P, CAUSAL)[None, :] <= o_m[:, None]
+    _, b_ds, _, _ = softmax_gradient(b_q, b_k, b_g, b_v, b_lse[:, None], b_delta[:, None], m_visible,
+                                     b_logit_factor[None, :], b_weight_factor[None, :], D, PRECISION, ACC)
+    b_ds = (b_ds * b_logit_factor[None, :]).to(b_k.dtype)                               # [M, N]
+    return tl.dot(b_ds, b_k, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def column_gradient(gradients, rows, columns, start_n, P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+                    SCALE_LOGITS: tl.constexpr, NEED_QKV: tl.constexpr, NEED_KEY: tl.constexpr,
+                    NEED_VALUE: tl.constexpr, NEED_SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+                    PLAIN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                    LAST_M: tl.constexpr):
+    """dk_j = σ Σ_i ds_ij q_i and dv_j = Σ_i p_ij g_i for a block of columns, and what they add to dλ.
+
+    λ on the weights: dλ = Σ p a over prefix columns, whose dv gains the factor λ. On the logits: dλ = Σ ds σ q·k, and
+    dk gains it.
+    """
+    _, _, _, _, _, _, N, H = rows
+    p_dk, p_dv, p_dprefix_key, p_dprefix_value, p_dscale = gradients
+    column_side = load_columns(columns, start_n, P, D, SCALE_LOGITS, ACC, PLAIN, BLOCK_N, BLOCK_D)
+    o_n, _, _, b_logit_factor, b_weight_factor = column_side
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    logit_scale: tl.constexpr = LOG2_E * D ** -0.5
+    b_dscale = tl.zeros([BLOCK_N], ACC)
 
-    begin = start_n // BLOCK_M * BLOCK_M if CAUSAL else 0                               # earlier queries see none of it
-    for start in range(begin, N, BLOCK_M):
-        o_m = start + tl.arange(0, BLOCK_M)
-        b_q, b_g, b_lse, b_delta = load_query_side(p_q, p_g, p_o, p_lse, o_m, stride_qkv_n, stride_grad_n, H * D,
-                                                   N, D, BLOCK_D, ACC)
-        m_visible = (o_n[:, None] < N) & (o_m[None, :] < N)
-        if CAUSAL:
-            m_visible &= o_n[:, None] <= o_m[None, :]
-        b_p, b_ds, _, _ = softmax_gradient(b_k, b_q, b_v, b_g, b_lse[None, :], b_delta[None, :], m_visible,
-                                           logit_scale, 1.0, PRECISION, ACC)            # [N, M]
-        b_dv += tl.dot(b_p.to(b_g.dtype), b_g, input_precision=PRECISION, out_dtype=ACC)
-        b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision=PRECISION, out_dtype=ACC)
+    last = N if LAST_M == BLOCK_M else (N - 1) // BLOCK_M * BLOCK_M
+    begin = start_n // BLOCK_M * BLOCK_M if CAUSAL and PLAIN else 0                     # earlier queries see none of it
+    for start in range(begin, last, BLOCK_M):
+        b_dk, b_dv, b_dscale = column_gradient_tile(
+            b_dk, b_dv, b_dscale, column_side, rows, start, P, D, CAUSAL, SCALE_LOGITS, NEED_QKV, NEED_KEY, NEED_VALUE,
+            NEED_SCALE, PRECISION, ACC, BLOCK_M, BLOCK_D)
+    if LAST_M < BLOCK_M:
+        b_dk, b_dv, b_dscale = column_gradient_tile(
+            b_dk, b_dv, b_dscale, column_side, rows, last, P, D, CAUSAL, SCALE_LOGITS, NEED_QKV, NEED_KEY, NEED_VALUE,
+            NEED_SCALE, PRECISION, ACC, LAST_M, BLOCK_D)
 
-    store_rows(p_dk, b_dk * D ** -0.5, o_n, 3 * H * D, N, D, BLOCK_D)
-    store_rows(p_dv, b_dv, o_n, 3 * H * D, N, D, BLOCK_D)
+    b_dk *= b_logit_factor[:, None] * D ** -0.5
+    b_dv *= b_weight_factor[:, None]
+    if NEED_QKV:
+        store_rows(p_dk, b_dk, start_n, 3 * H * D, N, D, BLOCK_N, BLOCK_D)
+        store_rows(p_dv, b_dv, start_n, 3 * H * D, N, D, BLOCK_N, BLOCK_D)
+    if NEED_KEY:
+        store_rows(p_dprefix_key, b_dk, start_n - N, H * D, P, D, BLOCK_N, BLOCK_D)
+    if NEED_VALUE:
+        store_rows(p_dprefix_value, b_dv, start_n - N, H * D, P, D, BLOCK_N, BLOCK_D)
+    if NEED_SCALE:
+        b_total = tl.sum(tl.where((o_n >= N) & (o_n < N + P), b_dscale, 0.0), 0)
+        tl.store(p_dscale, b_total * D ** -0.5 if SCALE_LOGITS else b_total)
 
 
 @triton.jit
-def prefix_gradient(p_q, p_g, p_o, p_lse, p_prefix_key, p_prefix_value, p_dk, p_dv, p_dscale, start_p,
-                    b_logit_factor, b_weight_factor, stride_qkv_n, stride_grad_n, N, H,
-                    P: tl.constexpr, D: tl.constexpr, SCALE_LOGITS: tl.constexpr,
-                    NEED_KEY: tl.constexpr, NEED_VALUE: tl.constexpr, NEED_SCALE: tl.constexpr,
-                    PRECISION: tl.constexpr, ACC: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One sample's share of the gradients of a block of prefix columns and of λ.
-
-    λ on the weights: dλ = Σ p a, and dv gains the factor λ. On the logits: dλ = Σ ds σ q·k, and dk gains it.
-    """
-    o_p = start_p + tl.arange(0, BLOCK_P)
-    b_k = load_rows(p_prefix_key, o_p, H * D, P, D, BLOCK_D).to(p_q.dtype.element_ty)           # [P, D]
-    b_v = load_rows(p_prefix_value, o_p, H * D, P, D, BLOCK_D).to(p_q.dtype.element_ty)
-    b_dk = tl.zeros([BLOCK_P, BLOCK_D], ACC)
-    b_dv = tl.zeros([BLOCK_P, BLOCK_D], ACC)
-    b_dscale = tl.zeros([BLOCK_P], ACC)
-    logit_scale: tl.constexpr = LOG2_E * D ** -0.5
-
-    for start in range(0, N, BLOCK_M):
-        o_m = start + tl.arange(0, BLOCK_M)
-        b_q, b_g, b_lse, b_delta = load_query_side(p_q, p_g, p_o, p_lse, o_m, stride_qkv_n, stride_grad_n, H * D,
-                                                   N, D, BLOCK_D, ACC)
-        m_visible = (o_p[:, None] < P) & (o_m[None, :] < N)
-        b_p, b_ds, b_qk, b_a = softmax_gradient(b_k, b_q, b_v, b_g, b_lse[None, :], b_delta[None, :], m_visible,
-                                                b_logit_factor * logit_scale, b_weight_factor, PRECISION, ACC)
-        if NEED_VALUE:
-            b_dv += tl.dot(b_p.to(b_g.dtype), b_g, input_precision=PRECISION, out_dtype=ACC)
-        if NEED_KEY:
-            b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision=PRECISION, out_dtype=ACC)
-        if NEED_SCALE:
-            b_dscale += tl.sum(b_ds * b_qk if SCALE_LOGITS else b_p * b_a, 1)
-
-    if NEED_VALUE:
-        store_rows(p_dv, b_dv * b_weight_factor, o_p, H * D, P, D, BLOCK_D)
-    if NEED_KEY:
-        store_rows(p_dk, b_dk * (b_logit_factor * D ** -0.5), o_p, H * D, P, D, BLOCK_D)
+def column_gradient_tile(b_dk, b_dv, b_dscale, column_side, rows, start, P: tl.constexpr, D: tl.constexpr,
+                         CAUSAL: tl.constexpr, SCALE_LOGITS: tl.constexpr, NEED_QKV: tl.constexpr,
+                         NEED_KEY: tl.constexpr, NEED_VALUE: tl.constexpr, NEED_SCALE: tl.constexpr,
+                         PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Adds a block of queries to dk / (σ λ), dv / λ and, per column, dλ."""
+    o_n, b_k, b_v, b_logit_factor, b_weight_factor = column_side
+    o_m = start + tl.arange(0, BLOCK_M)
+    b_q, b_g, b_lse, b_delta = load_query_side(rows, start, D, ACC, BLOCK_M, BLOCK_D)
+    m_visible = None                    # rows of zeros behind the last query add nothing; columns there are not stored
+    if CAUSAL:
+        m_visible = first_query(o_n, rows[6], P, CAUSAL)[:, None] <= o_m[None, :]
+    b_p, b_ds, b_qk, b_a = softmax_gradient(b_k, b_q, b_v, b_g, b_lse[None, :], b_delta[None, :], m_visible,
+                                            b_logit_factor[:, None], b_weight_factor[:, None], D, PRECISION, ACC)
+    if NEED_QKV or NEED_VALUE:
+        b_dv += tl.dot(b_p.to(b_g.dtype), b_g, input_precision=PRECISION, out_dtype=ACC)
+    if NEED_QKV or NEED_KEY:
+        b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision=PRECISION, out_dtype=ACC)
     if NEED_SCALE:
-        b_total = tl.sum(b_dscale, 0)
-        tl.store(p_dscale, b_total * D ** -0.5 if SCALE_LOGITS else b_total)
+        b_dscale += tl.sum(b_ds * b_qk if SCALE_LOGITS else b_p * b_a, 1)
+    return b_dk, b_dv, b_dscale
 
 
 # ---------------------------------------------------------------------------------------- launchers
 
 
-def innermost_contiguous(tensor: Tensor) -> Tensor:
-    """The kernels take any stride but that of the last dimension, which must be 1 (a gradient of a sum has 0)."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def last_tiles(length: int, prefix_length: int, packed: bool, block_m: int, block_n: int) -> dict:
+    """Sizes of the last tile of rows and of columns, and whether there may be full tiles of columns that are not plain;
+    of packed sequences nothing is known before the kernel runs."""
+    def last(count: int, block: int) -> int:
+        rest = count % block
+        return block if packed or rest == 0 else min(block, max(16, triton.next_power_of_2(rest)))
+
+    columns = length + prefix_length
+    last_n = last(columns, block_n)
+    return dict(LAST_M=last(length, block_m), LAST_N=last_n,
+                MIXED_TILES=last_n == block_n or (columns - 1) // block_n > length // block_n)
+
+
+def addressable(tensor: Tensor, packed: bool) -> Tensor:
+    """The tensor itself, or a copy where the kernels cannot walk it: they need neighbours of a row to be adjacent (a
+    gradient of a sum has stride 0), and count the elements within a tile in 32 bits."""
+    between_rows = tensor.stride(0 if packed else 1)
+    return tensor if tensor.stride(-1) == 1 and between_rows < 2**24 else tensor.contiguous()
+
+
+def sizes(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[int, int, int]:
+    """Number of sequences, tokens of the longest, and tokens of all."""
+    if cu_seqlens is None:
+        return qkv.shape[0], qkv.shape[1], qkv.shape[0] * qkv.shape[1]
+    return cu_seqlens.shape[0] - 1, min(max_seqlen, qkv.shape[0]), qkv.shape[0]
+
+
+def strides(tensor: Tensor, packed: bool) -> tuple[int, ...]:
+    """Those of (B, N, …), or of (T, …) with a 0 in the place of the batch's; without the innermost one."""
+    return (0, *tensor.stride()[:-1]) if packed else tensor.stride()[:-1]
 
 
 def launch_forward(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: Tensor,
-                   causal: bool, scale_target: str) -> tuple[Tensor, Tensor]:
-    """Returns the output (B, N, H, D) and the log-sum-exp of each row's logits in base 2, (B, H, N)."""
-    batch, length, _, heads, width = qkv.shape
+                   cu_seqlens: Tensor | None, max_seqlen: int, causal: bool,
+                   scale_target: str) -> tuple[Tensor, Tensor]:
+    """Returns the output, (B, N, H, D) or packed (T, H, D), and each row's log-sum-exp of logits in base 2, (H, T)
+    with T = B · N."""
+    sequences, length, tokens = sizes(qkv, cu_seqlens, max_seqlen)
+    heads, width = qkv.shape[-2:]
+    packed = cu_seqlens is not None
     acc_dtype = accumulator(qkv.dtype)
-    out = qkv.new_empty(batch, length, heads, width)
-    lse = qkv.new_empty(batch, heads, length, dtype=acc_dtype)
+    out = qkv.new_empty(*qkv.shape[:-3], heads, width)
+    lse = qkv.new_empty(heads, tokens, dtype=acc_dtype)
     if out.numel() == 0:
         return out, lse
-    qkv = innermost_contiguous(qkv)
-    tiles = forward_tiles(width, qkv.element_size())
+    qkv = addressable(qkv, packed)
+    chosen = tiles.choose("attention_forward", width, qkv.element_size(), capability(qkv))
+    last = last_tiles(length, prefix_key.shape[0], packed, chosen["BLOCK_M"], chosen["BLOCK_N"])
     with torch.cuda.device_of(qkv):
-        forward_kernel[(batch * heads * triton.cdiv(length, tiles["BLOCK_M"]),)](
-            qkv, prefix_key.contiguous(), prefix_value.contiguous(), prefix_scale, out, lse,
-            *qkv.stride()[:4], length, heads,
-            P=prefix_key.shape[0], D=width, CAUSAL=causal, SCALE_LOGITS=scale_target == "logits",
-            PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **tiles,
+        forward_kernel[(sequences * heads * triton.cdiv(length, chosen["BLOCK_M"]),)](
+            qkv, prefix_key.contiguous(), prefix_value.contiguous(), prefix_scale, cu_seqlens, out, lse,
+            *strides(qkv, packed), length, heads, tokens,
+            P=prefix_key.shape[0], D=width, CAUSAL=causal, PACKED=packed, SCALE_LOGITS=scale_target == "logits",
+            PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **chosen, **last,
         )
     return out, lse
 
 
 def launch_backward(grad: Tensor, qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: Tensor,
-                    out: Tensor, lse: Tensor, causal: bool, scale_target: str,
-                    needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                    cu_seqlens: Tensor | None, max_seqlen: int, out: Tensor, lse: Tensor, causal: bool,
+                    scale_target: str, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of qkv, prefix_key, prefix_value and prefix_scale; an empty tensor for each that `needs` denies.
 
-    The prefix gradients leave the kernel per sample, (B, P, H, D), and per program, and are summed here.
+    The prefix gradients leave the kernel per sequence, (S, P, H, D), and per program, and are summed here.
     """
-    batch, length, _, heads, width = qkv.shape
+    sequences, length, tokens = sizes(qkv, cu_seqlens, max_seqlen)
+    heads, width = qkv.shape[-2:]
     prefix_length = prefix_key.shape[0]
+    packed = cu_seqlens is not None
     need_qkv, need_key, need_value, need_scale = needs
     acc_dtype = accumulator(qkv.dtype)
-    tiles = backward_tiles(width, qkv.element_size(), capability(qkv))
-    prefix_programs = triton.cdiv(prefix_length, tiles["BLOCK_P"])
+    chosen = tiles.choose("attention_backward", width, qkv.element_size(), capability(qkv))
+    last = last_tiles(length, prefix_length, packed, chosen["BLOCK_M"], chosen["BLOCK_N"])
+    query_blocks = triton.cdiv(length, chosen["BLOCK_M"]) if need_qkv else 0
+    column_blocks = triton.cdiv(length + prefix_length, chosen["BLOCK_N"])
 
     def buffer(needed: bool, *shape: int, dtype: torch.dtype = acc_dtype) -> Tensor:
         return qkv.new_empty(shape if needed else 0, dtype=dtype)
 
     dqkv = buffer(need_qkv, *qkv.shape, dtype=qkv.dtype)
-    dkey = buffer(need_key, batch, prefix_length, heads, width)
-    dvalue = buffer(need_value, batch, prefix_length, heads, width)
-    dscale = buffer(need_scale, batch * heads * prefix_programs)
-
-    programs = prefix_programs if need_key or need_value or need_scale else 0
-    if need_qkv:
-        programs += triton.cdiv(length, tiles["BLOCK_M"]) + triton.cdiv(length, tiles["BLOCK_N"])
-    if programs and out.numel():
-        grad, qkv = innermost_contiguous(grad), innermost_contiguous(qkv)
+    dkey = buffer(need_key, sequences, prefix_length, heads, width)
+    dvalue = buffer(need_value, sequences, prefix_length, heads, width)
+    dscale = qkv.new_zeros((sequences, heads, column_blocks) if need_scale else 0, dtype=acc_dtype)
+    if out.numel() == 0:
+        dkey.zero_()
+        dvalue.zero_()
+    elif any(needs):
+        grad, qkv = addressable(grad, packed), addressable(qkv, packed)
         with torch.cuda.device_of(qkv):
-            backward_kernel[(batch * heads * programs,)](
-                qkv, prefix_key.contiguous(), prefix_value.contiguous(), prefix_scale, out, lse, grad,
-                dqkv, dkey, dvalue, dscale, *qkv.stride()[:4], *grad.stride()[:3], length, heads,
-                P=prefix_length, D=width, CAUSAL=causal, SCALE_LOGITS=scale_target == "logits",
+            backward_kernel[(sequences * heads * (query_blocks + column_blocks),)](
+                qkv, prefix_key.contiguous(), prefix_value.contiguous(), prefix_scale, cu_seqlens, out, lse, grad,
+                dqkv, dkey, dvalue, dscale, *strides(qkv, packed), *strides(grad, packed), length, heads, tokens,
+                P=prefix_length, D=width, CAUSAL=causal, PACKED=packed, SCALE_LOGITS=scale_target == "logits",
                 NEED_QKV=need_qkv, NEED_KEY=need_key, NEED_VALUE=need_value, NEED_SCALE=need_scale,
-                PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **tiles,
+                PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **chosen, **last,
             )
-    elif out.numel() == 0:
-        for tensor in (dkey, dvalue, dscale):
-            tensor.zero_()
     if need_key:
         dkey = dkey.sum(0).to(prefix_key.dtype)
     if need_value:

@@ -8,34 +8,36 @@ from kernels.backend import accumulator
 
 
 @torch.library.custom_op("upperson::prefix_attention", mutates_args=())
-def forward(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: Tensor,
-            causal: bool, scale_target: str) -> tuple[Tensor, Tensor]:
-    return device.launch_forward(qkv, prefix_key, prefix_value, prefix_scale, causal, scale_target)
+def forward(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: Tensor, cu_seqlens: Tensor | None,
+            max_seqlen: int, causal: bool, scale_target: str) -> tuple[Tensor, Tensor]:
+    return device.launch_forward(qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, causal,
+                                 scale_target)
 
 
 @forward.register_fake
-def _(qkv, prefix_key, prefix_value, prefix_scale, causal, scale_target):
-    batch, length, _, heads, width = qkv.shape
-    return (qkv.new_empty(batch, length, heads, width),
-            qkv.new_empty(batch, heads, length, dtype=accumulator(qkv.dtype)))
+def _(qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, causal, scale_target):
+    *tokens, _, heads, width = qkv.shape
+    out = qkv.new_empty(*tokens, heads, width)
+    return out, qkv.new_empty(heads, out[..., 0, 0].numel(), dtype=accumulator(qkv.dtype))
 
 
 @torch.library.custom_op("upperson::prefix_attention_backward", mutates_args=())
 def backward(grad: Tensor, qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: Tensor,
-             out: Tensor, lse: Tensor, causal: bool, scale_target: str,
+             cu_seqlens: Tensor | None, max_seqlen: int, out: Tensor, lse: Tensor, causal: bool, scale_target: str,
              needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return device.launch_backward(grad, qkv, prefix_key, prefix_value, prefix_scale, out, lse,
+    return device.launch_backward(grad, qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, out, lse,
                                   causal, scale_target, needs)
 
 
 @backward.register_fake
-def _(grad, qkv, prefix_key, prefix_value, prefix_scale, out, lse, causal, scale_target, needs):
+def _(grad, qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, out, lse, causal, scale_target,
+      needs):
     inputs = (qkv, prefix_key, prefix_value, prefix_scale)
     return tuple(t.new_empty(t.shape if needed else 0) for t, needed in zip(inputs, needs, strict=True))
 
 
 def save_for_backward(ctx, inputs, output):
-    *tensors, ctx.causal, ctx.scale_target = inputs
+    *tensors, ctx.max_seqlen, ctx.causal, ctx.scale_target = inputs
     out, lse = output
     ctx.save_for_backward(*tensors, out, lse)
     ctx.mark_non_differentiable(lse)
@@ -43,8 +45,9 @@ def save_for_backward(ctx, inputs, output):
 
 def differentiate(ctx, grad, _grad_lse):
     needs = ctx.needs_input_grad[:4]
-    grads = backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale_target, list(needs))
-    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None
+    *tensors, out, lse = ctx.saved_tensors
+    grads = backward(grad, *tensors, ctx.max_seqlen, out, lse, ctx.causal, ctx.scale_target, list(needs))
+    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None, None, None
 
 
 forward.register_autograd(differentiate, setup_context=save_for_backward)

@@ -2,7 +2,8 @@
 
 `explicit` writes the definition down and is the oracle of every test. `folded` is the PyTorch backend: the
 same function as plain attention over one longer list of keys, which scaled_dot_product_attention computes
-without holding the weights in memory. Autograd differentiates both.
+without holding the weights in memory. `packed` is the PyTorch backend for sequences of unequal length. Autograd
+differentiates them all.
 """
 
 import torch
@@ -35,9 +36,9 @@ def explicit(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale
 
 
 def folded(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: Tensor,
-           causal: bool, scale_target: str) -> Tensor:
+           causal: bool, scale_target: str, lengths: Tensor | None = None) -> Tensor:
     """The same, folded into plain attention: λ on the weights is λ on the prefix values, λ on the logits is
-    λ on the prefix keys."""
+    λ on the prefix keys. Of sample b only the first lengths[b] tokens are seen, if lengths (B,) is given."""
     query, key, value = qkv.transpose(1, 3).unbind(2)                                   # (B, H, N, D) each
     batch, _, length, _ = query.shape
     if scale_target == "weights":
@@ -48,9 +49,26 @@ def folded(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: 
         t.to(qkv.dtype).transpose(0, 1).expand(batch, -1, -1, -1) for t in (prefix_key, prefix_value)
     )                                                                                   # (B, H, P, D) each
     mask = None
-    if causal:
-        mask = torch.ones(length, length, dtype=torch.bool, device=qkv.device).tril()
+    if causal or lengths is not None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=qkv.device)
+        if causal:
+            mask = mask.tril()
+        if lengths is not None:
+            present = torch.arange(length, device=qkv.device) < lengths[:, None].clamp_min(1)   # no row sees nothing
+            mask = (mask & present[:, None, :])[:, None]                                # (B, 1, N, N)
         mask = F.pad(mask, (prefix_key.shape[2], 0), value=True)                        # every query sees the prefix
     out = F.scaled_dot_product_attention(query, torch.cat([prefix_key, key], dim=2),
                                          torch.cat([prefix_value, value], dim=2), attn_mask=mask)
     return out.transpose(1, 2)
+
+
+def packed(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: Tensor, cu_seqlens: Tensor,
+           max_seqlen: int, causal: bool, scale_target: str) -> Tensor:
+    """`folded` of each sequence of a packed (T, 3, H, D): padded to the longest one, and packed again."""
+    token = torch.arange(qkv.shape[0], device=qkv.device)
+    sequence = torch.bucketize(token, cu_seqlens[1:], right=True)                       # (T,): the one it belongs to
+    position = token - cu_seqlens[sequence]
+    padded = qkv.new_zeros(cu_seqlens.shape[0] - 1, max_seqlen, *qkv.shape[1:])
+    padded = padded.index_put((sequence, position), qkv)
+    out = folded(padded, prefix_key, prefix_value, prefix_scale, causal, scale_target, cu_seqlens.diff())
+    return out[sequence, position]

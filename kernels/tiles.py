@@ -1,0 +1,125 @@
+"""Block sizes and launch options of every kernel, by GPU generation and shape.
+
+What stands here was chosen by compiling ahead of time for compute capabilities 80, 89, 90 and 100 (A100, RTX 40, H100
+and H200, B200): nothing spills at the shapes of CLIP, and every product of 64 rows runs on Hopper's wgmma
+(bench/resources.py shows it). Nothing is tuned behind the user's back: `python bench/tune.py` measures alternatives
+on the GPU at hand and saves the fastest to a file. Entries of a file that `load` read, or that the environment variable
+UPPERSON_TILES names, take precedence over what stands here.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import triton
+
+Tiles = dict[str, int]
+
+FIELDS = {
+    "attention_forward": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
+    "attention_backward": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
+    "adapter_rows": ("BLOCK_T", "BLOCK_C", "num_warps", "num_stages"),
+    "adapter_parameters": ("BLOCK_T", "BLOCK_C", "num_warps", "num_stages"),
+}
+loaded: dict[tuple[str, int, int, int], Tiles] = {}     # by kernel, width, element size, capability
+
+
+def choose(kernel: str, width: int, element_size: int, capability: int) -> Tiles:
+    """The tiles of a kernel: those of a loaded file, else those that ship.
+
+    Args:
+        kernel: attention_forward, attention_backward, adapter_rows (the kernels that own rows) or adapter_parameters.
+        width: head width of attention, hidden width of the adapter.
+        element_size: bytes of an element of the activations.
+        capability: compute capability as a number, 80 to 120.
+    """
+    key = (kernel, width, element_size, capability)
+    chosen = loaded[key] if key in loaded else SHIPPED[kernel](width, element_size, capability)
+    covered = max(16, triton.next_power_of_2(width))
+    return dict(chosen, **{"BLOCK_D" if kernel.startswith("attention") else "BLOCK_R": covered})
+
+
+# ---------------------------------------------------------------------------------------- what ships
+
+# Before Hopper (80, 86, 89), and on desktop Blackwell (120), matrix units take operands from registers, where a tile
+# of 64 × 64 is often too much. Hopper's (90) and data-centre Blackwell's (100) take them from shared memory, and 64
+# rows at once. Types wider than 16 bit take smaller tiles everywhere, or they would not fit the registers.
+#
+# maxnreg: left alone, ptxas now and then spills a few bytes to make room for one more program; it is told not to.
+
+
+def operands_in_registers(capability: int) -> bool:
+    return capability < 90 or capability >= 120
+
+
+def attention_forward(head_width: int, element_size: int, capability: int) -> Tiles:
+    if element_size > 2:
+        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2)
+    warps = 4 if head_width <= 64 and capability < 100 else 8
+    return dict(BLOCK_M=64, BLOCK_N=32 if operands_in_registers(capability) else 64, num_warps=warps, num_stages=2)
+
+
+def attention_backward(head_width: int, element_size: int, capability: int) -> Tiles:
+    if element_size > 2:
+        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2)
+    if operands_in_registers(capability):
+        return dict(BLOCK_M=64 if head_width <= 64 else 32, BLOCK_N=32, num_warps=4, num_stages=2, maxnreg=224)
+    return dict(BLOCK_M=64, BLOCK_N=64, num_warps=4 if head_width <= 64 else 8, num_stages=2, maxnreg=255)
+
+
+def adapter_rows(hidden: int, element_size: int, capability: int) -> Tiles:
+    block = 64 if element_size == 2 else 32
+    return dict(BLOCK_T=block, BLOCK_C=block, num_warps=4 if hidden <= 32 else 8, num_stages=2)
+
+
+def adapter_parameters(hidden: int, element_size: int, capability: int) -> Tiles:
+    tiles = adapter_rows(hidden, element_size, capability)
+    if element_size == 2 and operands_in_registers(capability):
+        return dict(tiles, BLOCK_T=16)
+    if element_size == 2 and capability >= 100:
+        return dict(tiles, BLOCK_T=32)
+    return tiles
+
+
+SHIPPED = dict(attention_forward=attention_forward, attention_backward=attention_backward,
+               adapter_rows=adapter_rows, adapter_parameters=adapter_parameters)
+
+
+# ---------------------------------------------------------------------------------------- what a user measured
+
+
+def load(path: str | Path) -> None:
+    """Reads the tiles that bench/tune.py saved; they take precedence from the next launch on.
+
+    Raises ValueError for a file that is not of that kind, naming it and what was expected.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+        entries = list(content["tiles"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected the JSON that bench/tune.py writes, with a list 'tiles'") from error
+    found = {}
+    for position, entry in enumerate(entries):
+        where = f"{path}: tiles[{position}]"
+        if not isinstance(entry, dict) or entry.get("kernel") not in FIELDS:
+            raise ValueError(f"{where}: 'kernel' must be one of {', '.join(FIELDS)}")
+        fields = FIELDS[entry["kernel"]]
+        for name in ("width", "element_size", "capability", *fields):
+            if not isinstance(entry.get(name), int) or entry[name] < 1:
+                raise ValueError(f"{where}: {name!r} must be a positive integer, not {entry.get(name)!r}")
+        for name in fields:
+            least = 16 if name.startswith("BLOCK") else 1
+            if name != "num_stages" and (entry[name] < least or entry[name] & (entry[name] - 1)):
+                raise ValueError(f"{where}: {name!r} must be a power of two from {least} on, not {entry[name]}")
+        if entry["kernel"] == "attention_backward" and entry["BLOCK_M"] < 32:
+            raise ValueError(f"{where}: 'BLOCK_M' must be at least 32 here, as half of it is a tile too")
+        maxnreg = entry.get("maxnreg")
+        if maxnreg is not None and not (isinstance(maxnreg, int) and 24 <= maxnreg <= 255):
+            raise ValueError(f"{where}: 'maxnreg' must be a number of registers from 24 to 255, not {maxnreg!r}")
+        key = (entry["kernel"], entry["width"], entry["element_size"], entry["capability"])
+        found[key] = {name: entry[name] for name in (*fields, "maxnreg") if entry.get(name) is not None}
+    loaded.update(found)
+
+
+if "UPPERSON_TILES" in os.environ:
+    load(os.environ["UPPERSON_TILES"])

@@ -1,0 +1,119 @@
+"""Which tiles a kernel runs with: those that ship, those that a file brings, and what they cost in padding."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from operators import GPU, attention_functions, attention_inputs, packed_inputs, randn, run
+
+from kernels import tiles
+
+ROOT = Path(__file__).parents[1]
+ENTRY = dict(kernel="attention_forward", width=16, element_size=8, capability=90, BLOCK_M=64, BLOCK_N=16, num_warps=4,
+             num_stages=1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded(monkeypatch):
+    monkeypatch.setattr(tiles, "loaded", {})
+
+
+@pytest.fixture
+def save(tmp_path):
+    def write(content):
+        path = tmp_path / "tiles.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+    return write
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120])
+@pytest.mark.parametrize("element_size", [2, 4, 8])
+@pytest.mark.parametrize("width", [16, 64, 80, 128])
+@pytest.mark.parametrize("kernel", tiles.FIELDS)
+def test_every_shape_on_every_gpu_has_tiles(kernel, width, element_size, capability):
+    chosen = tiles.choose(kernel, width, element_size, capability)
+    blocks = {name: size for name, size in chosen.items() if name.startswith("BLOCK")}
+    assert len(blocks) == 3 and all(size >= 16 and math.log2(size).is_integer() for size in blocks.values())
+    assert blocks["BLOCK_D" if kernel.startswith("attention") else "BLOCK_R"] >= width
+    # ptxas must be able to give every thread of a program the registers that it is promised.
+    assert chosen["num_warps"] * 32 * chosen.get("maxnreg", 0) <= 65536
+
+
+def test_a_loaded_file_takes_precedence(save):
+    tiles.load(save(dict(tiles=[dict(ENTRY, maxnreg=128)])))
+    assert tiles.choose("attention_forward", 16, 8, 90) == dict(BLOCK_M=64, BLOCK_N=16, BLOCK_D=16, num_warps=4,
+                                                                num_stages=1, maxnreg=128)
+    assert tiles.choose("attention_forward", 32, 8, 90)["BLOCK_M"] == 32
+    assert tiles.choose("attention_backward", 16, 8, 90)["BLOCK_M"] == 32
+
+
+def test_the_environment_names_a_file(save):
+    code = "from kernels import tiles; print(tiles.choose('attention_forward', 16, 8, 90))"
+    path = save(dict(tiles=[ENTRY]))
+    shown = subprocess.run([sys.executable, "-c", code], env=dict(os.environ, UPPERSON_TILES=str(path)), cwd=ROOT,
+                           capture_output=True, text=True, check=True).stdout
+    assert "'BLOCK_N': 16" in shown
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("nonsense", "expected the JSON that bench/tune.py writes, with a list 'tiles'"),
+    ([1], "expected the JSON that bench/tune.py writes"),
+    (dict(tiles=3), "expected the JSON that bench/tune.py writes"),
+    (dict(tiles=[3]), r"tiles\[0\]: 'kernel' must be one of attention_forward, attention_backward, adapter_rows"),
+    (dict(tiles=[dict(ENTRY, kernel="softmax")]), r"tiles\[0\]: 'kernel' must be one of"),
+    (dict(tiles=[ENTRY, dict(ENTRY, width=0)]), r"tiles\[1\]: 'width' must be a positive integer, not 0"),
+    (dict(tiles=[dict(ENTRY, BLOCK_N=None)]), "'BLOCK_N' must be a positive integer, not None"),
+    (dict(tiles=[dict(ENTRY, BLOCK_N=8)]), "'BLOCK_N' must be a power of two from 16 on, not 8"),
+    (dict(tiles=[dict(ENTRY, BLOCK_N=48)]), "'BLOCK_N' must be a power of two from 16 on, not 48"),
+    (dict(tiles=[dict(ENTRY, num_warps=3)]), "'num_warps' must be a power of two from 1 on, not 3"),
+    (dict(tiles=[dict(ENTRY, kernel="attention_backward", BLOCK_M=16)]), "'BLOCK_M' must be at least 32 here"),
+    (dict(tiles=[dict(ENTRY, maxnreg=500)]), "'maxnreg' must be a number of registers from 24 to 255, not 500"),
+])
+def test_a_file_that_is_not_tiles_is_refused_and_changes_nothing(content, message, save):
+    with pytest.raises(ValueError, match=rf"tiles\.json.*{message}"):
+        tiles.load(save(content))
+    assert tiles.loaded == {}
+
+
+@pytest.mark.skipif(GPU, reason="counts what the interpreter computes")
+@pytest.mark.parametrize("prefix", [2, 10, 14])
+@pytest.mark.parametrize(("length", "causal", "packed"), [(193, False, False), (244, False, False), (77, True, False),
+                                                         (26, True, True)])
+def test_the_kernels_compute_as_many_products_as_the_resources_table_says(length, causal, packed, prefix, monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    spec = importlib.util.spec_from_file_location("resources", ROOT / "bench" / "resources.py")
+    resources = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "resources", resources)            # where its dataclasses look for their module
+    spec.loader.exec_module(resources)
+
+    counted = 0
+    create_dot = InterpreterBuilder.create_dot
+
+    def count(self, a, b, *rest):
+        nonlocal counted
+        counted += a.data.shape[0] * b.data.shape[1] * a.data.shape[1]
+        return create_dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", count)
+    call = resources.Attention(length, causal, packed)
+    inputs = dict(prefix=prefix, heads=1, width=64, dtype=torch.float16)
+    if packed:
+        tensors, cu_seqlens = packed_inputs([length], **inputs)
+    else:
+        tensors, cu_seqlens = attention_inputs(1, length, **inputs), None
+    run(attention_functions(causal, "weights", cu_seqlens)[0], tensors, [randn(*tensors[0].shape[:-3], 1, 64)])
+    stated = 0
+    for mode in ("forward", "backward"):
+        chosen = tiles.choose(f"attention_{mode}", 64, 2, 90)
+        # A lone sequence is its own longest one.
+        last = resources.attention.last_tiles(length, prefix, packed, chosen["BLOCK_M"], chosen["BLOCK_N"])
+        stated += 64 * resources.attention_products(mode, call, prefix, chosen | last)
+    assert counted == stated
