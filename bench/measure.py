@@ -2,30 +2,41 @@
 
 The candidates of a comparison take turns within one process, so that a machine whose speed drifts slows all of
 them. Inputs rotate through enough copies to fall out of the last-level cache. Reported are the median and the
-20th and 80th percentile. A device's floor for a call is what its memory and its matrix units need at least for
-the bytes and the operations of that call, at rates that are measured here too.
+20th and 80th percentile of single calls. On a GPU these are times of the GPU: what Python needs to launch a call
+is measured too, and kept apart. A device's floor for a call is what its memory and its matrix units need at least
+for the bytes and the operations of that call, at rates that are measured here too.
 """
 
-import itertools
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
 @dataclass(frozen=True)
+class Call:
+    """What is timed, `run`, and what goes before it untimed each time, `prepare`, whose result `run` is given."""
+
+    run: Callable[[Any], object]
+    prepare: Callable[[], Any] = lambda: None
+
+
+@dataclass(frozen=True)
 class Timing:
-    """Microseconds a call."""
+    """Microseconds a call; `launch` is what Python needs to queue it on a GPU, None where there is no queue."""
 
     median: float
     p20: float
     p80: float
+    launch: float | None
 
 
 @dataclass(frozen=True)
@@ -46,65 +57,107 @@ class Rates:
 KNOWN_RATES = (Rates("H200", 4.3e12, 790e12), Rates("RTX 4090", 0.92e12, 165e12))
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def microseconds(value: float) -> str:
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
-def time_once(call: Callable[[], object], device: torch.device) -> float:
-    """Microseconds of one call: between events on a GPU, by the clock elsewhere."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return 1e6 * (time.perf_counter() - start)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize(device)
-    return 1e3 * start.elapsed_time(end)
+class CpuClock:
+    """Times calls by the wall clock."""
+
+    def times(self, calls: Sequence[Call]) -> tuple[list[float], list[float]]:
+        """Microseconds of each call, and none for launching."""
+        times = []
+        prepared = [call.prepare() for call in calls]
+        for call in calls:
+            start = time.perf_counter()
+            call.run(prepared.pop(0))
+            times.append(1e6 * (time.perf_counter() - start))
+        return times, []
 
 
-def time_in_turns(candidates: dict[str, list[Callable[[], object]]], device: torch.device,
-                  seconds: float) -> dict[str, Timing]:
-    """Times the candidates in turns for about `seconds` in all, at least five rounds.
+class GpuClock:
+    """Times calls on the GPU, between events, without the gaps in which it would wait for Python.
 
-    Each candidate is a list of calls that do the same on different copies of the inputs; they are used in rotation.
+    To launch an autograd call takes Python 50 to 200 µs, longer than a fast candidate computes. So the GPU is first
+    put to sleep, the calls queue up behind, and it then works through them without a pause. If it woke up before
+    the last one was queued, the sleep was too short: these times are thrown away, and it sleeps twice as long
+    next time. A call that itself waits for the GPU can never be queued; at the longest sleep its times are taken
+    as they are, gaps included.
     """
-    rotations = {name: itertools.cycle(calls) for name, calls in candidates.items()}
-    for _ in range(2):                                                                  # compile and warm up
-        for rotation in rotations.values():
-            next(rotation)()
-    synchronise(device)
+
+    QUEUED = 8                                                          # calls; a GPU's queue holds about 1000 kernels
+    LONGEST_SLEEP = 2**26                                               # cycles, some 40 ms
+
+    def __init__(self) -> None:
+        self.cycles = 2**19
+
+    def times(self, calls: Sequence[Call]) -> tuple[list[float], list[float]]:
+        """Microseconds of each call on the GPU, and of Python's launching it; none if the sleep was too short."""
+        times, launches = [], []
+        prepared = [call.prepare() for call in calls]                   # all of them before: they fill the cache
+        for first in range(0, len(calls), self.QUEUED):
+            chunk = calls[first:first + self.QUEUED]
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in chunk]
+            torch.cuda.synchronize()
+            torch.cuda._sleep(self.cycles)
+            began = time.perf_counter()
+            for call, (start, end) in zip(chunk, events, strict=True):
+                start.record()
+                call.run(prepared.pop(0))
+                end.record()
+            launch = 1e6 * (time.perf_counter() - began) / len(chunk)
+            too_short = events[0][0].query()
+            torch.cuda.synchronize()
+            if too_short and self.cycles < self.LONGEST_SLEEP:
+                self.cycles *= 2
+            else:
+                times += [1e3 * start.elapsed_time(end) for start, end in events]
+                launches.append(launch)
+        return times, launches
+
+
+def time_in_turns(candidates: dict[str, list[Call]], device: torch.device, seconds: float) -> dict[str, Timing]:
+    """Times the candidates in turns for about `seconds` in all, each at least five times.
+
+    Each candidate is a list of calls that do the same on different copies of the inputs, one after the other.
+    """
+    clocks = {name: GpuClock() if device.type == "cuda" else CpuClock() for name in candidates}
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    launches: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(2):                                                                  # compile and warm up
+        for name, calls in candidates.items():
+            clocks[name].times(calls[:1])
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[next(iter(times))]) < 5:
-        for name, rotation in rotations.items():
-            times[name].append(time_once(next(rotation), device))
-    return {name: Timing(statistics.median(values), *percentiles(values)) for name, values in times.items()}
+    while time.perf_counter() < end or min(map(len, times.values())) < 5:
+        for name, calls in candidates.items():
+            found = clocks[name].times(calls)
+            times[name] += found[0]
+            launches[name] += found[1]
+    return {name: summary(times[name], launches[name]) for name in candidates}
 
 
-def percentiles(values: list[float]) -> tuple[float, float]:
-    tenths = statistics.quantiles(values, n=10)
-    return tenths[1], tenths[7]
+def summary(times: list[float], launches: list[float]) -> Timing:
+    tenths = statistics.quantiles(times, n=10)
+    return Timing(statistics.median(times), tenths[1], tenths[7], statistics.median(launches) if launches else None)
 
 
-def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
+def peak_memory(call: Call, device: torch.device) -> int | None:
     """Bytes that a call allocates above what was there before; None where PyTorch does not count them (a CPU)."""
     if device.type != "cuda":
         return None
+    prepared = call.prepare()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    call()
+    call.run(prepared)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def copies_beyond_cache(bytes_of_one: int, device: torch.device) -> int:
+def copies_beyond_cache(bytes_of_one: float, device: torch.device) -> int:
     """How many copies of the inputs no longer fit the last-level cache together."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 32 * 2**20
-    return max(1, min(16, -(-3 * cache // bytes_of_one)))
+    return max(1, min(64, -int(-3 * cache // bytes_of_one)))
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
@@ -112,10 +165,10 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     gpu = device.type == "cuda"
     source = torch.ones((1 << 30) // 4 if gpu else (1 << 27) // 4, device=device)
     target = torch.empty_like(source)
-    copy = time_in_turns({"copy": [lambda: target.copy_(source)]}, device, 0.5)["copy"].p20
+    copy = time_in_turns({"copy": [Call(lambda _: target.copy_(source))]}, device, 0.5)["copy"].p20
     size = 8192 if gpu else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = time_in_turns({"product": [lambda: a @ b]}, device, 0.5)["product"].p20
+    product = time_in_turns({"product": [Call(lambda _: a @ b)]}, device, 0.5)["product"].p20
     return Rates(device_name(device), 2 * source.numel() * 4 / copy * 1e6, 2 * size**3 / product * 1e6)
 
 
@@ -128,6 +181,13 @@ def device_name(device: torch.device) -> str:
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     return f"{model}, {torch.get_num_threads()} threads"
+
+
+def device_slug(device: torch.device) -> str:
+    """The device as part of a file name: "cpu", "nvidia-h200"."""
+    if device.type != "cuda":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
 def environment(device: torch.device) -> dict[str, str | None]:
@@ -147,5 +207,6 @@ def environment(device: torch.device) -> dict[str, str | None]:
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     driver = output(*query) if device.type == "cuda" else None
     return dict(device=device_name(device), driver=driver, torch=torch.__version__, triton=triton_version,
-                python=platform.python_version(), commit=output("git", "rev-parse", "--short", "HEAD"),
+                python=platform.python_version(),
+                commit=output("git", "describe", "--always", "--dirty", "--exclude=*"),
                 date=time.strftime("%Y-%m-%d"), cores=str(os.cpu_count()))
