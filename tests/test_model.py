@@ -6,7 +6,9 @@ from dataclasses import replace
 import open_clip
 import pytest
 import torch
+from operators import DEVICE, EXACT
 from safetensors.torch import save_file
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from upperson import PRESETS, ModelConfig, UPPerson
 from upperson.losses import sdm_loss
@@ -129,6 +131,12 @@ def test_without_the_trained_modules_it_is_open_clip(tiny, custom_text):
         assert (a - c).abs().max() > 1e-2
 
 
+def test_open_clips_own_encode_text_sees_the_adapted_blocks(tiny):
+    """Ours leaves the padding out; nothing else differs."""
+    model, (_, tokens) = stirred(build(tiny)), inputs()
+    torch.testing.assert_close(model.clip.encode_text(tokens), model.encode_text(tokens))
+
+
 def test_train_and_eval_agree(tiny):
     model, (images, tokens) = stirred(build(tiny)), inputs()
     a = model.train().encode_image(images), model.encode_text(tokens)
@@ -156,14 +164,12 @@ def test_every_option_changes_the_features(tiny):
 @pytest.mark.parametrize("target", ["weights", "logits"])
 def test_three_training_steps_with_the_kernels_and_without(tiny, target):
     """The switch: the same losses and the same parameters, fused or not."""
-    dtype = torch.float32 if torch.cuda.is_available() else torch.float64
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bound = 1e-4 if torch.cuda.is_available() else 1e-9
-    images, tokens = (t.to(device) for t in inputs(dtype))
-    person_ids = torch.tensor([0, 1, 1, 2], device=device)
+    bound = 1e-9 if torch.float64 == EXACT else 1e-4
+    images, tokens = (t.to(DEVICE) for t in inputs(EXACT))
+    person_ids = torch.tensor([0, 1, 1, 2], device=DEVICE)
 
     def train(backend):
-        model = stirred(build(replace(tiny, backend=backend, scale_target=target))).to(device, dtype)
+        model = stirred(build(replace(tiny, backend=backend, scale_target=target))).to(DEVICE, EXACT)
         optimizer = torch.optim.Adam(model.trained_parameters().values(), lr=1e-2, eps=1e-3)
         losses = []
         for _ in range(3):
@@ -192,6 +198,45 @@ def test_autocast_keeps_parameters_in_float32(tiny):
         assert torch.nn.functional.cosine_similarity(a, b.float()).min() > 0.99
     sdm_loss(*half, torch.tensor([0, 1, 1, 2])).backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.trained_parameters().values())
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_block_compiles_whole_and_once_for_every_batch(tiny, backend):
+    block = stirred(build(replace(tiny, backend=backend))).image_blocks[0].to(DEVICE)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    compiled = torch.compile(block, backend=counter, fullgraph=True)
+    for batch in (2, 3, 6):
+        x = torch.randn(batch, 9, 32, device=DEVICE)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(compiled(x), block(x))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_the_model_compiles_whole_and_once_for_every_batch(tiny, backend):
+    """Both towers, the loss and backward; the compiled text tower computes the padding too, which changes nothing."""
+    model = stirred(build(replace(tiny, backend=backend))).to(DEVICE, EXACT)
+    bound = 1e-9 if torch.float64 == EXACT else 1e-2
+
+    def loss_of(images, tokens, person_ids):
+        return sdm_loss(model.encode_image(images), model.encode_text(tokens), person_ids)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    compiled = torch.compile(loss_of, backend=counter, fullgraph=True)
+    for batch in (4, 6):
+        arguments = [t.to(DEVICE) for t in (*inputs(EXACT, batch), torch.arange(batch) // 2)]
+        for argument in arguments:
+            torch._dynamo.mark_dynamic(argument, 0)
+        gradients = []
+        for function in (compiled, loss_of):
+            model.zero_grad()
+            function(*arguments).backward()
+            gradients.append([p.grad.clone() for p in model.trained_parameters().values()])
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound)
+    assert counter.frame_count == 1
 
 
 def test_position_embedding_resize(golden, recipe):

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import open_clip
+import torch
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
@@ -50,12 +51,13 @@ class UPPerson(nn.Module):
         """Embeddings (B, E), not normalised, of token ids (B, context_length), int64.
 
         What open_clip's encode_text computes, without the padding behind the longest caption of the batch: no
-        token before it sees it.
+        token before it sees it. Under torch.compile the padding stays, as a graph cannot depend on the tokens.
         """
         text = text_tower(self.clip)
         pool_type, end_id = pooling(self.clip)
         length = tokens.shape[1]
-        if self.text_causal and pool_type == "argmax":                  # the end token has the largest id
+        if self.text_causal and pool_type == "argmax" and not torch.compiler.is_compiling():
+            # The end token has the largest id.
             length = int(tokens.argmax(1).max()) + 1
         x = text.token_embedding(tokens[:, :length]) + text.positional_embedding[:length]
         for block in self.text_blocks:
