@@ -117,3 +117,62 @@ def test_the_kernels_compute_as_many_products_as_the_resources_table_says(length
         last = resources.attention.last_tiles(length, prefix, packed, chosen["BLOCK_M"], chosen["BLOCK_N"])
         stated += 64 * resources.attention_products(mode, call, prefix, chosen | last)
     assert counted == stated
+
+
+@pytest.fixture
+def tune(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import tune
+    return tune
+
+
+@pytest.mark.skipif(GPU, reason="tunes in the interpreter")
+def test_tuning_times_what_is_right_and_saves_what_loads(tune, tmp_path, monkeypatch, capsys):
+    from kernels.attention import device as attention
+
+    tensors = attention_inputs(dtype=torch.float16)
+    options = (None, 0, False, "weights")
+
+    def broken():                                                       # as a kernel of such tiles might be
+        out, lse = attention.launch_forward(*tensors, *options)
+        return (out + (tiles.choose("attention_forward", 16, 2, 90)["BLOCK_N"] == 16), lse)
+
+    def choice(block_n):
+        return dict(BLOCK_M=64, BLOCK_N=block_n, num_warps=4, num_stages=1)
+
+    def too_large():
+        if tiles.choose("attention_forward", 16, 2, 90)["BLOCK_N"] == 128:
+            raise RuntimeError("out of resource: shared memory")
+        return broken()
+
+    rows = tune.tune(tune.Job("attention_forward", 16, [too_large]), [choice(n) for n in (16, 32, 128)], 2,
+                     torch.device("cpu"), 0.01)
+    assert {row["tiles"]["BLOCK_N"]: row["ships"] for row in rows} == {64: True, 32: False}
+    assert rows[0]["microseconds"] <= rows[1]["microseconds"]
+    assert "out of resource" in capsys.readouterr().out and tiles.loaded == {}
+
+    path = tmp_path / "tiles.json"
+    tune.save(path, [dict(kernel="attention_forward", width=16, element_size=2, capability=90, **choice(32))],
+              torch.device("cpu"))
+    tiles.load(path)
+    assert tiles.choose("attention_forward", 16, 2, 90)["BLOCK_N"] == 32
+
+
+@pytest.mark.skipif(GPU, reason="calls the kernels at full width in the interpreter")
+def test_every_tuning_job_runs(tune):
+    kernels = {}
+    for job in tune.jobs(1, torch.float16, torch.device("cpu")):
+        kernels.setdefault(job.kernel, []).append(job.width)
+        for workload in job.workloads:
+            assert tune.same(workload(), workload())
+        assert len(tune.alternatives(job.kernel)) > 10
+    assert kernels == {"attention_forward": [64], "attention_backward": [64], "adapter_rows": [64, 96, 128],
+                       "adapter_parameters": [64, 96, 128]}
+
+
+@pytest.mark.skipif(GPU, reason="what a machine without a GPU prints")
+def test_tuning_needs_a_gpu(tmp_path):
+    run = subprocess.run([sys.executable, ROOT / "bench" / "tune.py", tmp_path / "tiles.json"], capture_output=True,
+                         text=True)
+    assert run.returncode == 1 and "error: tuning times kernels on a GPU, and there is none" in run.stderr
+    assert not (tmp_path / "tiles.json").exists()
