@@ -97,8 +97,10 @@ def gpu_parts(work: Path) -> list[Part]:
     major, minor = torch.cuda.get_device_capability()
     target = max((t for t in COMPILED_TARGETS if t <= 10 * major + minor), default=COMPILED_TARGETS[0])
     workers = max(1, min(12, (os.cpu_count() or 2) - 2))
+    # Most of the tests' time goes into compiling a few hundred kernels, on as many cores as there are.
+    spread = ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
     return [
-        program("kernel tests", 150, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+        program("kernel tests", 150, "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread,
                 *sorted((ROOT / "tests").glob("test_kernels*.py")), needs=("pytest", "hypothesis")),
         benchmark("attention", 125, work, "attn.py", "--sweep"),
         benchmark("adapter", 125, work, "adapter.py", "--sweep"),

@@ -106,7 +106,7 @@ def cases(target: int) -> Iterator[Case]:
     for (name, call), prefix, scale_target in product(ATTENTION.items(), PREFIXES, ("weights", "logits")):
         if scale_target == "logits" and prefix != 10:                   # as good as the same code
             continue
-        constants = dict(P=prefix, D=HEAD_WIDTH, CAUSAL=call.causal, PACKED=call.packed,
+        constants = dict(D=HEAD_WIDTH, CAUSAL=call.causal, PACKED=call.packed,
                          SCALE_LOGITS=scale_target == "logits", **common)
         needs = dict.fromkeys(("NEED_QKV", "NEED_KEY", "NEED_VALUE", "NEED_SCALE"), True)
         shape = f"{name}, P {prefix}{', λ on logits' if scale_target == 'logits' else ''}"

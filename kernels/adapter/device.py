@@ -27,6 +27,7 @@ from torch import Tensor
 from kernels import tiles
 from kernels.backend import accumulator, capability, float32_precision
 
+COUNTS = ["T", "rows_per_share"]        # change from batch to batch
 MAX_SHARES = 32     # partial sums of the parameter gradients
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -60,7 +61,7 @@ def load_sum(p_x, p_residual, o_t, stride_x, stride_residual, o_c, T, C, HAS_RES
 # ---------------------------------------------------------------------------------------- forward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     p_x, p_residual, p_weight, p_bias, p_down_weight, p_down_bias, p_up_weight, p_up_bias, p_scale,
     p_y, p_total, p_mean, p_rstd, p_hidden,
@@ -116,7 +117,7 @@ def forward_kernel(
 # ---------------------------------------------------------------------------------------- backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def input_gradient_kernel(
     p_dy, p_dtotal, p_x, p_weight, p_down_weight, p_up_weight, p_scale, p_mean, p_rstd, p_hidden,
     p_dx, p_dhidden,
@@ -168,7 +169,7 @@ def input_gradient_kernel(
             store_tile(p_dx, b_dx, o_t, C, o_c, T, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def parameter_gradient_kernel(
     p_dy, p_x, p_mean, p_rstd, p_hidden, p_dhidden,
     p_dup, p_dcolumn, p_ddown, p_ddown_bias, p_dweight,

@@ -36,6 +36,7 @@ from torch import Tensor
 from kernels import tiles
 from kernels.backend import accumulator, capability, float32_precision
 
+COUNTS = ["N", "P", "T"]        # change from batch to batch, and no code is better for knowing more about them
 LOG2_E = tl.constexpr(1.4426950408889634)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -86,13 +87,13 @@ def store_rows(p_base, b_rows, start, stride_row, rows, D: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def plain_columns(N, P: tl.constexpr, BLOCK_N: tl.constexpr):
+def plain_columns(N, P, BLOCK_N: tl.constexpr):
     """How many columns lie in plain tiles: full of tokens, and not the last."""
     return tl.minimum(N // BLOCK_N, (N + P - 1) // BLOCK_N) * BLOCK_N
 
 
 @triton.jit
-def load_columns(columns, start, P: tl.constexpr, D: tl.constexpr, SCALE_LOGITS: tl.constexpr, ACC: tl.constexpr,
+def load_columns(columns, start, P, D: tl.constexpr, SCALE_LOGITS: tl.constexpr, ACC: tl.constexpr,
                  PLAIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """A tile of columns: its offsets, keys and values [N, D], and the factors of its logits and its weights [N],
     which are λ where it acts (on prefix columns, one of the two) and 1 elsewhere."""
@@ -102,7 +103,7 @@ def load_columns(columns, start, P: tl.constexpr, D: tl.constexpr, SCALE_LOGITS:
     b_v = load_rows(p_v, start, stride_n, N, D, BLOCK_N, BLOCK_D)
     b_one = tl.full([BLOCK_N], 1.0, ACC)
     b_factor = b_one
-    if not PLAIN and P > 0:
+    if not PLAIN:
         b_k += load_rows(p_prefix_key, start - N, H * D, P, D, BLOCK_N, BLOCK_D).to(b_k.dtype)
         b_v += load_rows(p_prefix_value, start - N, H * D, P, D, BLOCK_N, BLOCK_D).to(b_v.dtype)
         b_factor = tl.where(o_n >= N, tl.load(p_prefix_scale).to(ACC), b_one)
@@ -113,7 +114,7 @@ def load_columns(columns, start, P: tl.constexpr, D: tl.constexpr, SCALE_LOGITS:
 
 
 @triton.jit
-def first_query(o_n, N, P: tl.constexpr, CAUSAL: tl.constexpr):
+def first_query(o_n, N, P, CAUSAL: tl.constexpr):
     """The first query that sees each column: a token's own if causal, else query 0; none behind the last column."""
     b_first = tl.where(o_n < N, o_n, 0) if CAUSAL else tl.zeros_like(o_n)
     return tl.where(o_n < N + P, b_first, 2**30)
@@ -122,11 +123,11 @@ def first_query(o_n, N, P: tl.constexpr, CAUSAL: tl.constexpr):
 # ---------------------------------------------------------------------------------------- forward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     p_qkv, p_prefix_key, p_prefix_value, p_prefix_scale, p_cu_seqlens, p_out, p_lse,
-    stride_qkv_s, stride_qkv_n, stride_qkv_part, stride_qkv_h, N, H, T,
-    P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, SCALE_LOGITS: tl.constexpr,
+    stride_qkv_s, stride_qkv_n, stride_qkv_part, stride_qkv_h, N, P, H, T,
+    D: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, SCALE_LOGITS: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     LAST_M: tl.constexpr, LAST_N: tl.constexpr, MIXED_TILES: tl.constexpr,
 ):
@@ -153,7 +154,7 @@ def forward_kernel(
 
 
 @triton.jit
-def attend(p_q, p_o, p_lse, columns, start_m, P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+def attend(p_q, p_o, p_lse, columns, start_m, P, D: tl.constexpr, CAUSAL: tl.constexpr,
            SCALE_LOGITS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
            BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LAST_N: tl.constexpr, MIXED_TILES: tl.constexpr):
     """Output and log-sum-exp of a block of queries."""
@@ -182,7 +183,7 @@ def attend(p_q, p_o, p_lse, columns, start_m, P: tl.constexpr, D: tl.constexpr, 
 
 
 @triton.jit
-def attend_tile(b_max, b_sum, b_acc, b_q, o_m, columns, start, P: tl.constexpr, D: tl.constexpr,
+def attend_tile(b_max, b_sum, b_acc, b_q, o_m, columns, start, P, D: tl.constexpr,
                 CAUSAL: tl.constexpr, SCALE_LOGITS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
                 PLAIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Adds a tile of columns to the running maximum, sum of exponentials and weighted sum of values."""
@@ -206,12 +207,12 @@ def attend_tile(b_max, b_sum, b_acc, b_q, o_m, columns, start, P: tl.constexpr, 
 # ---------------------------------------------------------------------------------------- backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
     p_qkv, p_prefix_key, p_prefix_value, p_prefix_scale, p_cu_seqlens, p_out, p_lse, p_grad,
     p_dqkv, p_dprefix_key, p_dprefix_value, p_dscale,
-    stride_qkv_s, stride_qkv_n, stride_qkv_part, stride_qkv_h, stride_grad_s, stride_grad_n, stride_grad_h, N, H, T,
-    P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, SCALE_LOGITS: tl.constexpr,
+    stride_qkv_s, stride_qkv_n, stride_qkv_part, stride_qkv_h, stride_grad_s, stride_grad_n, stride_grad_h,
+    N, P, H, T, D: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, SCALE_LOGITS: tl.constexpr,
     NEED_QKV: tl.constexpr, NEED_KEY: tl.constexpr, NEED_VALUE: tl.constexpr, NEED_SCALE: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     LAST_M: tl.constexpr, LAST_N: tl.constexpr, MIXED_TILES: tl.constexpr,
@@ -292,7 +293,7 @@ def softmax_gradient(b_x, b_y, b_x_side, b_y_side, b_lse, b_delta, m_visible, b_
 
 
 @triton.jit
-def query_gradient(p_dq, rows, columns, start_m, P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+def query_gradient(p_dq, rows, columns, start_m, P, D: tl.constexpr, CAUSAL: tl.constexpr,
                    SCALE_LOGITS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LAST_N: tl.constexpr, MIXED_TILES: tl.constexpr):
     """dq_i = σ Σ_j ds_ij k_j for a block of queries; λ k_j where λ acts on the logits."""
@@ -317,7 +318,7 @@ def query_gradient(p_dq, rows, columns, start_m, P: tl.constexpr, D: tl.constexp
 
 
 @triton.jit
-def query_gradient_tile(query_side, o_m, columns, start, P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+def query_gradient_tile(query_side, o_m, columns, start, P, D: tl.constexpr, CAUSAL: tl.constexpr,
                         SCALE_LOGITS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, PLAIN: tl.constexpr,
                         BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """What a tile of columns adds to dq / σ."""
@@ -334,7 +335,7 @@ def query_gradient_tile(query_side, o_m, columns, start, P: tl.constexpr, D: tl.
 
 
 @triton.jit
-def column_gradient(gradients, rows, columns, start_n, P: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+def column_gradient(gradients, rows, columns, start_n, P, D: tl.constexpr, CAUSAL: tl.constexpr,
                     SCALE_LOGITS: tl.constexpr, NEED_QKV: tl.constexpr, NEED_KEY: tl.constexpr,
                     NEED_VALUE: tl.constexpr, NEED_SCALE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
                     PLAIN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -378,7 +379,7 @@ def column_gradient(gradients, rows, columns, start_n, P: tl.constexpr, D: tl.co
 
 
 @triton.jit
-def column_gradient_tile(b_dk, b_dv, b_dscale, column_side, rows, start, P: tl.constexpr, D: tl.constexpr,
+def column_gradient_tile(b_dk, b_dv, b_dscale, column_side, rows, start, P, D: tl.constexpr,
                          CAUSAL: tl.constexpr, SCALE_LOGITS: tl.constexpr, NEED_QKV: tl.constexpr,
                          NEED_KEY: tl.constexpr, NEED_VALUE: tl.constexpr, NEED_SCALE: tl.constexpr,
                          PRECISION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -454,8 +455,8 @@ def launch_forward(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix
     with torch.cuda.device_of(qkv):
         forward_kernel[(sequences * heads * triton.cdiv(length, chosen["BLOCK_M"]),)](
             qkv, prefix_key.contiguous(), prefix_value.contiguous(), prefix_scale, cu_seqlens, out, lse,
-            *strides(qkv, packed), length, heads, tokens,
-            P=prefix_key.shape[0], D=width, CAUSAL=causal, PACKED=packed, SCALE_LOGITS=scale_target == "logits",
+            *strides(qkv, packed), length, prefix_key.shape[0], heads, tokens,
+            D=width, CAUSAL=causal, PACKED=packed, SCALE_LOGITS=scale_target == "logits",
             PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **chosen, **last,
         )
     return out, lse
@@ -494,8 +495,8 @@ def launch_backward(grad: Tensor, qkv: Tensor, prefix_key: Tensor, prefix_value:
         with torch.cuda.device_of(qkv):
             backward_kernel[(sequences * heads * (query_blocks + column_blocks),)](
                 qkv, prefix_key.contiguous(), prefix_value.contiguous(), prefix_scale, cu_seqlens, out, lse, grad,
-                dqkv, dkey, dvalue, dscale, *strides(qkv, packed), *strides(grad, packed), length, heads, tokens,
-                P=prefix_length, D=width, CAUSAL=causal, PACKED=packed, SCALE_LOGITS=scale_target == "logits",
+                dqkv, dkey, dvalue, dscale, *strides(qkv, packed), *strides(grad, packed),
+                length, prefix_length, heads, tokens, D=width, CAUSAL=causal, PACKED=packed, SCALE_LOGITS=scale_target == "logits",
                 NEED_QKV=need_qkv, NEED_KEY=need_key, NEED_VALUE=need_value, NEED_SCALE=need_scale,
                 PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **chosen, **last,
             )
