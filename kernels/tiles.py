@@ -55,8 +55,11 @@ def operands_in_registers(capability: int) -> bool:
 def attention_forward(head_width: int, element_size: int, capability: int) -> Tiles:
     if element_size > 2:
         return dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=2)
-    warps = 4 if head_width <= 64 and capability < 100 else 8
-    return dict(BLOCK_M=64, BLOCK_N=32 if operands_in_registers(capability) else 64, num_warps=warps, num_stages=2)
+    if operands_in_registers(capability):
+        return dict(BLOCK_M=64, BLOCK_N=32, num_warps=4 if head_width <= 64 else 8, num_stages=2)
+    if capability >= 100:
+        return dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2, maxnreg=128 if head_width <= 64 else 255)
+    return dict(BLOCK_M=64, BLOCK_N=64, num_warps=4 if head_width <= 64 else 8, num_stages=2)
 
 
 def attention_backward(head_width: int, element_size: int, capability: int) -> Tiles:

@@ -117,7 +117,7 @@ def test_attention_of_packed_sequences_is_that_of_each_alone(backend):
         torch.testing.assert_close(out, same)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_attention_of_anything(data, monkeypatch):
     """Shapes, strides, packing, tiles and options as they come."""

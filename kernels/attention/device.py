@@ -496,7 +496,8 @@ def launch_backward(grad: Tensor, qkv: Tensor, prefix_key: Tensor, prefix_value:
             backward_kernel[(sequences * heads * (query_blocks + column_blocks),)](
                 qkv, prefix_key.contiguous(), prefix_value.contiguous(), prefix_scale, cu_seqlens, out, lse, grad,
                 dqkv, dkey, dvalue, dscale, *strides(qkv, packed), *strides(grad, packed),
-                length, prefix_length, heads, tokens, D=width, CAUSAL=causal, PACKED=packed, SCALE_LOGITS=scale_target == "logits",
+                length, prefix_length, heads, tokens,
+                D=width, CAUSAL=causal, PACKED=packed, SCALE_LOGITS=scale_target == "logits",
                 NEED_QKV=need_qkv, NEED_KEY=need_key, NEED_VALUE=need_value, NEED_SCALE=need_scale,
                 PRECISION=float32_precision(), ACC=TRITON_DTYPES[acc_dtype], **chosen, **last,
             )
