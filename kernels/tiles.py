@@ -58,7 +58,7 @@ def attention_forward(head_width: int, element_size: int, capability: int) -> Ti
     if operands_in_registers(capability):
         return dict(BLOCK_M=64, BLOCK_N=32, num_warps=4 if head_width <= 64 else 8, num_stages=2)
     if capability >= 100:
-        return dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2, maxnreg=128 if head_width <= 64 else 255)
+        return dict(BLOCK_M=64, BLOCK_N=64, num_warps=8, num_stages=2, maxnreg=255)
     return dict(BLOCK_M=64, BLOCK_N=64, num_warps=4 if head_width <= 64 else 8, num_stages=2)
 
 
