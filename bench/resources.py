@@ -41,6 +41,7 @@ DTYPES = ("fp16", "bf16")
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}                    # KB that one program may have
 REGISTERS = 65536                                                       # on one multiprocessor
 WARPS = {80: 64, 89: 48, 90: 64, 100: 64}                               # that one multiprocessor holds at most
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 BIG_UNIT = {90: ("wgmma", "wgmma.mma_async"), 100: ("tcgen05", "tcgen05.mma")}          # takes 64 rows or more
 
 
@@ -57,6 +58,7 @@ ATTENTION = {
     "image": Attention(193, False),
     "image L/14": Attention(244, False),
     "text": Attention(77, True),
+    "text, short": Attention(28, True),                                 # a batch cut to its longest caption
     "text, packed": Attention(26, True, packed=True),                   # a usual caption
 }
 HEAD_WIDTH = 64
@@ -164,7 +166,7 @@ def attention_products(mode: str, call: Attention, prefix: int, chosen: dict) ->
 
 def compile_case(case: Case, target: int, dtype: str) -> Resources:
     constants = case.constants | case.tiles
-    options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in constants}
+    options = {key: constants.pop(key) for key in LAUNCH_OPTIONS if key in constants}
     signature, values, attributes = {}, {}, {}
     for position, name in enumerate(case.kernel.arg_names):
         if name in constants:

@@ -63,9 +63,9 @@ def in_autocast(tensor: torch.Tensor) -> bool:
 
 
 def float32_precision() -> str:
-    """Precision of float32 products in Triton's terms: TF32 only where the user allowed it in PyTorch
-    (torch.set_float32_matmul_precision), full float32 otherwise."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """Precision of float32 products in Triton's terms: TF32 only where the user allowed it in PyTorch, by
+    torch.set_float32_matmul_precision or torch.backends.cuda.matmul.fp32_precision; full float32 otherwise."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def capability(tensor: torch.Tensor) -> int:

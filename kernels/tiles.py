@@ -35,8 +35,8 @@ def choose(kernel: str, width: int, element_size: int, capability: int) -> Tiles
     """
     key = (kernel, width, element_size, capability)
     chosen = loaded[key] if key in loaded else SHIPPED[kernel](width, element_size, capability)
-    covered = max(16, triton.next_power_of_2(width))
-    return dict(chosen, **{"BLOCK_D" if kernel.startswith("attention") else "BLOCK_R": covered})
+    covered = {"BLOCK_D" if kernel.startswith("attention") else "BLOCK_R": max(16, triton.next_power_of_2(width))}
+    return dict(chosen, **covered, enable_fp_fusion=True)              # said aloud, as Triton's default changes
 
 
 # ---------------------------------------------------------------------------------------- what ships
@@ -71,7 +71,8 @@ def attention_backward(head_width: int, element_size: int, capability: int) -> T
 
 
 def adapter_rows(hidden: int, element_size: int, capability: int) -> Tiles:
-    block = 64 if element_size == 2 else 32
+    fits = hidden <= 128 or not operands_in_registers(capability)      # the 99 KB of shared memory of RTX cards
+    block = 64 if element_size == 2 and fits else 32
     return dict(BLOCK_T=block, BLOCK_C=block, num_warps=4 if hidden <= 32 else 8, num_stages=2)
 
 
@@ -112,8 +113,8 @@ def load(path: str | Path) -> None:
                 raise ValueError(f"{where}: {name!r} must be a positive integer, not {entry.get(name)!r}")
         for name in fields:
             least = 16 if name.startswith("BLOCK") else 1
-            if name != "num_stages" and (entry[name] < least or entry[name] & (entry[name] - 1)):
-                raise ValueError(f"{where}: {name!r} must be a power of two from {least} on, not {entry[name]}")
+            if name != "num_stages" and (not least <= entry[name] <= 128 or entry[name] & (entry[name] - 1)):
+                raise ValueError(f"{where}: {name!r} must be a power of two from {least} to 128, not {entry[name]}")
         if entry["kernel"] == "attention_backward" and entry["BLOCK_M"] < 32:
             raise ValueError(f"{where}: 'BLOCK_M' must be at least 32 here, as half of it is a tile too")
         maxnreg = entry.get("maxnreg")

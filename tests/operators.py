@@ -35,6 +35,15 @@ def relative_error(value, exact):
     return float((value - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
+def assert_same(values, expected):
+    """The same bits; on a GPU, where strides and options are compiled in and change the order of sums, nearly."""
+    for a, b in zip(values, expected, strict=True):
+        if GPU:
+            torch.testing.assert_close(a, b, rtol=10 * SLACK[a.dtype], atol=10 * SLACK[a.dtype] * float(b.abs().max()))
+        else:
+            assert torch.equal(a, b)
+
+
 def run(function, tensors, grads, dtype=None):
     """Outputs of function(*tensors) and its gradients for the given output gradients."""
     tensors = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]

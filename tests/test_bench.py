@@ -58,7 +58,7 @@ def run_main(module, monkeypatch, *arguments) -> int:
     (attn, "text, packed", {"packed, PyTorch backend", "explicit softmax", "folded SDPA", "folded SDPA, lower right",
                             "SDPA, no prefix"}),
     (adapter, "text + residual", {"eager", "LayerNorm alone"}),
-], ids=str)
+], ids=["attention", "packed attention", "adapter"])
 def test_operator_benchmark(module, shape, candidates, small, tmp_path, monkeypatch, capsys):
     path = tmp_path / "result.json"
     assert run_main(module, monkeypatch, "--shape", shape, "--batch", "3", "--seconds", "0.01", "--json", path) == 0

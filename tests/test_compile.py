@@ -14,12 +14,13 @@ import pytest
 RESOURCES = Path(__file__).parents[1] / "bench" / "resources.py"
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}                    # KB a program may have
 PREFIXES = (2, 10, 14)
-ATTENTION = ("image", "image L/14", "text", "text, packed")
+ATTENTION = ("image", "image L/14", "text", "text, short", "text, packed")
 ADAPTERS = ("512 → 64", "768 → 96", "1024 → 128")
 PADDED = {                                                              # elements computed over elements needed
     ("attention forward", "image"): 1.16, ("attention backward", "image"): 1.62,
     ("attention forward", "image L/14"): 1.12, ("attention backward", "image L/14"): 1.56,
     ("attention forward", "text"): 2.05, ("attention backward", "text"): 2.85,
+    ("attention forward", "text, short"): 3.0, ("attention backward", "text, short"): 4.2,
     ("attention forward", "text, packed"): 10.2, ("attention backward", "text, packed"): 10.2,
     ("adapter", "512 → 64"): 1, ("adapter", "768 → 96"): 1.34, ("adapter", "1024 → 128"): 1,
 }

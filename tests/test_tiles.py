@@ -49,7 +49,7 @@ def test_every_shape_on_every_gpu_has_tiles(kernel, width, element_size, capabil
 def test_a_loaded_file_takes_precedence(save):
     tiles.load(save(dict(tiles=[dict(ENTRY, maxnreg=128)])))
     assert tiles.choose("attention_forward", 16, 8, 90) == dict(BLOCK_M=64, BLOCK_N=16, BLOCK_D=16, num_warps=4,
-                                                                num_stages=1, maxnreg=128)
+                                                                num_stages=1, maxnreg=128, enable_fp_fusion=True)
     assert tiles.choose("attention_forward", 32, 8, 90)["BLOCK_M"] == 32
     assert tiles.choose("attention_backward", 16, 8, 90)["BLOCK_M"] == 32
 
@@ -70,9 +70,10 @@ def test_the_environment_names_a_file(save):
     (dict(tiles=[dict(ENTRY, kernel="softmax")]), r"tiles\[0\]: 'kernel' must be one of"),
     (dict(tiles=[ENTRY, dict(ENTRY, width=0)]), r"tiles\[1\]: 'width' must be a positive integer, not 0"),
     (dict(tiles=[dict(ENTRY, BLOCK_N=None)]), "'BLOCK_N' must be a positive integer, not None"),
-    (dict(tiles=[dict(ENTRY, BLOCK_N=8)]), "'BLOCK_N' must be a power of two from 16 on, not 8"),
-    (dict(tiles=[dict(ENTRY, BLOCK_N=48)]), "'BLOCK_N' must be a power of two from 16 on, not 48"),
-    (dict(tiles=[dict(ENTRY, num_warps=3)]), "'num_warps' must be a power of two from 1 on, not 3"),
+    (dict(tiles=[dict(ENTRY, BLOCK_N=8)]), "'BLOCK_N' must be a power of two from 16 to 128, not 8"),
+    (dict(tiles=[dict(ENTRY, BLOCK_N=48)]), "'BLOCK_N' must be a power of two from 16 to 128, not 48"),
+    (dict(tiles=[dict(ENTRY, BLOCK_N=256)]), "'BLOCK_N' must be a power of two from 16 to 128, not 256"),
+    (dict(tiles=[dict(ENTRY, num_warps=3)]), "'num_warps' must be a power of two from 1 to 128, not 3"),
     (dict(tiles=[dict(ENTRY, kernel="attention_backward", BLOCK_M=16)]), "'BLOCK_M' must be at least 32 here"),
     (dict(tiles=[dict(ENTRY, maxnreg=500)]), "'maxnreg' must be a number of registers from 24 to 255, not 500"),
 ])

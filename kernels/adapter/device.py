@@ -95,7 +95,7 @@ def forward_kernel(
 
     b_rstd = 1.0 / tl.sqrt(b_m2 / C + EPS)
     b_hidden += tl.load(p_down_bias + o_r, mask=o_r < R, other=0.0).to(ACC)[None, :]
-    b_hidden = tl.maximum(b_hidden, 0.0).to(p_hidden.dtype.element_ty)                                  # [T, R]
+    b_hidden = tl.maximum(b_hidden, 0.0, propagate_nan=tl.PropagateNan.ALL).to(p_hidden.dtype.element_ty)   # [T, R]
     tl.store(p_mean + o_t, b_mean, mask=o_t < T)
     tl.store(p_rstd + o_t, b_rstd, mask=o_t < T)
     store_tile(p_hidden, b_hidden, o_t, R, o_r, T, R)

@@ -46,11 +46,16 @@ def save_for_backward(ctx, inputs, output):
                           mean, rstd, hidden)
     ctx.has_residual = residual is not None
     ctx.mark_non_differentiable(mean, rstd, hidden)
+    ctx.set_materialize_grads(False)                                    # no zeros for what has no gradient
 
 
 def differentiate(ctx, dy, dtotal, *_):
     need_x, need_residual, *need_parameters = ctx.needs_input_grad[:-1]
     dtotal = dtotal if ctx.has_residual else None
+    if dy is None and dtotal is None:                                   # neither output did matter
+        return (None,) * 10
+    if dy is None:
+        dy = torch.zeros_like(ctx.saved_tensors[0])
     grads = backward(dy, dtotal, *ctx.saved_tensors, [need_x or need_residual, *need_parameters])
     dx, *dparameters = grads
     dparameters = (d if needed else None for d, needed in zip(dparameters, need_parameters, strict=True))

@@ -32,7 +32,7 @@ def prefix_attention(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, pref
         causal: token i of a sequence sees its tokens 0 … i only.
         cu_seqlens: (S + 1,), int32: sequence i holds the tokens cu_seqlens[i] to cu_seqlens[i + 1] of a packed qkv, and
             sees no others. Begins with 0, never falls, ends with T; sequences may be empty. Its values are checked
-            where that costs nothing, on the CPU.
+            where that costs nothing, on the CPU; elsewhere, tokens that belong to no sequence come out undefined.
         max_seqlen: tokens of the longest sequence, or more. Without it cu_seqlens is asked, which waits for the GPU.
         backend: None (Triton on CUDA or under TRITON_INTERPRET=1, else PyTorch), "triton" or "torch".
 

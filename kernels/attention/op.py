@@ -41,9 +41,12 @@ def save_for_backward(ctx, inputs, output):
     out, lse = output
     ctx.save_for_backward(*tensors, out, lse)
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)                                    # no zeros for lse, which has no gradient
 
 
 def differentiate(ctx, grad, _grad_lse):
+    if grad is None:                                                    # the output did not matter
+        return (None,) * 8
     needs = ctx.needs_input_grad[:4]
     *tensors, out, lse = ctx.saved_tensors
     grads = backward(grad, *tensors, ctx.max_seqlen, out, lse, ctx.causal, ctx.scale_target, list(needs))
