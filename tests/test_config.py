@@ -98,6 +98,12 @@ def test_json_errors_name_the_key(change, message):
         Config.from_json(json.dumps(content))
 
 
+def test_files_from_before_a_field_mean_its_default():
+    content = json.loads(Config().replace(losses="itc").to_json())
+    del content["train"]["losses"]
+    assert Config.from_json(json.dumps(content)) == Config()
+
+
 def test_cut_off_json():
     with pytest.raises(ValueError, match="not JSON"):
         Config.from_json(Config().to_json()[:-20])
@@ -115,6 +121,7 @@ def test_cut_off_json():
         (TrainConfig, dict(device="gpu"), "device: 'gpu' .* auto, cpu, cuda"),
         (TrainConfig, dict(precision="int8"), "precision: 'int8' .* one of auto, fp32, bf16, fp16"),
         (TrainConfig, dict(seed=2**63), "seed: .* below"),
+        (TrainConfig, dict(losses="sdm+id"), "losses: 'sdm\\+id' is not allowed; expected a sum of sdm, itc, cmpm"),
         (DataConfig, dict(dataset="imagenet"), "dataset: 'imagenet' .* one of embedded, cuhk-pedes"),
         (DataConfig, dict(workers=-1), "workers: -1 .* at least 0"),
         (DataConfig, dict(embedded_identities=(5, 0, 5)), r"embedded_identities: \(5, 0, 5\) .* at least 1"),

@@ -1,11 +1,11 @@
-"""SDM: the golden numbers, the definition written out, and what it refuses."""
+"""The losses: golden numbers, definitions written out, weighted sums, and what they refuse."""
 
 import math
 
 import pytest
 import torch
 
-from upperson.losses import sdm_loss
+from upperson.losses import LOSSES, cmpm_loss, itc_loss, parse_losses, sdm_loss, weighted_loss
 
 CASES = ("small", "repeated", "unique", "same")
 
@@ -18,15 +18,16 @@ def from_golden(golden, case, dtype=torch.float64):
     return data, *features, torch.from_numpy(data[f"{case}/pids"])
 
 
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("case", CASES)
-def test_golden_loss_and_gradients(golden, case):
+def test_golden_loss_and_gradients(golden, case, name):
     data, images, texts, ids = from_golden(golden, case)
-    loss = sdm_loss(images, texts, ids)
+    loss = LOSSES[name](images, texts, ids)
     loss.backward()
     # The reference keeps its labels in float32, which moves the loss by up to 4e-8 of itself.
-    assert abs(loss.item() / data[f"{case}/sdm"] - 1) < 6e-8
+    assert abs(loss.item() / data[f"{case}/{name}"] - 1) < 6e-8
     for features, side in ((images, "image"), (texts, "text")):
-        expected = torch.from_numpy(data[f"{case}/sdm_grad_{side}"])
+        expected = torch.from_numpy(data[f"{case}/{name}_grad_{side}"])
         assert (features.grad - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
@@ -49,8 +50,50 @@ def test_definition_written_out(golden, case):
 def test_golden_features_of_the_whole_model(golden):
     data = golden("cuhk")
     images, texts = (torch.from_numpy(data[f"{side}_features"]) for side in ("image", "text"))
-    loss = sdm_loss(images, texts, torch.from_numpy(data["pids"]))
-    assert abs(loss.item() / data["sdm_loss"] - 1) < 6e-8
+    for name, loss in LOSSES.items():
+        assert abs(loss(images, texts, torch.from_numpy(data["pids"])).item() / data[f"{name}_loss"] - 1) < 6e-8
+
+
+def test_itc_written_out():
+    """Two pairs at right angles: the right text has cosine 1, the other 0."""
+    features = torch.eye(2, dtype=torch.float64)
+    expected = -math.log(math.exp(2) / (math.exp(2) + 1))
+    assert itc_loss(3 * features, features, torch.arange(2), temperature=0.5).item() == pytest.approx(expected)
+    # Who is shown changes nothing: other pairs of the same person are negatives.
+    assert itc_loss(features, features, torch.zeros(2), temperature=0.5).item() == pytest.approx(expected)
+
+
+def test_cmpm_written_out():
+    """Two pairs of one person: each label is 1/√2, and so are both projections of the same length."""
+    features = torch.ones(2, 1, dtype=torch.float64)
+    expected = 2 * (math.log(0.5) - math.log(0.5**0.5 + 1e-8))
+    assert cmpm_loss(features, features, torch.zeros(2)).item() == pytest.approx(expected) and expected < 0
+    # Projections know the length of what is projected, cosines do not.
+    features = torch.eye(2, dtype=torch.float64)
+    assert cmpm_loss(5 * features, features, torch.arange(2)) < cmpm_loss(features, features, torch.arange(2))
+
+
+@pytest.mark.parametrize(("text", "weights"), [
+    ("sdm", {"sdm": 1}), ("sdm+itc", {"sdm": 1, "itc": 1}), (" 0.5*cmpm + 2 * sdm ", {"cmpm": 0.5, "sdm": 2}),
+    (".25*itc", {"itc": 0.25}),
+])
+def test_weighted_sums(golden, text, weights):
+    _, images, texts, ids = from_golden(golden, "repeated")
+    assert parse_losses(text) == weights
+    expected = sum(weight * LOSSES[name](images, texts, ids) for name, weight in weights.items())
+    assert weighted_loss(weights, images, texts, ids, 0.02).item() == pytest.approx(expected.item(), rel=1e-12)
+    if set(weights) != {"cmpm"}:
+        assert weighted_loss(weights, images, texts, ids, 0.1).item() != pytest.approx(expected.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "expected a sum of sdm, itc, cmpm"), ("sdm+", "expected a sum"), ("tdm", "expected a sum"),
+    ("sdm-itc", "expected a sum"), ("-1*sdm", "expected a sum"), ("sdm*2", "expected a sum"),
+    ("sdm+sdm", "sdm stands in it twice"), ("0*sdm", "the weight of sdm must be above 0"),
+])
+def test_sums_that_are_none(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_losses(text)
 
 
 def test_gradcheck():
@@ -59,14 +102,17 @@ def test_gradcheck():
     ids = torch.tensor([3, 3, 0, 7, 0])
     # A mild temperature: finite differences of step 1e-6 cannot follow a sharp softmax.
     assert torch.autograd.gradcheck(lambda a, b: sdm_loss(a, b, ids, temperature=0.5), features)
+    assert torch.autograd.gradcheck(lambda a, b: itc_loss(a, b, ids, temperature=0.5), features)
+    assert torch.autograd.gradcheck(lambda a, b: cmpm_loss(a, b, ids), features)
 
 
-def test_half_precision_and_autocast_compute_in_float32(golden):
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_and_autocast_compute_in_float32(golden, name):
     _, images, texts, ids = from_golden(golden, "repeated", torch.bfloat16)
-    expected = sdm_loss(images.float(), texts.float(), ids)
+    expected = LOSSES[name](images.float(), texts.float(), ids)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = sdm_loss(images, texts, ids)
-        loss_of_float32 = sdm_loss(images.float(), texts.float(), ids)
+        loss = LOSSES[name](images, texts, ids)
+        loss_of_float32 = LOSSES[name](images.float(), texts.float(), ids)
     assert loss.dtype == loss_of_float32.dtype == torch.float32
     assert loss.item() == loss_of_float32.item() == expected.item()
 
@@ -90,6 +136,7 @@ def test_perfect_and_wrong_matching():
         ((0, 8), (0, 8), (0,), "at least two, got 0"),
     ],
 )
-def test_refuses(image_shape, text_shape, id_shape, message):
-    with pytest.raises(ValueError, match=message):
-        sdm_loss(torch.ones(image_shape), torch.ones(text_shape), torch.ones(id_shape, dtype=torch.int64))
+@pytest.mark.parametrize("name", LOSSES)
+def test_refuses(name, image_shape, text_shape, id_shape, message):
+    with pytest.raises(ValueError, match=f"{name}_loss .*{message}"):
+        LOSSES[name](torch.ones(image_shape), torch.ones(text_shape), torch.ones(id_shape, dtype=torch.int64))

@@ -85,14 +85,14 @@ def assert_same_run(first, second):
 
 def fail_at(monkeypatch, step, action):
     """Calls `action` in the place of the loss of that step."""
-    real, calls = training.sdm_loss, []
+    real, calls = training.weighted_loss, []
 
     def loss(*arguments, **options):
         calls.append(None)
         value = real(*arguments, **options)
         return action(value) if len(calls) == step else value
 
-    monkeypatch.setattr(training, "sdm_loss", loss)
+    monkeypatch.setattr(training, "weighted_loss", loss)
 
 
 # ------------------------------------------------------------------------------------ what a run leaves
@@ -168,6 +168,16 @@ def test_every_epoch_shows_every_pair_in_another_order(config, monkeypatch):
 def test_the_number_of_workers_changes_nothing(config, whole):
     fit(config.replace(workers=2))
     assert_same_run(whole, config.train.run_dir)
+
+
+def test_other_losses_are_another_run(config, whole):
+    """The first loss of a sum is the sum of the first losses; the second differs, as other parameters were learnt."""
+    alone, run_dir = config.replace(losses="itc"), config.train.run_dir
+    fit(alone)
+    fit(alone.replace(losses="sdm+0.5*itc", run_dir=run_dir.with_name("sum")))
+    first = [[line["loss"] for line in log_of(folder) if line["kind"] == "step"][0]
+             for folder in (whole, run_dir, run_dir.with_name("sum"))]
+    assert first[2] == pytest.approx(first[0] + 0.5 * first[1], rel=1e-5) and first[1] > 0
 
 
 def test_another_seed_is_another_run(config, whole):

@@ -11,10 +11,12 @@ import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from upperson.losses import parse_losses
 
 SELECTIONS = {
     "val": "best R@1 on the validation split",
@@ -33,10 +35,12 @@ def option(
     below: float | None = None,
     changes_results: bool = True,
     metavar: tuple[str, ...] | None = None,
+    added: bool = False,
 ) -> Any:
     """A field with its help text and bounds, which hold for each number of a tuple.
 
     `changes_results=False`: may differ when a run is resumed. `metavar`: what the numbers of a tuple are.
+    `added`: there are files from before this field; they mean its default.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     return field(
@@ -45,6 +49,7 @@ def option(
             "help": text,
             "changes_results": changes_results,
             "metavar": metavar,
+            "added": added,
             "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
         },
     )
@@ -174,7 +179,8 @@ class TrainConfig(_Checked):
     adam_epsilon: float = option(1e-3, "Adam's epsilon", above=0)
     warmup_epochs: int = option(5, "epochs of linear warm-up before the cosine; fewer than epochs", at_least=0)
     warmup_factor: float = option(0.1, "the warm-up starts at this share of the learning rate", above=0, at_most=1)
-    temperature: float = option(0.02, "temperature of the SDM loss", above=0)
+    losses: str = option("sdm", "sdm, itc, cmpm, or a weighted sum of them such as sdm+0.5*itc", added=True)
+    temperature: float = option(0.02, "temperature of the SDM and ITC losses", above=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "autocast; parameters stay float32; auto: bf16 on a GPU, fp32 on a CPU"
     )
@@ -209,6 +215,10 @@ class TrainConfig(_Checked):
             raise ValueError(
                 f"warmup_epochs: {self.warmup_epochs} is not allowed; it must be below epochs, which is {self.epochs}"
             )
+        try:
+            parse_losses(self.losses)
+        except ValueError as error:
+            raise ValueError(f"losses: {error}") from None
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device: {self.device!r} is not allowed; expected auto, cpu, cuda or cuda:N")
 
@@ -247,7 +257,8 @@ class Config:
         parts = {}
         for part, section in SECTIONS.items():
             hints = {spec.name: hint for spec, hint in _fields_of(section)}
-            _same_keys(content[part], hints, part)
+            added = {spec.name for spec, _ in _fields_of(section) if spec.metadata["added"]}
+            _same_keys(content[part], hints, part, added)
             parts[part] = section(**{name: _from_plain(value, hints[name]) for name, value in content[part].items()})
         return Config(**parts)
 
@@ -408,10 +419,10 @@ def _from_plain(value: Any, hint: Any) -> Any:
     return value
 
 
-def _same_keys(content: Any, expected: dict, where: str) -> None:
+def _same_keys(content: Any, expected: dict, where: str, optional: Container[str] = ()) -> None:
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected an object with the keys {', '.join(expected)}")
-    missing = [key for key in expected if key not in content]
+    missing = [key for key in expected if key not in content and key not in optional]
     unknown = [key for key in content if key not in expected]
     if missing or unknown:
         raise ValueError(

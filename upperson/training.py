@@ -25,7 +25,7 @@ from upperson.data import DataError, Sample, batches_per_epoch, check_images, re
 from upperson.embedded import read_embedded
 from upperson.evaluation import autocast, evaluate
 from upperson.interruption import Interruption
-from upperson.losses import sdm_loss
+from upperson.losses import parse_losses, weighted_loss
 from upperson.metrics import Retrieval
 from upperson.model import UPPerson
 from upperson.run_folder import MetricsLog, RunError, claim_folder, refuse_used_folder, saved_state
@@ -197,7 +197,9 @@ class Training:
         with autocast(self.device, self.precision):
             image_features = self.model.encode_image(images)
             text_features = self.model.encode_text(captions)
-        loss = sdm_loss(image_features, text_features, person_ids, temperature=self.config.train.temperature)
+        settings = self.config.train
+        loss = weighted_loss(parse_losses(settings.losses), image_features, text_features, person_ids,
+                             settings.temperature)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
