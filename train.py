@@ -8,6 +8,7 @@ python train.py --help                                         every option
 
 import sys
 
+from kernels.tiles import TilesError
 from upperson.checkpoint import CheckpointError
 from upperson.config import parse_arguments
 from upperson.data import DataError
@@ -20,7 +21,7 @@ def main() -> int:
     config = parse_arguments()
     try:
         fit(config)
-    except (BackboneError, CheckpointError, DataError, RunError, OSError) as error:
+    except (BackboneError, CheckpointError, DataError, RunError, TilesError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interruption:

@@ -273,6 +273,8 @@ def json_path(text: str) -> Path:
     path = Path(text)
     if text and not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"folder {path.parent} does not exist; expected a file in one that does")
+    if text and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written; expected a file in a folder that can be written")
     return path
 
 

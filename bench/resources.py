@@ -231,6 +231,11 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set; kernels are compiled here, so unset it")
 
+    try:
+        tiles.load_named_in_environment()
+    except tiles.TilesError as error:
+        parser.error(str(error))
+
     print(f"Triton {triton.__version__}")
     print(f"{'kernel':<28}{'shape':<34}{'target':>7}{'dtype':>6}{'regs':>6}{'stack':>7}{'shared':>8}{'occupancy':>11}"
           f"{'padded':>8}   matrix instructions")

@@ -73,4 +73,7 @@ def capability(tensor: torch.Tensor) -> int:
     if not tensor.is_cuda:
         return 90
     major, minor = torch.cuda.get_device_capability(tensor.device)
+    if torch.version.hip or major < 8:
+        raise RuntimeError("backend 'triton' needs an NVIDIA GPU of compute capability 8.0 or newer, not "
+                           f"{torch.cuda.get_device_name(tensor.device)}; use backend='torch'")
     return 10 * major + minor

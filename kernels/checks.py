@@ -1,7 +1,15 @@
 """Checks of arguments that the operators share; every message names operator, argument and what was expected."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+
+def require_tensor(operator: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{operator}: {name} must be a tensor, not {type(value).__name__}")
 
 
 def require_float(operator: str, name: str, tensor: Tensor) -> None:
@@ -11,6 +19,7 @@ def require_float(operator: str, name: str, tensor: Tensor) -> None:
 
 def require_shape(operator: str, name: str, tensor: Tensor, shape: tuple) -> None:
     """`shape` holds sizes, or a letter where any size will do."""
+    require_tensor(operator, name, tensor)
     fits = tensor.dim() == len(shape) and all(
         isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True))
     if not fits:
@@ -31,3 +40,10 @@ def require_dtype(operator: str, name: str, tensor: Tensor, main_name: str, main
         wanted = " or ".join(sorted(str(d).removeprefix("torch.") for d in wanted))
         raise TypeError(f"{operator}: {name} must be {wanted} beside {main_name}, not "
                         f"{str(tensor.dtype).removeprefix('torch.')}")
+
+
+def refuse_forward_mode(operator: str, tensors: Iterable[Tensor]) -> None:
+    """Custom operators drop tangents in silence, and a derivative of zero would come out."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(f"{operator}: backend 'triton' has no forward-mode derivative (jvp, jacfwd); use "
+                                  "reverse mode")

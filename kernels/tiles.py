@@ -7,14 +7,22 @@ on the GPU at hand and saves the fastest to a file. Entries of a file that `load
 UPPERSON_TILES names, take precedence over what stands here.
 """
 
+import functools
 import json
 import os
 from pathlib import Path
 
-import triton
-
 Tiles = dict[str, int]
 
+
+class TilesError(ValueError):
+    """A file of tiles that cannot be used; the message names file, entry and field."""
+
+
+COVERING = {        # the block that spans the whole head, or the whole hidden width: never split, so never tuned
+    "attention_forward": "BLOCK_D", "attention_backward": "BLOCK_D",
+    "adapter_rows": "BLOCK_R", "adapter_parameters": "BLOCK_R",
+}
 FIELDS = {
     "attention_forward": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
     "attention_backward": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
@@ -31,12 +39,16 @@ def choose(kernel: str, width: int, element_size: int, capability: int) -> Tiles
         kernel: attention_forward, attention_backward, adapter_rows (the kernels that own rows) or adapter_parameters.
         width: head width of attention, hidden width of the adapter.
         element_size: bytes of an element of the activations.
-        capability: compute capability as a number, 80 to 120.
+        capability: compute capability as a number, from 80 on.
+
+    Raises TilesError if the file that UPPERSON_TILES names cannot be used.
     """
+    load_named_in_environment()
     key = (kernel, width, element_size, capability)
     chosen = loaded[key] if key in loaded else SHIPPED[kernel](width, element_size, capability)
-    covered = {"BLOCK_D" if kernel.startswith("attention") else "BLOCK_R": max(16, triton.next_power_of_2(width))}
-    return dict(chosen, **covered, enable_fp_fusion=True)              # said aloud, as Triton's default changes
+    covering = max(16, 1 << (width - 1).bit_length())
+    # Multiply and add in one instruction: asked for, since Triton 3.10 no longer does so by itself.
+    return dict(chosen, **{COVERING[kernel]: covering}, enable_fp_fusion=True)
 
 
 # ---------------------------------------------------------------------------------------- what ships
@@ -95,35 +107,47 @@ SHIPPED = dict(attention_forward=attention_forward, attention_backward=attention
 def load(path: str | Path) -> None:
     """Reads the tiles that bench/tune.py saved; they take precedence from the next launch on.
 
-    Raises ValueError for a file that is not of that kind, naming it and what was expected.
+    Raises TilesError for a file that is not there or not of that kind, naming it and what was expected.
     """
     try:
         content = json.loads(Path(path).read_text())
         entries = list(content["tiles"])
+    except OSError as error:
+        raise TilesError(f"{path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected the JSON that bench/tune.py writes, with a list 'tiles'") from error
+        raise TilesError(f"{path}: expected the JSON that bench/tune.py writes, with a list 'tiles'") from error
     found = {}
     for position, entry in enumerate(entries):
         where = f"{path}: tiles[{position}]"
         if not isinstance(entry, dict) or entry.get("kernel") not in FIELDS:
-            raise ValueError(f"{where}: 'kernel' must be one of {', '.join(FIELDS)}")
+            raise TilesError(f"{where}: 'kernel' must be one of {', '.join(FIELDS)}")
         fields = FIELDS[entry["kernel"]]
+        if unknown := set(entry) - {"kernel", "width", "element_size", "capability", "maxnreg", *fields}:
+            raise TilesError(f"{where}: unknown fields: {', '.join(map(repr, sorted(unknown)))}")
         for name in ("width", "element_size", "capability", *fields):
             if not isinstance(entry.get(name), int) or entry[name] < 1:
-                raise ValueError(f"{where}: {name!r} must be a positive integer, not {entry.get(name)!r}")
+                raise TilesError(f"{where}: {name!r} must be a positive integer, not {entry.get(name)!r}")
         for name in fields:
             least = 16 if name.startswith("BLOCK") else 1
+            if name == "num_stages" and entry[name] > 8:
+                raise TilesError(f"{where}: 'num_stages' must be at most 8, not {entry[name]}")
             if name != "num_stages" and (not least <= entry[name] <= 128 or entry[name] & (entry[name] - 1)):
-                raise ValueError(f"{where}: {name!r} must be a power of two from {least} to 128, not {entry[name]}")
+                raise TilesError(f"{where}: {name!r} must be a power of two from {least} to 128, not {entry[name]}")
         if entry["kernel"] == "attention_backward" and entry["BLOCK_M"] < 32:
-            raise ValueError(f"{where}: 'BLOCK_M' must be at least 32 here, as half of it is a tile too")
+            raise TilesError(f"{where}: 'BLOCK_M' must be at least 32 here, as half of it is a tile too")
         maxnreg = entry.get("maxnreg")
         if maxnreg is not None and not (isinstance(maxnreg, int) and 24 <= maxnreg <= 255):
-            raise ValueError(f"{where}: 'maxnreg' must be a number of registers from 24 to 255, not {maxnreg!r}")
+            raise TilesError(f"{where}: 'maxnreg' must be a number of registers from 24 to 255, not {maxnreg!r}")
         key = (entry["kernel"], entry["width"], entry["element_size"], entry["capability"])
         found[key] = {name: entry[name] for name in (*fields, "maxnreg") if entry.get(name) is not None}
     loaded.update(found)
 
 
-if "UPPERSON_TILES" in os.environ:
-    load(os.environ["UPPERSON_TILES"])
+@functools.cache
+def load_named_in_environment() -> None:
+    """Loads what UPPERSON_TILES names, if it names something, once."""
+    if path := os.environ.get("UPPERSON_TILES"):
+        try:
+            load(path)
+        except TilesError as error:
+            raise TilesError(f"UPPERSON_TILES: {error}") from None

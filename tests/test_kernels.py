@@ -490,6 +490,8 @@ def test_float32_products_follow_pytorchs_setting():
     (dict(cu_seqlens=torch.tensor([0, 7], dtype=torch.int32)), ValueError,
      r"qkv must be \(T, 3, H, D\) beside cu_seqlens, not \(2, 7, 3, 2, 16\)"),
     (dict(max_seqlen=7), ValueError, "max_seqlen goes with cu_seqlens, which is missing"),
+    (dict(prefix_scale=1.0), TypeError, "prefix_attention: prefix_scale must be a tensor, not float"),
+    (dict(qkv=[1.0]), TypeError, "qkv must be a tensor, not list"),
     (dict(scale_target="values"), ValueError, "scale_target must be 'weights' or 'logits', not 'values'"),
     (dict(backend="fast"), ValueError, "backend must be None, 'triton' or 'torch', not 'fast'"),
 ])
@@ -501,6 +503,8 @@ def test_attention_refuses(change, error, message):
 
 
 @pytest.mark.parametrize(("cu_seqlens", "max_seqlen", "error", "message"), [
+    ([0, 7], None, TypeError, "cu_seqlens must be a tensor, not list"),
+    (torch.tensor([0, 7], dtype=torch.int32), 7.0, TypeError, "max_seqlen must be a whole number, not 7.0"),
     (torch.tensor([0, 7]), None, TypeError, "cu_seqlens must be int32, not int64"),
     (torch.tensor([[0, 7]], dtype=torch.int32), None, ValueError, r"cu_seqlens must be \(S \+ 1,\), not \(1, 2\)"),
     (torch.tensor([], dtype=torch.int32), None, ValueError, r"cu_seqlens must be \(S \+ 1,\), not \(0,\)"),
@@ -527,6 +531,8 @@ def test_attention_refuses_wide_heads():
 
 
 @pytest.mark.parametrize(("change", "error", "message"), [
+    (dict(x=None), TypeError, "layernorm_adapter: x must be a tensor, not NoneType"),
+    (dict(residual=True), TypeError, "residual must be a tensor, not bool"),
     (dict(x=torch.tensor(1.0)), ValueError, r"x must be \(..., C\) with C ≥ 1, not \(\)"),
     (dict(x=torch.zeros(2, 8, dtype=torch.int32)), TypeError, "x must be a floating-point tensor"),
     (dict(weight=torch.zeros(9)), ValueError, r"weight must be \(8,\), not \(9,\)"),

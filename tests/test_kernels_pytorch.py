@@ -93,6 +93,25 @@ def test_opcheck_of_packed_sequences():
     torch.library.opcheck(attention_op.forward, (*require_grad(tensors), cu_seqlens, 4, True, "weights"))
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_forward_mode_is_refused_rather_than_zero(operator):
+    make, functions, _ = OPERATORS[operator]
+    tensors = make()
+    tangents = [torch.ones_like(t) for t in tensors]
+    with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        torch.func.jvp(functions()[0], tuple(tensors), tuple(tangents))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_shapes_can_be_worked_out_without_data(backend):
+    x, *parameters = (t.to("meta") for t in adapter_inputs())
+    if backend == "triton":
+        y, *_ = adapter_op.forward(x, None, *parameters, 1e-5)
+    else:
+        y = layernorm_adapter(x, *parameters, backend=backend)
+    assert y.device.type == "meta" and y.shape == x.shape
+
+
 # ------------------------------------------------------------------------------------ modules
 
 

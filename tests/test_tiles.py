@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,9 @@ ENTRY = dict(kernel="attention_forward", width=16, element_size=8, capability=90
 @pytest.fixture(autouse=True)
 def nothing_loaded(monkeypatch):
     monkeypatch.setattr(tiles, "loaded", {})
+    tiles.load_named_in_environment.cache_clear()
+    yield
+    tiles.load_named_in_environment.cache_clear()
 
 
 @pytest.fixture
@@ -54,12 +56,16 @@ def test_a_loaded_file_takes_precedence(save):
     assert tiles.choose("attention_backward", 16, 8, 90)["BLOCK_M"] == 32
 
 
-def test_the_environment_names_a_file(save):
-    code = "from kernels import tiles; print(tiles.choose('attention_forward', 16, 8, 90))"
-    path = save(dict(tiles=[ENTRY]))
-    shown = subprocess.run([sys.executable, "-c", code], env=dict(os.environ, UPPERSON_TILES=str(path)), cwd=ROOT,
-                           capture_output=True, text=True, check=True).stdout
-    assert "'BLOCK_N': 16" in shown
+def test_the_environment_names_a_file(save, tmp_path, monkeypatch):
+    def chosen(path):
+        tiles.load_named_in_environment.cache_clear()
+        monkeypatch.setenv("UPPERSON_TILES", str(path))
+        return tiles.choose("attention_forward", 16, 8, 90)["BLOCK_N"]
+
+    assert chosen("") == 32
+    with pytest.raises(tiles.TilesError, match=r"UPPERSON_TILES: .*nothing\.json: No such file or directory"):
+        chosen(tmp_path / "nothing.json")
+    assert chosen(save(dict(tiles=[ENTRY]))) == 16
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -75,10 +81,12 @@ def test_the_environment_names_a_file(save):
     (dict(tiles=[dict(ENTRY, BLOCK_N=256)]), "'BLOCK_N' must be a power of two from 16 to 128, not 256"),
     (dict(tiles=[dict(ENTRY, num_warps=3)]), "'num_warps' must be a power of two from 1 to 128, not 3"),
     (dict(tiles=[dict(ENTRY, kernel="attention_backward", BLOCK_M=16)]), "'BLOCK_M' must be at least 32 here"),
+    (dict(tiles=[dict(ENTRY, colour=5)]), r"tiles\[0\]: unknown fields: 'colour'"),
+    (dict(tiles=[dict(ENTRY, num_stages=200)]), "'num_stages' must be at most 8, not 200"),
     (dict(tiles=[dict(ENTRY, maxnreg=500)]), "'maxnreg' must be a number of registers from 24 to 255, not 500"),
 ])
 def test_a_file_that_is_not_tiles_is_refused_and_changes_nothing(content, message, save):
-    with pytest.raises(ValueError, match=rf"tiles\.json.*{message}"):
+    with pytest.raises(tiles.TilesError, match=rf"tiles\.json.*{message}"):
         tiles.load(save(content))
     assert tiles.loaded == {}
 

@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from kernels.adapter import reference
 from kernels.backend import in_autocast, resolve
-from kernels.checks import require_device, require_dtype, require_float, require_shape
+from kernels.checks import (
+    refuse_forward_mode,
+    require_device,
+    require_dtype,
+    require_float,
+    require_shape,
+    require_tensor,
+)
 
 MAX_HIDDEN_WIDTH = 256
 
@@ -35,10 +42,11 @@ def layernorm_adapter(x: Tensor, weight: Tensor, bias: Tensor, down_weight: Tens
 
     Raises:
         ValueError: a shape or a device that does not fit.
-        TypeError: a dtype that does not fit, here or with the backend.
+        TypeError: a dtype that does not fit, here or with the backend; what is no tensor.
         RuntimeError: the backend cannot run on this machine.
     """
     name = "layernorm_adapter"
+    require_tensor(name, "x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{name}: x must be (..., C) with C ≥ 1, not {tuple(x.shape)}")
     require_float(name, "x", x)
@@ -73,6 +81,7 @@ def layernorm_adapter(x: Tensor, weight: Tensor, bias: Tensor, down_weight: Tens
         raise ValueError(f"{name}: backend 'triton' takes hidden widths up to {MAX_HIDDEN_WIDTH}, not "
                          f"{hidden_width}; use backend='torch'")
     else:
+        refuse_forward_mode(name, (x, *([] if residual is None else [residual]), *parameters.values()))
         from kernels.adapter import op  # imports Triton
         y, total, *_ = op.forward(x, residual, *parameters.values(), eps)
     return y if residual is None else (y, total)

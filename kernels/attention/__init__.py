@@ -5,7 +5,14 @@ from torch import Tensor, nn
 
 from kernels.attention import reference
 from kernels.backend import in_autocast, resolve
-from kernels.checks import require_device, require_dtype, require_float, require_shape
+from kernels.checks import (
+    refuse_forward_mode,
+    require_device,
+    require_dtype,
+    require_float,
+    require_shape,
+    require_tensor,
+)
 
 SCALE_TARGETS = ("weights", "logits")
 MAX_HEAD_WIDTH = 128
@@ -41,12 +48,13 @@ def prefix_attention(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, pref
 
     Raises:
         ValueError: a shape, a device or an option that does not fit.
-        TypeError: a dtype that does not fit, here or with the backend.
+        TypeError: a dtype that does not fit, here or with the backend; what is no tensor.
         RuntimeError: the backend cannot run on this machine.
     """
     name = "prefix_attention"
     if scale_target not in SCALE_TARGETS:
         raise ValueError(f"{name}: scale_target must be 'weights' or 'logits', not {scale_target!r}")
+    require_tensor(name, "qkv", qkv)
     if cu_seqlens is None and (qkv.dim() != 5 or qkv.shape[2] != 3):
         raise ValueError(f"{name}: qkv must be (B, N, 3, H, D), not {tuple(qkv.shape)}")
     if cu_seqlens is not None and (qkv.dim() != 4 or qkv.shape[1] != 3):
@@ -72,6 +80,7 @@ def prefix_attention(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, pref
     if width > MAX_HEAD_WIDTH:
         raise ValueError(f"{name}: backend 'triton' takes head widths up to {MAX_HEAD_WIDTH}, not {width}; "
                          "use backend='torch'")
+    refuse_forward_mode(name, (qkv, *others.values()))
     from kernels.attention import op  # imports Triton
     return op.forward(qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, causal, scale_target)[0]
 
@@ -83,8 +92,11 @@ def longest_sequence(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | N
         if max_seqlen is not None:
             raise ValueError(f"{name}: max_seqlen goes with cu_seqlens, which is missing")
         return 0
+    require_tensor(name, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name}: cu_seqlens must be int32, not {str(cu_seqlens.dtype).removeprefix('torch.')}")
+    if max_seqlen is not None and not isinstance(max_seqlen, int):
+        raise TypeError(f"{name}: max_seqlen must be a whole number, not {max_seqlen!r}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"{name}: cu_seqlens must be (S + 1,), not {tuple(cu_seqlens.shape)}")
     require_device(name, "cu_seqlens", cu_seqlens, "qkv", qkv)

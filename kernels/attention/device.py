@@ -24,8 +24,13 @@ Sequences are the samples of a (B, N, …) tensor, or lie one behind the other i
 marks cu_seqlens. In the latter case their number of tokens is only known here, so that the last tiles are full
 ones; N is the longest, and programs beyond the end of their sequence have nothing to do.
 
-Names in device code: b_ value of a block, p_ pointer, o_ offsets, m_ mask. Logits are kept in base 2
-(multiplied by log2 e), because exp2 is the instruction that the hardware has.
+Names in device code: b_ value of a block, p_ pointer, o_ offsets, m_ mask, i_ index. N is the number of tokens of the
+sequence at hand; as an argument of the two kernels, of the longest one. Two tuples travel through the functions:
+
+    rows       pointers to queries, output gradients, outputs and log-sum-exps; two strides, N, H
+    columns    pointers to keys, values, prefix keys, prefix values and λ; the stride of a token, N, H
+
+Logits are kept in base 2 (multiplied by log2 e), because exp2 is the instruction that the hardware has.
 """
 
 import torch
