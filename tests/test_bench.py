@@ -108,6 +108,7 @@ def adapter_device() -> torch.device:
     (attn, ["--batch", "0"], "--batch: '0' is not allowed; expected a whole number from 1"),
     (attn, ["--seconds", "no"], "--seconds: 'no' is not allowed; expected a number above 0"),
     (adapter, ["--json", "/nowhere/at/all.json"], "--json: folder /nowhere/at does not exist; expected"),
+    (adapter, ["--json", "/"], "--json: / cannot be written; expected a file in a folder that can be written"),
     (adapter, ["--sweep"], "--sweep draws its plot beside the JSON file; give --json as well"),
     (report, ["--minutes", "-1"], "--minutes: -1.0 is not allowed; expected a number above 0"),
 ])
