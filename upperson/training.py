@@ -110,6 +110,7 @@ class Training:
         self.parameters = model.trained_parameters()
         self.optimizer = build_optimizer(self.parameters, config.train)
         self.schedule = build_schedule(self.optimizer, config.train)
+        self.losses = parse_losses(config.train.losses)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
@@ -197,9 +198,7 @@ class Training:
         with autocast(self.device, self.precision):
             image_features = self.model.encode_image(images)
             text_features = self.model.encode_text(captions)
-        settings = self.config.train
-        loss = weighted_loss(parse_losses(settings.losses), image_features, text_features, person_ids,
-                             settings.temperature)
+        loss = weighted_loss(self.losses, image_features, text_features, person_ids, self.config.train.temperature)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
