@@ -21,7 +21,7 @@ from measure import Call, environment, peak_memory, summary
 from torch import Tensor
 
 from upperson.config import PRESETS, ModelConfig
-from upperson.evaluation import autocast
+from upperson.retrieval import autocast
 from upperson.losses import sdm_loss
 from upperson.model import UPPerson
 from upperson.training import build_optimizer

@@ -23,11 +23,12 @@ from upperson import training
 from upperson.checkpoint import CheckpointError, load_checkpoint, load_model, load_resume_state
 from upperson.config import FIELDS, PRESETS, TrainConfig
 from upperson.data import DataError
-from upperson.evaluation import evaluate
+from upperson.retrieval import evaluate
 from upperson.interruption import Interruption
 from upperson.model import UPPerson
 from upperson.run_folder import RunError
-from upperson.training import Training, build_optimizer, build_schedule, fit, read_splits
+from upperson.splits import read_splits
+from upperson.training import Training, build_optimizer, build_schedule, fit
 
 TINY_CLIP = dict(
     embed_dim=16,

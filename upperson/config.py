@@ -107,6 +107,13 @@ class _Checked:
                     raise ValueError(f"{spec.name}: {value!r} is not allowed; it must be {name} {bound:g}")
 
 
+AdapterKind = Literal["l-parallel", "l-sequential", "parallel", "sequential", "ln-tuning", "none"]
+ADAPTERS = (
+    "beside LayerNorm (L-Adapter), after LayerNorm, beside the attention, after the attention, LayerNorm's own gain "
+    "and bias, or none"
+)
+
+
 @dataclass(frozen=True)
 class ModelConfig(_Checked):
     """The backbone and what is added to it. Depths count blocks from the input."""
@@ -122,12 +129,25 @@ class ModelConfig(_Checked):
     image_size: tuple[int, int] = option(
         (192, 64), "height and width in pixels", at_least=1, metavar=("HEIGHT", "WIDTH")
     )
+    method: Literal["up-person", "full", "zero-shot"] = option(
+        "up-person", "what is trained: UP-Person's modules in the frozen CLIP, all of CLIP, or nothing", added=True
+    )
+    prefix: Literal["salable", "vanilla", "none"] = option(
+        "salable",
+        "prefix in the attention: with a learnable λ (S-Prefix), without (prefix tuning), or none",
+        added=True,
+    )
     prefix_length: int = option(10, "prefix tokens P in a block, each tower its own", at_least=1)
-    prefix_scale: float = option(10.0, "initial value of the learnable λ on the prefix")
+    prefix_scale: float = option(10.0, "initial value of the learnable λ on the salable prefix")
     scale_target: Literal["weights", "logits"] = option(
         "weights", "what λ multiplies: the prefix's attention weights (the paper's Eq. 15) or its logits"
     )
-    lora_rank: int = option(32, "rank of LoRA on key and value", at_least=1)
+    lora: Literal["lora", "dora", "wora", "none"] = option(
+        "lora", "low-rank update of the key and value projections: LoRA, DoRA, WoRA, or none", added=True
+    )
+    lora_rank: int = option(32, "rank of that update", at_least=1)
+    adapter_attn: AdapterKind = option("l-parallel", f"adapter at the attention: {ADAPTERS}", added=True)
+    adapter_mlp: AdapterKind = option("l-parallel", "adapter at the MLP, of the same kinds", added=True)
     adapter_reduction: int = option(8, "adapter width is tower width / this", at_least=1)
     depth_prefix: int | None = option(None, "prefix in the first so many blocks; none: in all", at_least=0)
     depth_lora: int | None = option(None, "LoRA in the first so many blocks; none: in all", at_least=0)
@@ -145,19 +165,26 @@ class ModelConfig(_Checked):
             )
 
 
+EmbeddedDataset = Literal["embedded", "embedded-night", "embedded-scenes", "embedded-scenes-night"]
+Dataset = Literal[EmbeddedDataset, "cuhk-pedes", "icfg-pedes", "rstpreid", "flickr30k", "mscoco", "folder"]
+
+
 @dataclass(frozen=True)
 class DataConfig(_Checked):
     """What is read, and how a training pair is made of it."""
 
-    dataset: Literal["embedded", "cuhk-pedes", "icfg-pedes", "rstpreid"] = option(
-        "embedded", "which data set; 'embedded' is drawn at run time"
+    dataset: Dataset = option(
+        "embedded", "which data set; the embedded ones are drawn at run time; 'folder' is one of your own"
     )
-    data_root: Path | None = option(None, "folder of the data set (not needed for 'embedded')", changes_results=False)
+    data_root: Path | None = option(
+        None, "folder of the data set (not needed for the embedded ones)", changes_results=False
+    )
     embedded_identities: tuple[int, int, int] = option(
-        (600, 100, 200), "people in each split of the embedded set", at_least=1, metavar=("TRAIN", "VAL", "TEST")
-    )
-    embedded_views: int = option(4, "images of each of them, with two captions each", at_least=1)
-    embedded_seed: int = option(0, "seed that the embedded set is drawn from", at_least=0)
+        (600, 100, 200), "people, or scenes, in each split of an embedded set", at_least=1,
+        metavar=("TRAIN", "VAL", "TEST"),
+    )  # fmt: skip
+    embedded_views: int = option(4, "images of each of these people, with two captions each", at_least=1)
+    embedded_seed: int = option(0, "seed that an embedded set is drawn from", at_least=0)
     mask_captions: bool = option(True, "mask 15 % of the caption tokens in training")
     check_images: bool = option(True, "open every image once before training", changes_results=False)
     workers: int = option(
@@ -179,7 +206,7 @@ class TrainConfig(_Checked):
     adam_epsilon: float = option(1e-3, "Adam's epsilon", above=0)
     warmup_epochs: int = option(5, "epochs of linear warm-up before the cosine; fewer than epochs", at_least=0)
     warmup_factor: float = option(0.1, "the warm-up starts at this share of the learning rate", above=0, at_most=1)
-    losses: str = option("sdm", "sdm, itc, cmpm, or a weighted sum of them such as sdm+0.5*itc", added=True)
+    losses: str = option("sdm", "sdm, itc, cmpm, id, mlm, or a weighted sum of them such as sdm+0.5*itc", added=True)
     temperature: float = option(0.02, "temperature of the SDM and ITC losses", above=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "autocast; parameters stay float32; auto: bf16 on a GPU, fp32 on a CPU"

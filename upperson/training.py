@@ -20,15 +20,15 @@ from tqdm import tqdm
 
 from upperson import report, run_folder
 from upperson.checkpoint import copy_parameters, save_checkpoint, save_resume_state, write_atomically
-from upperson.config import SELECTIONS, Config, DataConfig, TrainConfig
-from upperson.data import DataError, Sample, batches_per_epoch, check_images, read_dataset, train_loader
-from upperson.embedded import read_embedded
-from upperson.evaluation import autocast, evaluate
+from upperson.config import SELECTIONS, Config, TrainConfig
+from upperson.data import Sample, batches_per_epoch, check_images, train_loader
+from upperson.retrieval import autocast, evaluate
 from upperson.interruption import Interruption
 from upperson.losses import parse_losses, weighted_loss
 from upperson.metrics import Retrieval
 from upperson.model import UPPerson
 from upperson.run_folder import MetricsLog, RunError, claim_folder, refuse_used_folder, saved_state
+from upperson.splits import read_splits
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -382,15 +382,6 @@ def resources(settings: TrainConfig) -> tuple[torch.device, str]:
     if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise RunError("tensorboard: the package is not installed; pip install 'upperson[tensorboard]'")
     return device, precision
-
-
-def read_splits(data: DataConfig) -> dict[str, list[Sample]]:
-    if data.dataset == "embedded":
-        train, val, test = data.embedded_identities
-        return read_embedded(data.embedded_seed, train=train, val=val, test=test, views=data.embedded_views)
-    if data.data_root is None:
-        raise DataError(f"data_root: {data.dataset} is read from a folder; name it with --data-root")
-    return read_dataset(data.dataset, data.data_root)
 
 
 def announce(
