@@ -31,13 +31,13 @@ def tiny(tmp_path):
                        adapter_reduction=4, backend="torch")
 
 
-def stirred(model, seed=0):
+def stirred(model, seed=0, scale=0.3):
     """`model` with random trained parameters: their initial values hide half of what they do."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.trained_parameters().values():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_((0.3 if parameter.dim() else 0.1) * noise.to(parameter.dtype))
+            parameter.add_((scale if parameter.dim() else 0.1) * noise.to(parameter.dtype))
     return model
 
 

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from upperson.config import ModelConfig
 from upperson.model.backbone import build_clip, fit_image_size, pooling, require_transformers, text_tower
 from upperson.model.block import Block
-from upperson.model.petl import LAdapter, LoRA, SalablePrefix
+from upperson.model.petl import ADAPTERS, LOW_RANK, PREFIXES
 
 
 class UPPerson(nn.Module):
-    """CLIP adapted to text-based person retrieval by S-Prefix, LoRA and L-Adapter (arXiv 2504.10084).
+    """CLIP adapted to text-based person retrieval by S-Prefix, LoRA and L-Adapter (arXiv 2504.10084), or by a variant.
 
     Args:
         config: what to build; see ModelConfig.
         clip: an open_clip model to adapt and freeze in place, instead of the one that `config` names.
 
-    Only the parameters of the trained modules require gradients. There is no dropout: train() and eval() agree.
+    Only the parameters of the trained modules require gradients; with method "full" those of CLIP, with "zero-shot"
+    none. There is no dropout: train() and eval() agree.
+
     Raises BackboneError for a backbone that cannot be built, loaded or adapted.
     """
 
@@ -35,8 +37,15 @@ class UPPerson(nn.Module):
         self.clip.visual.patch_dropout = nn.Identity()
         text = text_tower(self.clip)
         self.text_causal = text.attn_mask is not None
-        self.image_blocks = adapt(self.clip.visual.transformer, config, causal=False)
-        self.text_blocks = adapt(text.transformer, config, causal=self.text_causal)
+        backend = None if config.backend == "auto" else config.backend
+        self.image_blocks = replace_blocks(self.clip.visual.transformer, causal=False, backend=backend)
+        self.text_blocks = replace_blocks(text.transformer, causal=self.text_causal, backend=backend)
+        if config.method == "up-person":
+            for blocks in (self.image_blocks, self.text_blocks):
+                add_modules(blocks, config)
+        elif config.method == "full":
+            for parameter in self.clip_parameters().values():
+                parameter.requires_grad_()
         self.context_length = text.context_length
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
         preprocessing = open_clip.get_model_preprocess_cfg(self.clip)
@@ -47,35 +56,68 @@ class UPPerson(nn.Module):
         """Embeddings (B, E), not normalised, of images (B, 3, H, W), normalised by image_mean and image_std."""
         return self.clip.encode_image(images)
 
+    def encode_image_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """encode_image's result, and all tokens of the image normalised and projected alike, (B, N, E)."""
+        visual = self.clip.visual
+        found = visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC",
+                                             output_extra_tokens=True)
+        tokens = torch.cat([found["image_intermediates_prefix"][0], found["image_intermediates"][0]], dim=1)
+        return found["image_features"], tokens @ visual.proj
+
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Embeddings (B, E), not normalised, of token ids (B, context_length), int64.
 
         What open_clip's encode_text computes, without the padding behind the longest caption of the batch: no
         token before it sees it. Under torch.compile the padding stays, as a graph cannot depend on the tokens.
         """
+        x = self.text_states(tokens)
+        return self.project_text(self.pool_text(x, tokens))
+
+    def encode_text_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """encode_text's result, and all tokens up to the longest caption's end projected alike, (B, L, E)."""
+        x = self.text_states(tokens)
+        return self.project_text(self.pool_text(x, tokens)), self.project_text(x)
+
+    def text_states(self, tokens: Tensor) -> Tensor:
+        """The normalised output of the text transformer, (B, L, C), of the first L tokens."""
         text = text_tower(self.clip)
-        pool_type, end_id = pooling(self.clip)
         length = tokens.shape[1]
-        if self.text_causal and pool_type == "argmax" and not torch.compiler.is_compiling():
+        if self.text_causal and pooling(self.clip)[0] == "argmax" and not torch.compiler.is_compiling():
             # The end token has the largest id.
             length = int(tokens.argmax(1).max()) + 1
         x = text.token_embedding(tokens[:, :length]) + text.positional_embedding[:length]
         for block in self.text_blocks:
             x = block(x)
-        x = text_global_pool(text.ln_final(x), tokens[:, :length], pool_type, end_id)
-        projection = text.text_projection
+        return text.ln_final(x)
+
+    def pool_text(self, x: Tensor, tokens: Tensor) -> Tensor:
+        pool_type, end_id = pooling(self.clip)
+        return text_global_pool(x, tokens[:, : x.shape[1]], pool_type, end_id)
+
+    def project_text(self, x: Tensor) -> Tensor:
+        projection = text_tower(self.clip).text_projection
         return projection(x) if isinstance(projection, nn.Module) else x @ projection
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name: {image,text}.blocks.{i}.{prefix,lora,adapter_attn,adapter_mlp}.…"""
+        """The trained parameters by name: {image,text}.blocks.{i}.{prefix,lora,adapter_attn,adapter_mlp}.…
+
+        With method "full" those of CLIP, by open_clip's names.
+        """
+        if self.config.method == "full":
+            return self.clip_parameters()
         return {f"{tower}.blocks.{i}.{name}": parameter
                 for tower, blocks in (("image", self.image_blocks), ("text", self.text_blocks))
                 for i, block in enumerate(blocks)
                 for name, parameter in block.trained().items()}
 
+    def clip_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of CLIP that its features depend on: all but the temperature of its own loss."""
+        return {name: parameter for name, parameter in self.clip.named_parameters()
+                if name not in ("logit_scale", "logit_bias")}
+
     @contextmanager
     def zero_shot(self) -> Iterator[None]:
-        """Within it the model computes the frozen backbone alone."""
+        """Within it the model computes the backbone alone (with method "full" as far as that has been trained)."""
         blocks = [*self.image_blocks, *self.text_blocks]
         for block in blocks:
             block.adapted = False
@@ -86,22 +128,30 @@ class UPPerson(nn.Module):
                 block.adapted = True
 
 
-def adapt(transformer: nn.Module, config: ModelConfig, causal: bool) -> list[Block]:
-    """Replaces the blocks of an open_clip Transformer, and returns the new ones.
+def replace_blocks(transformer: nn.Module, causal: bool, backend: str | None) -> list[Block]:
+    """Replaces the blocks of an open_clip Transformer, and returns the new ones."""
+    for i, frozen in enumerate(transformer.resblocks):
+        transformer.resblocks[i] = Block(frozen, causal, backend)
+    return list(transformer.resblocks)
+
+
+def add_modules(blocks: list[Block], config: ModelConfig) -> None:
+    """Gives the blocks of a tower new trained modules of the kinds that `config` names.
 
     LoRA and prefix act in blocks i < depth, adapters in blocks i ≥ depth.
     """
-    layers, width = len(transformer.resblocks), transformer.width
-    depth_prefix = layers if config.depth_prefix is None else config.depth_prefix
-    depth_lora = layers if config.depth_lora is None else config.depth_lora
-    hidden = width // config.adapter_reduction
-    for i, frozen in enumerate(transformer.resblocks):
-        has_adapter = i >= config.depth_adapter
-        transformer.resblocks[i] = Block(
-            frozen, causal, config.scale_target, None if config.backend == "auto" else config.backend,
-            prefix=SalablePrefix(config.prefix_length, width, config.prefix_scale) if i < depth_prefix else None,
-            lora=LoRA(config.lora_rank, width) if i < depth_lora else None,
-            adapter_attn=LAdapter(width, hidden) if has_adapter else None,
-            adapter_mlp=LAdapter(width, hidden) if has_adapter else None,
-        )
-    return list(transformer.resblocks)
+    depth_prefix = len(blocks) if config.depth_prefix is None else config.depth_prefix
+    depth_lora = len(blocks) if config.depth_lora is None else config.depth_lora
+    for i, block in enumerate(blocks):
+        width = block.attn.embed_dim
+        prefix = lora = None
+        if config.prefix != "none" and i < depth_prefix:
+            prefix = PREFIXES[config.prefix](config.prefix_length, width, config.prefix_scale, config.scale_target)
+        if config.lora != "none" and i < depth_lora:
+            lora = LOW_RANK[config.lora](config.lora_rank, block.attn.in_proj_weight)
+        adapters = [
+            ADAPTERS[kind](norm, width // config.adapter_reduction)
+            if kind != "none" and i >= config.depth_adapter else None
+            for kind, norm in ((config.adapter_attn, block.ln_1), (config.adapter_mlp, block.ln_2))
+        ]
+        block.set_modules(prefix, lora, *adapters)

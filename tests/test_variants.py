@@ -1,0 +1,242 @@
+"""The variants of the trained modules: what each computes, written out; their gradients; fused against plain."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from operators import DEVICE, EXACT
+from test_model import TINY_CLIP, build, inputs, stirred
+
+from upperson import PRESETS, ModelConfig, UPPerson
+from upperson.model.petl import ADAPTERS, LOW_RANK, PREFIXES
+
+PREFIX_KINDS, LORA_KINDS = [*PREFIXES, "none"], [*LOW_RANK, "none"]
+ADAPTER_KINDS = [*ADAPTERS, "none"]
+NOTHING = dict(prefix="none", lora="none", adapter_attn="none", adapter_mlp="none")
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Two blocks a tower, nothing trained: the tests add what they are about."""
+    path = tmp_path / "tiny.json"
+    towers = {name: TINY_CLIP[name] | dict(layers=2) for name in ("vision_cfg", "text_cfg")}
+    path.write_text(json.dumps(TINY_CLIP | towers))
+    return ModelConfig(model=str(path), pretrained="none", image_size=(48, 16), prefix_length=3, lora_rank=2,
+                       adapter_reduction=4, backend="torch", **NOTHING)
+
+
+def adapted(config, dtype=torch.float64):
+    return stirred(build(config).to(dtype))
+
+
+def written_out(block, x, causal):
+    """One block from the formulas alone, one head and one sample at a time, whatever its modules."""
+    parameters = {name: p for name, p in block.trained().items()}
+
+    def bottleneck(name, u):
+        hidden = torch.relu(u @ parameters[f"{name}.down_weight"].t() + parameters[f"{name}.down_bias"])
+        return parameters[f"{name}.scale"] * (hidden @ parameters[f"{name}.up_weight"].t()
+                                              + parameters[f"{name}.up_bias"])
+
+    def layer_norm(x, weight, bias):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+    def around(kind, name, norm, x, sublayer):
+        if kind == "ln-tuning":
+            return sublayer(layer_norm(x, parameters[f"{name}.weight"], parameters[f"{name}.bias"]))
+        y = layer_norm(x, norm.weight, norm.bias)
+        if kind == "l-parallel":
+            y = y + bottleneck(name, x)
+        if kind == "l-sequential":
+            y = y + bottleneck(name, y)
+        out = sublayer(y)
+        if kind == "parallel":
+            out = out + bottleneck(name, y)
+        if kind == "sequential":
+            out = out + bottleneck(name, out)
+        return out
+
+    def kind_of(name):
+        module = getattr(block, name)
+        return next((kind for kind, known in ADAPTERS.items() if type(module) is known), "none")
+
+    def updated(weight, which):
+        kind = next((kind for kind, known in LOW_RANK.items() if type(block.lora) is known), "none")
+        if kind == "none":
+            return weight
+        update = parameters[f"lora.{which}_up"] @ parameters[f"lora.{which}_down"]
+        if kind == "lora":
+            return weight + parameters[f"lora.{which}_scale"] * update
+        if kind == "wora":
+            weight, update = parameters[f"lora.{which}_beta"] * weight, parameters[f"lora.{which}_alpha"] * update
+        rows = [m * row / row.square().sum().sqrt()
+                for m, row in zip(parameters[f"lora.{which}_magnitude"], weight + update, strict=True)]
+        return torch.stack(rows)
+
+    def attention(y):
+        heads, width = block.attn.num_heads, y.shape[-1] // block.attn.num_heads
+        w_q, w_k, w_v = block.attn.in_proj_weight.chunk(3)
+        b_q, b_k, b_v = block.attn.in_proj_bias.chunk(3)
+        q, k, v = y @ w_q.t() + b_q, y @ updated(w_k, "key").t() + b_k, y @ updated(w_v, "value").t() + b_v
+        columns, factor, target = 0, 1.0, "weights"
+        if block.prefix is not None:
+            key_scale, value_scale, factor = (parameters.get(f"prefix.{name}", torch.ones(()))
+                                              for name in ("key_scale", "value_scale", "scale"))
+            target, columns = block.prefix.target, len(block.prefix.key)
+        out = torch.zeros_like(y)
+        for sample, head in itertools.product(range(len(y)), range(heads)):
+            part = slice(head * width, (head + 1) * width)
+            keys, values = k[sample, :, part], v[sample, :, part]
+            logits = q[sample, :, part] @ keys.t() / width**0.5
+            if causal:
+                logits = logits + torch.full(logits.shape, -torch.inf, dtype=logits.dtype).triu(1)
+            if columns:
+                prefix_logits = q[sample, :, part] @ (key_scale * block.prefix.key[:, part]).t() / width**0.5
+                if target == "logits":
+                    prefix_logits = factor * prefix_logits
+                logits = torch.cat([prefix_logits, logits], 1)
+                values = torch.cat([value_scale * block.prefix.value[:, part], values])
+            weights = logits.softmax(1)
+            if columns and target == "weights":
+                weights = torch.cat([factor * weights[:, :columns], weights[:, columns:]], 1)
+            out[sample, :, part] = weights @ values
+        return out @ block.attn.out_proj.weight.t() + block.attn.out_proj.bias
+
+    def mlp(y):
+        hidden = y @ block.mlp.c_fc.weight.t() + block.mlp.c_fc.bias
+        hidden = hidden * torch.sigmoid(1.702 * hidden)
+        return hidden @ block.mlp.c_proj.weight.t() + block.mlp.c_proj.bias
+
+    x = x + around(kind_of("adapter_attn"), "adapter_attn", block.ln_1, x, attention)
+    return x + around(kind_of("adapter_mlp"), "adapter_mlp", block.ln_2, x, mlp)
+
+
+VARIANTS = (
+    [dict(prefix=kind) for kind in PREFIX_KINDS]
+    + [dict(prefix="salable", scale_target="logits", prefix_scale=2.0)]
+    + [dict(lora=kind) for kind in LOW_RANK]
+    + [{f"adapter_{place}": kind} for kind in ADAPTERS for place in ("attn", "mlp")]
+    + [dict(prefix="salable", lora="wora", adapter_attn="sequential", adapter_mlp="l-sequential"),
+       dict(prefix="vanilla", lora="dora", adapter_attn="parallel", adapter_mlp="ln-tuning")]
+)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())))
+@pytest.mark.parametrize("causal", [False, True])
+def test_each_computes_its_formula(tiny, variant, causal):
+    """Outputs, and gradients of the input and of every parameter, in float64."""
+    model = adapted(replace(tiny, **variant))
+    block = (model.text_blocks if causal else model.image_blocks)[0]
+    # What reaches the block is no fresh LayerNorm, so gain and bias matter.
+    with torch.no_grad():
+        for norm in (block.ln_1, block.ln_2):
+            norm.weight.add_(0.1 * torch.arange(32) / 32)
+            norm.bias.add_(0.2)
+    x = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    direction = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    wanted = [x, *block.trained().values()]
+    ours, expected = block(x), written_out(block, x, causal)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad((out * direction).sum(), wanted) for out in (ours, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert len(wanted) > 1 or variant == dict(prefix="none")
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())))
+def test_gradients_are_those_of_finite_differences(tiny, variant):
+    block = adapted(replace(tiny, **variant)).image_blocks[0]
+    x = torch.randn(1, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    parameters = list(block.trained().values())
+    assert torch.autograd.gradcheck(lambda *_: block(x), [x, *parameters], fast_mode=True)
+
+
+@pytest.mark.parametrize("variant", [
+    dict(prefix="vanilla", lora="dora", adapter_attn="l-sequential", adapter_mlp="parallel"),
+    dict(prefix="salable", lora="wora", adapter_attn="sequential", adapter_mlp="ln-tuning"),
+    dict(prefix="salable", adapter_mlp="l-parallel"),
+    dict(method="full"),
+], ids=lambda variant: "-".join(variant.values()))
+def test_fused_against_plain(tiny, variant):
+    """Loss and gradients of both towers are the same on the kernels and without them."""
+    bound = 1e-9 if torch.float64 == EXACT else 1e-3
+    images, tokens = (t.to(DEVICE) for t in inputs(EXACT))
+    found = []
+    for backend in ("triton", "torch"):
+        model = stirred(build(replace(tiny, backend=backend, **variant)), scale=0.05).to(DEVICE, EXACT)
+        loss = F.cosine_similarity(model.encode_image(images), model.encode_text(tokens)).sum()
+        parameters = model.trained_parameters()
+        found.append((loss, dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))))
+    (fused, fused_gradients), (plain, plain_gradients) = found
+    torch.testing.assert_close(fused, plain, rtol=bound, atol=bound)
+    for name, gradient in fused_gradients.items():
+        torch.testing.assert_close(gradient, plain_gradients[name], rtol=bound, atol=bound, msg=name)
+
+
+@pytest.mark.parametrize(("field", "kinds"), [
+    ("prefix", PREFIX_KINDS), ("lora", LORA_KINDS), ("adapter_attn", ADAPTER_KINDS), ("adapter_mlp", ADAPTER_KINDS),
+])
+def test_every_choice_differs_from_every_other(tiny, field, kinds):
+    images, tokens = inputs(torch.float64)
+    features = []
+    for kind in kinds:
+        model = adapted(replace(tiny, **{field: kind}))
+        with torch.no_grad():
+            features.append(torch.stack([model.encode_image(images), model.encode_text(tokens)]))
+    for a, b in itertools.combinations(features, 2):
+        assert ((a - b).abs().amax((1, 2)) > 1e-3).all()                # in both towers
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "prefix" not in v],
+                         ids=lambda variant: "-".join(map(str, variant.values())))
+def test_what_has_not_been_trained_changes_nothing(tiny, variant):
+    """A prefix starts small, the others at nothing."""
+    model, (images, tokens) = build(replace(tiny, **variant)).double(), inputs(torch.float64)
+    with torch.no_grad():
+        adapted_features = model.encode_image(images), model.encode_text(tokens)
+        with model.zero_shot():
+            frozen = model.encode_image(images), model.encode_text(tokens)
+    for a, b in zip(adapted_features, frozen, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_full_fine_tuning_trains_clip_and_zero_shot_nothing(tiny):
+    model, (images, tokens) = build(replace(tiny, method="full")), inputs()
+    parameters = model.trained_parameters()
+    names = {name for name, _ in open_clip.CLIP(**json.loads(Path(tiny.model).read_text())).named_parameters()}
+    assert set(parameters) == names - {"logit_scale"}
+    assert {id(p) for p in parameters.values()} == {id(p) for p in model.parameters() if p.requires_grad}
+    (model.encode_image(images) * model.encode_text(tokens)).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in parameters.values())
+    nothing = build(replace(tiny, method="zero-shot", prefix="salable", lora="lora"))
+    assert not nothing.trained_parameters() and not any(p.requires_grad for p in nothing.parameters())
+
+
+def test_depths_and_numbers_of_parameters():
+    """Counts written out for ViT-B/16 at the CUHK-PEDES preset, depths included."""
+    width = {"image": 768, "text": 512}
+
+    def count(**changes):
+        with torch.device("meta"):
+            clip = open_clip.create_model("ViT-B-16-quickgelu", device="meta")
+            model = UPPerson(replace(PRESETS["cuhk-pedes"].model, **changes), clip)
+        return sum(p.numel() for p in model.trained_parameters().values())
+
+    def expected(per_block):
+        return sum(per_block(c) for c in width.values())
+
+    assert count(**NOTHING | dict(prefix="salable")) == 12 * expected(lambda c: 2 * 10 * c + 3)
+    assert count(**NOTHING | dict(prefix="vanilla", depth_prefix=5)) == 5 * expected(lambda c: 2 * 10 * c)
+    assert count(**NOTHING | dict(lora="lora")) == 12 * expected(lambda c: 2 * (2 * 32 * c + 1))
+    assert count(**NOTHING | dict(lora="dora")) == 12 * expected(lambda c: 2 * (2 * 32 * c + c))
+    assert count(**NOTHING | dict(lora="wora", depth_lora=7)) == 7 * expected(lambda c: 2 * (2 * 32 * c + c + 2))
+    one_adapter = 12 * expected(lambda c: 2 * c * (c // 8) + c // 8 + c + 1)
+    for kind in ("l-parallel", "l-sequential", "parallel", "sequential"):
+        assert count(**NOTHING | dict(adapter_attn=kind)) == one_adapter
+    assert count(**NOTHING | dict(adapter_mlp="ln-tuning", depth_adapter=2)) == 10 * expected(lambda c: 2 * c)
+    assert count(method="full") == 149_620_737 - 1 - 4 * 768            # 193 positions, not 197; no temperature

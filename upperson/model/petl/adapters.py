@@ -1,0 +1,113 @@
+"""Adapters around one sublayer of a block, the attention or the MLP, and its LayerNorm (arXiv 2504.10084, Table VIII).
+
+With the frozen sublayer F, the residual stream x, the bottleneck A(u) = s · up(relu(down(u))):
+
+    none          x + F(LN(x))
+    l-parallel    x + F(LN(x) + A(x))                   L-Adapter, beside LayerNorm
+    l-sequential  x + F(y + A(y)),  y = LN(x)           after LayerNorm
+    parallel      x + F(y) + A(y),  y = LN(x)           beside the sublayer (arXiv 2110.04366, 2205.13535)
+    sequential    x + u + A(u),     u = F(LN(x))        after the sublayer (arXiv 1902.00751)
+    ln-tuning     x + F(LN(x)), with LN's gain and bias trained
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import layernorm_adapter
+from upperson.model.petl.initial import scalar, uniform_fan_in
+
+
+class Adapter(nn.Module):
+    """What stands around a sublayer. This one, FROZEN below, adds nothing: the subclasses change a step each."""
+
+    def normalise(self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None,
+                  backend: str | None) -> tuple[Tensor, Tensor]:
+        """The sublayer's input, and the sum x + residual (x where residual is None); all (B, N, C)."""
+        if residual is not None:
+            x = x + residual
+        return norm(x), x
+
+    def finish(self, y: Tensor, out: Tensor) -> Tensor:
+        """What is added to the residual stream, given the sublayer's input and output; all (B, N, C)."""
+        return out
+
+
+class Bottleneck(Adapter):
+    """The bottleneck A, for the subclasses to put in its place.
+
+    Args:
+        norm: the frozen LayerNorm of the sublayer.
+        hidden: width of the bottleneck.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, hidden: int):
+        super().__init__()
+        width = norm.normalized_shape[0]
+        self.down_weight = uniform_fan_in(hidden, width)
+        self.down_bias = nn.Parameter(torch.zeros(hidden))
+        self.up_weight = nn.Parameter(torch.zeros(width, hidden))
+        self.up_bias = nn.Parameter(torch.zeros(width))
+        self.scale = scalar(1)
+
+    def bottleneck(self, u: Tensor) -> Tensor:
+        hidden = F.relu(F.linear(u, self.down_weight, self.down_bias))
+        return self.scale * F.linear(hidden, self.up_weight, self.up_bias)
+
+
+class LAdapter(Bottleneck):
+    """Beside LayerNorm, on the fused operator."""
+
+    def normalise(self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None,
+                  backend: str | None) -> tuple[Tensor, Tensor]:
+        result = layernorm_adapter(x, norm.weight, norm.bias, self.down_weight, self.down_bias, self.up_weight,
+                                   self.up_bias, self.scale, eps=norm.eps, residual=residual, backend=backend)
+        return (result, x) if residual is None else result
+
+
+class SequentialLAdapter(Bottleneck):
+    """After LayerNorm."""
+
+    def normalise(self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None,
+                  backend: str | None) -> tuple[Tensor, Tensor]:
+        y, x = super().normalise(norm, x, residual, backend)
+        return y + self.bottleneck(y), x
+
+
+class ParallelAdapter(Bottleneck):
+    """Beside the sublayer, whose input it reads."""
+
+    def finish(self, y: Tensor, out: Tensor) -> Tensor:
+        return out + self.bottleneck(y)
+
+
+class SequentialAdapter(Bottleneck):
+    """After the sublayer."""
+
+    def finish(self, y: Tensor, out: Tensor) -> Tensor:
+        return out + self.bottleneck(out)
+
+
+class LayerNormTuning(Adapter):
+    """LayerNorm with a gain and a bias of its own, which start as the frozen ones. `hidden` is unused."""
+
+    def __init__(self, norm: nn.LayerNorm, hidden: int):
+        super().__init__()
+        self.weight = nn.Parameter(norm.weight.detach().clone())
+        self.bias = nn.Parameter(norm.bias.detach().clone())
+
+    def normalise(self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None,
+                  backend: str | None) -> tuple[Tensor, Tensor]:
+        if residual is not None:
+            x = x + residual
+        return F.layer_norm(x, norm.normalized_shape, self.weight, self.bias, norm.eps).to(x.dtype), x
+
+
+FROZEN = Adapter()
+ADAPTERS = {
+    "l-parallel": LAdapter,
+    "l-sequential": SequentialLAdapter,
+    "parallel": ParallelAdapter,
+    "sequential": SequentialAdapter,
+    "ln-tuning": LayerNormTuning,
+}
