@@ -21,10 +21,10 @@ from measure import Call, environment, peak_memory, summary
 from torch import Tensor
 
 from upperson.config import PRESETS, ModelConfig
-from upperson.retrieval import autocast
 from upperson.losses import sdm_loss
 from upperson.model import UPPerson
-from upperson.training import build_optimizer
+from upperson.optimization import build_optimizer
+from upperson.retrieval import autocast
 
 # Largest relative difference of the first losses. The two backends round bf16 differently in every block.
 AGREEMENT = {"bf16": 3e-2, "fp32": 1e-4}

@@ -23,6 +23,8 @@ def test_field_names_are_unique_across_the_sections():
         ("cuhk-pedes", dict(prefix_length=10, lora_rank=32, learning_rate=1e-3)),
         ("icfg-pedes", dict(prefix_length=14, lora_rank=32, learning_rate=1e-3)),
         ("rstpreid", dict(prefix_length=2, lora_rank=16, learning_rate=1e-4)),
+        ("flickr30k", dict(prefix_length=10, lora_rank=32, learning_rate=1e-3, image_size=(224, 224))),
+        ("mscoco", dict(prefix_length=10, lora_rank=32, learning_rate=1e-3, image_size=(224, 224))),
     ],
 )
 def test_presets(preset, expected):
@@ -35,7 +37,19 @@ def test_presets(preset, expected):
             scale_target="weights", adapter_reduction=8, epochs=60, batch_size=128, warmup_epochs=5, warmup_factor=0.1,
             weight_decay=4e-5, adam_epsilon=1e-3, temperature=0.02, mask_captions=True, selection="val",
         )  # fmt: skip
-        assert values | recipe == values
+        assert values | recipe | expected == values
+
+
+@pytest.mark.parametrize(("changes", "title"), [
+    (dict(), "UP-Person"),
+    (dict(lora="none", adapter_attn="none", adapter_mlp="none"), "S-Prefix"),
+    (dict(prefix="vanilla", lora="dora", adapter_mlp="none"), "prefix + DoRA + L-Adapter at the attention"),
+    (dict(prefix="none", lora="none", adapter_attn="ln-tuning", adapter_mlp="ln-tuning"), "LN-tuning"),
+    (dict(method="full"), "full fine-tuning"),
+    (dict(method="zero-shot"), "zero-shot CLIP"),
+])
+def test_titles_name_what_is_trained(changes, title):
+    assert ModelConfig(**changes).title == title
 
 
 def test_no_argument_is_the_embedded_preset():
@@ -121,12 +135,13 @@ def test_cut_off_json():
         (TrainConfig, dict(device="gpu"), "device: 'gpu' .* auto, cpu, cuda"),
         (TrainConfig, dict(precision="int8"), "precision: 'int8' .* one of auto, fp32, bf16, fp16"),
         (TrainConfig, dict(seed=2**63), "seed: .* below"),
-        (TrainConfig, dict(losses="sdm+id"), "losses: 'sdm\\+id' is not allowed; expected a sum of sdm, itc, cmpm"),
-        (DataConfig, dict(dataset="imagenet"), "dataset: 'imagenet' .* one of embedded, cuhk-pedes"),
+        (TrainConfig, dict(losses="sdm+tdm"), "losses: 'sdm\\+tdm' is not allowed; expected a sum of sdm, itc,"),
+        (DataConfig, dict(dataset="imagenet"), "dataset: 'imagenet' .* one of embedded, .*cuhk-pedes"),
         (DataConfig, dict(workers=-1), "workers: -1 .* at least 0"),
         (DataConfig, dict(embedded_identities=(5, 0, 5)), r"embedded_identities: \(5, 0, 5\) .* at least 1"),
         (ModelConfig, dict(image_size=(0, 64)), r"image_size: \(0, 64\)"),
         (ModelConfig, dict(lora_rank=0), "lora_rank: 0"),
+        (ModelConfig, dict(adapter_mlp="l-adapter"), "adapter_mlp: 'l-adapter' .* one of l-parallel, l-sequential"),
         (ModelConfig, dict(model="ViT-B-16"), "pretrained: 'embedded' belongs to model 'embedded' alone"),
     ],
 )

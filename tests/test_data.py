@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from upperson.data import (
+    NOT_MASKED,
     DataError,
     Sample,
     batches_per_epoch,
@@ -422,13 +423,17 @@ class TestTransforms:
         assert 0.018 < min(areas) < 0.05 and 0.35 < max(areas) < 0.41
 
 
+def masked_copy(caption: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return mask_caption(caption, generator)[0]
+
+
 @pytest.fixture(scope="module")
 def many_masked(tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """A caption and 4000 masked copies of it."""
     text = "the woman is wearing a long red coat with black leggings and white sneakers on her feet"
     caption = tokenizer([text])[0]
     generator = torch.Generator().manual_seed(0)
-    return caption, torch.stack([mask_caption(caption, generator) for _ in range(4000)])
+    return caption, torch.stack([masked_copy(caption, generator) for _ in range(4000)])
 
 
 class TestMasking:
@@ -461,7 +466,7 @@ class TestMasking:
     def test_full_context(self, tokenizer):
         caption = tokenizer(["red " * 100])[0]
         generator = torch.Generator().manual_seed(0)
-        masked = torch.stack([mask_caption(caption, generator) for _ in range(300)])
+        masked = torch.stack([masked_copy(caption, generator) for _ in range(300)])
         assert (masked[:, 0] == START_ID).all() and (masked[:, 76] == END_ID).all()
         assert (masked[:, 1:76] == MASK_ID).any(0).all()
 
@@ -469,22 +474,37 @@ class TestMasking:
         """Of two tokens none is selected in 72 % of the draws."""
         caption = tokenizer(["red coat"])[0]
         generator = torch.Generator().manual_seed(0)
-        masked = torch.stack([mask_caption(caption, generator) for _ in range(2000)])
+        masked = torch.stack([masked_copy(caption, generator) for _ in range(2000)])
         rate = (masked[:, 1] == MASK_ID).float().mean().item()
         assert rate == pytest.approx(0.85 * 0.85 + 0.15 * 0.8, abs=0.035)
         assert (masked[:, 2] == MASK_ID).float().mean().item() == pytest.approx(0.12, abs=0.03)
         single = tokenizer(["coat"])[0]
-        drawn = [int(mask_caption(single, generator)[1]) for _ in range(2000)]
+        drawn = [int(masked_copy(single, generator)[1]) for _ in range(2000)]
         assert drawn.count(MASK_ID) / 2000 == pytest.approx(0.85 + 0.12, abs=0.016)
+
+    def test_labels_are_the_selected_words(self, tokenizer):
+        """What changed is labelled with what was there, and so are the tenth of the selected that stay."""
+        caption = tokenizer(["red coat and black shoes"])[0]
+        drawn = [mask_caption(caption, torch.Generator().manual_seed(seed)) for seed in range(2000)]
+        masked, labels = (torch.stack(tensors) for tensors in zip(*drawn, strict=True))
+        labelled = labels != NOT_MASKED
+        assert labelled[:, 1:6].any(1).all() and not labelled[:, 0].any() and not labelled[:, 6:].any()
+        assert torch.equal(labels[labelled], caption.expand_as(labels)[labelled])
+        assert ((masked != caption) <= labelled).all()
+        later = labelled[:, 2:6]                                # the first word is also the one for want of others
+        assert later.float().mean().item() == pytest.approx(0.15, abs=0.016)
+        stayed = (masked == caption)[:, 2:6][later]
+        assert stayed.float().mean().item() == pytest.approx(0.1, abs=0.035)
 
     def test_without_content_nothing_changes(self, tokenizer):
         caption = tokenizer([""])[0]
-        assert torch.equal(mask_caption(caption, torch.Generator()), caption)
+        masked, labels = mask_caption(caption, torch.Generator())
+        assert torch.equal(masked, caption) and (labels == NOT_MASKED).all()
 
     def test_a_function_of_the_generator(self, tokenizer):
         caption = tokenizer(["a " * 40])[0]
         before = caption.clone()
-        first, second, third = (mask_caption(caption, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+        first, second, third = (masked_copy(caption, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
         assert torch.equal(first, second) and not torch.equal(first, third)
         assert torch.equal(caption, before)
 
@@ -555,6 +575,16 @@ class TestTrainLoader:
             assert torch.equal(caption, numbers[person])
             # Border and erased region differ, but most pixels have the picture's own value.
             assert ((denormalised(image) - 40 * person / 255).abs() < 0.002).float().mean() > 0.4
+
+    def test_labels_belong_to_the_masked_captions(self, loader):
+        for masks in (True, False):
+            for plain, batch in zip(loader(mask_captions=masks), loader(mask_captions=masks, mask_labels=True),
+                                    strict=True):
+                assert set(plain) == {"images", "captions", "person_ids"}
+                assert all(torch.equal(plain[name], batch[name]) for name in plain)
+                masked, labels = batch["masked_captions"], batch["mask_labels"]
+                assert torch.equal(masked, batch["captions"]) is masks
+                assert (masked == MASK_ID).any() and ((masked == MASK_ID) <= (labels != NOT_MASKED)).all()
 
     @pytest.mark.parametrize("mask_captions", [True, False])
     def test_masking_is_a_choice(self, loader, mask_captions):

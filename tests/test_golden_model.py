@@ -8,7 +8,7 @@ import torch
 from upperson import ModelConfig, TrainConfig, UPPerson
 from upperson.losses import sdm_loss
 from upperson.model.backbone import fit_image_size
-from upperson.training import build_optimizer
+from upperson.optimization import build_optimizer
 
 FEATURE_BOUND = 1e-9
 GRADIENT_BOUND = 1e-7

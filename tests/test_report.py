@@ -19,6 +19,7 @@ ADAPTED = {"R@1": 41.375, "R@5": 66.5, "R@10": 77.75, "mAP": 38.25, "mINP": 22.5
 @pytest.fixture
 def results():
     return {
+        "method": "UP-Person", "losses": "sdm+id",
         "dataset": "embedded", "split": "test", "selection": "val", "selection_meaning": SELECTIONS["val"],
         "epoch": 2, "epochs": 3, "queries": 1600, "gallery": 800, "trained_parameters": 174648,
         "all_parameters": 8233145, "zero_shot": ZERO_SHOT, "adapted": ADAPTED,
@@ -68,6 +69,12 @@ def test_tables_name_split_and_selection(results, selection):
         assert "test split: 1,600 queries, 800 images" in shown
         assert f"epoch 2 of 3, selection {selection} ({SELECTIONS[selection]})" in shown
         assert "174,648 of 8,233,145 parameters" in shown
+
+
+def test_a_model_that_was_not_trained_has_one_row(results):
+    results |= {"method": "zero-shot CLIP", "selection": "none", "selection_meaning": SELECTIONS["none"]}
+    for shown in (report.text(results), report.markdown(results)):
+        assert "8.12" in shown and "41.38" not in shown
 
 
 def test_right_and_wrong_images_are_framed_by_person(samples):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,12 +24,14 @@ from upperson import training
 from upperson.checkpoint import CheckpointError, load_checkpoint, load_model, load_resume_state
 from upperson.config import FIELDS, PRESETS, TrainConfig
 from upperson.data import DataError
-from upperson.retrieval import evaluate
 from upperson.interruption import Interruption
 from upperson.model import UPPerson
+from upperson.objective import Objective
+from upperson.optimization import build_optimizer, build_schedule
+from upperson.retrieval import evaluate
 from upperson.run_folder import RunError
 from upperson.splits import read_splits
-from upperson.training import Training, build_optimizer, build_schedule, fit
+from upperson.training import Training, fit
 
 TINY_CLIP = dict(
     embed_dim=16,
@@ -86,14 +89,14 @@ def assert_same_run(first, second):
 
 def fail_at(monkeypatch, step, action):
     """Calls `action` in the place of the loss of that step."""
-    real, calls = training.weighted_loss, []
+    real, calls = Objective.forward, []
 
-    def loss(*arguments, **options):
+    def loss(*arguments):
         calls.append(None)
-        value = real(*arguments, **options)
-        return action(value) if len(calls) == step else value
+        value, parts = real(*arguments)
+        return action(value) if len(calls) == step else value, parts
 
-    monkeypatch.setattr(training, "weighted_loss", loss)
+    monkeypatch.setattr(Objective, "forward", loss)
 
 
 # ------------------------------------------------------------------------------------ what a run leaves
@@ -148,7 +151,7 @@ def test_steps_on_one_batch_bring_its_loss_down(config):
     splits, cpu = read_splits(config.data), torch.device("cpu")
     run = Training(config, UPPerson(config.model), splits, config.train.run_dir, cpu, "fp32", Interruption())
     batch = next(iter(run.loader))
-    losses = [run.step(batch)[0] for _ in range(60)]
+    losses = [run.step(batch)["loss"] for _ in range(60)]
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -288,7 +291,7 @@ class Scripted:
             retrieval = real(run, split)
             self.splits.append(split)
             score = self.scores.pop(0) if self.scores else 0.0
-            return training.Retrieval((score, *retrieval.cmc[1:]), 0.0, 0.0, retrieval.top)
+            return SimpleNamespace(metrics=retrieval.metrics | {"R@1": score}, top=retrieval.top)
 
         monkeypatch.setattr(Training, "evaluate", evaluate)
 

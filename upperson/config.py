@@ -22,6 +22,7 @@ SELECTIONS = {
     "val": "best R@1 on the validation split",
     "last": "last epoch, as the data set has no validation split",
     "best-on-test": "best R@1 on the TEST split, as the released code does; optimistic",
+    "none": "nothing was trained, so there was no epoch to select",
 }
 
 
@@ -114,6 +115,13 @@ ADAPTERS = (
 )
 
 
+PARTS = {
+    "salable": "S-Prefix", "vanilla": "prefix", "lora": "LoRA", "dora": "DoRA", "wora": "WoRA",
+    "l-parallel": "L-Adapter", "l-sequential": "sequential L-Adapter", "parallel": "parallel adapter",
+    "sequential": "sequential adapter", "ln-tuning": "LN-tuning",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ModelConfig(_Checked):
     """The backbone and what is added to it. Depths count blocks from the input."""
@@ -164,6 +172,20 @@ class ModelConfig(_Checked):
                 "expected an open_clip tag, the path of a checkpoint, or 'none'"
             )
 
+    @property
+    def title(self) -> str:
+        """What is trained, in the field's words: "UP-Person", "S-Prefix + LoRA", "full fine-tuning", …"""
+        if self.method != "up-person":
+            return {"full": "full fine-tuning", "zero-shot": "zero-shot CLIP"}[self.method]
+        parts = [PARTS[kind] for kind in (self.prefix, self.lora) if kind != "none"]
+        adapters = [self.adapter_attn, self.adapter_mlp]
+        if adapters[0] == adapters[1]:
+            parts += [PARTS[kind] for kind in adapters[:1] if kind != "none"]
+        else:
+            places = zip(adapters, ("attention", "MLP"), strict=True)
+            parts += [f"{PARTS[kind]} at the {place}" for kind, place in places if kind != "none"]
+        return "UP-Person" if parts == ["S-Prefix", "LoRA", "L-Adapter"] else " + ".join(parts)
+
 
 EmbeddedDataset = Literal["embedded", "embedded-night", "embedded-scenes", "embedded-scenes-night"]
 Dataset = Literal[EmbeddedDataset, "cuhk-pedes", "icfg-pedes", "rstpreid", "flickr30k", "mscoco", "folder"]
@@ -177,7 +199,9 @@ class DataConfig(_Checked):
         "embedded", "which data set; the embedded ones are drawn at run time; 'folder' is one of your own"
     )
     data_root: Path | None = option(
-        None, "folder of the data set (not needed for the embedded ones)", changes_results=False
+        None,
+        "folder of the data set, or the CSV or JSON-lines file of 'folder' (not needed for the embedded ones)",
+        changes_results=False,
     )
     embedded_identities: tuple[int, int, int] = option(
         (600, 100, 200), "people, or scenes, in each split of an embedded set", at_least=1,
@@ -317,14 +341,17 @@ PRESETS: dict[str, Config] = {
         DataConfig(dataset="rstpreid"),
         TrainConfig(learning_rate=1e-4),
     ),
+    "flickr30k": Config(ModelConfig(**_BACKBONE | {"image_size": (224, 224)}), DataConfig(dataset="flickr30k")),
+    "mscoco": Config(ModelConfig(**_BACKBONE | {"image_size": (224, 224)}), DataConfig(dataset="mscoco")),
 }
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> Config:
+def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argparse.ArgumentParser] = ()) -> Config:
     """The configuration of a command line (None: of this process).
 
     The preset, or the configuration of the run named by `--resume RUN_DIR`, gives every value; single flags
-    override it. Bad input ends the program with status 2 and one line, as argparse does.
+    override it. Flags of `parents` (parsers with add_help=False) are accepted and stand in the help, but are no
+    part of the configuration. Bad input ends the program with status 2 and one line, as argparse does.
     """
     chooser = _parser(add_help=False)
     _add_choosers(chooser)
@@ -342,7 +369,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Config:
         description="Train UP-Person for text-based person retrieval. Without arguments: the embedded data set and "
         "the embedded CLIP, no network needed. The defaults shown are those of "
         f"{'the run' if resume.get('run_dir') else 'preset ' + (choice.preset or 'embedded')}; "
-        "'--preset NAME --help' shows another's."
+        "'--preset NAME --help' shows another's.",
+        parents=parents,
     )
     _add_choosers(parser)
     for part, section in SECTIONS.items():
@@ -350,7 +378,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Config:
         for spec, hint in _fields_of(section):
             if spec.name != "resume":
                 _add_flag(group, spec, hint, getattr(getattr(base, part), spec.name))
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if name not in ("preset", "resume")}
+    given = {
+        name: value for name, value in vars(parser.parse_args(argv)).items() if name in FIELDS and name != "resume"
+    }
     if resume.get("run_dir") and given.get("run_dir", resume["run_dir"]) != resume["run_dir"]:
         parser.error(f"--run-dir {given['run_dir']} is not the run of --resume {resume['run_dir']}")
     if resume and not (resume.get("run_dir") or given.get("run_dir")):

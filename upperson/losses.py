@@ -1,4 +1,4 @@
-"""Losses over the pairs of a batch, and weighted sums of them.
+"""Losses over the pairs of a batch, and what a weighted sum of losses is called.
 
 sdm     similarity distribution matching (IRRA, arXiv 2303.12501, Eq. 5-6), which UP-Person trains with
 itc     image-text contrast (CLIP, arXiv 2103.00020): each pair is its own class
@@ -7,6 +7,7 @@ cmpm    cross-modal projection matching (Zhang and Lu, ECCV 2018, Eq. 1-6)
 All take image and text features (B, E), any floating dtype, not normalised, row i of both one pair, and the person ids
 (B,), integers; pairs of one person are positives of each other. All return a scalar, computed in float32 at least, also
 under autocast, and raise ValueError for shapes that do not fit and for a batch of one, which has nothing to tell apart.
+Two more, id and mlm, have parameters of their own: they stand in objective.py, which adds all of them up.
 """
 
 import re
@@ -78,11 +79,12 @@ def cmpm_loss(
                 + _divergence(texts @ F.normalize(images).t(), log_target))
 
 
-LOSSES = {"sdm": sdm_loss, "itc": itc_loss, "cmpm": cmpm_loss}
+PAIR_LOSSES = {"sdm": sdm_loss, "itc": itc_loss, "cmpm": cmpm_loss}
+LOSSES = (*PAIR_LOSSES, "id", "mlm")
 
 
 def parse_losses(text: str) -> dict[str, float]:
-    """Weights by name of a sum such as "sdm", "sdm+itc" or "sdm+0.5*cmpm". Raises ValueError for anything else."""
+    """Weights by name of a sum such as "sdm", "sdm+id" or "sdm+0.5*cmpm". Raises ValueError for anything else."""
     weights: dict[str, float] = {}
     for term in text.split("+"):
         found = re.fullmatch(r"\s*(?:(\d+\.?\d*|\.\d+)\s*\*\s*)?([a-z]+)\s*", term)
@@ -95,16 +97,6 @@ def parse_losses(text: str) -> dict[str, float]:
         if weights[found[2]] == 0:
             raise ValueError(f"{text!r} is not allowed; the weight of {found[2]} must be above 0")
     return weights
-
-
-def weighted_loss(weights: dict[str, float], image_features: Tensor, text_features: Tensor, person_ids: Tensor,
-                  temperature: float) -> Tensor:
-    """The sum of the losses named in `weights`; `temperature` goes to those that have one."""
-    def loss(name: str) -> Tensor:
-        options = {} if name == "cmpm" else {"temperature": temperature}
-        return LOSSES[name](image_features, text_features, person_ids, **options)
-
-    return sum(weight * loss(name) for name, weight in weights.items())
 
 
 def _divergence(logits: Tensor, log_target: Tensor) -> Tensor:

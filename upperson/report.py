@@ -55,7 +55,7 @@ def curve(history: Sequence[dict[str, Any]], split: str, results: dict[str, Any]
         figure = Figure(figsize=(10.5, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         left.plot([e["epoch"] for e in epochs], [e["loss"] for e in epochs], color=LOSS, marker=".")
-        left.set(title="Training loss (SDM)", xlabel="epoch", ylabel="loss, mean over the epoch")
+        left.set(title=f"Training loss ({results['losses']})", xlabel="epoch", ylabel="loss, mean over the epoch")
         for key, colour in (("R@1", MAIN), ("mAP", SECOND)):
             right.plot([e["epoch"] for e in epochs], [e[key] for e in epochs], color=colour, marker=".", label=key)
             right.axhline(zero_shot[key], color=colour, linestyle=":", label=f"{key}, zero-shot")
@@ -139,7 +139,8 @@ def _caption(caption: str) -> str:
 
 
 def _rows(results: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    return [("zero-shot CLIP", results["zero_shot"]), ("UP-Person", results["adapted"])]
+    rows = [("zero-shot CLIP", results["zero_shot"])]
+    return rows if results["selection"] == "none" else [*rows, (results["method"], results["adapted"])]
 
 
 def _title(results: dict[str, Any]) -> str:
@@ -151,7 +152,7 @@ def _title(results: dict[str, Any]) -> str:
 
 def _footnote(results: dict[str, Any]) -> str:
     return (
-        f"UP-Person: epoch {results['epoch']} of {results['epochs']}, selection {results['selection']} "
+        f"{results['method']}: epoch {results['epoch']} of {results['epochs']}, selection {results['selection']} "
         f"({results['selection_meaning']}); {results['trained_parameters']:,} of "
         f"{results['all_parameters']:,} parameters trained."
     )

@@ -14,19 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from tqdm import tqdm
 
 from upperson import report, run_folder
 from upperson.checkpoint import copy_parameters, save_checkpoint, save_resume_state, write_atomically
 from upperson.config import SELECTIONS, Config, TrainConfig
 from upperson.data import Sample, batches_per_epoch, check_images, train_loader
-from upperson.retrieval import autocast, evaluate
 from upperson.interruption import Interruption
-from upperson.losses import parse_losses, weighted_loss
 from upperson.metrics import Retrieval
 from upperson.model import UPPerson
+from upperson.objective import Objective
+from upperson.optimization import build_optimizer, build_schedule
+from upperson.retrieval import autocast, evaluate
 from upperson.run_folder import MetricsLog, RunError, claim_folder, refuse_used_folder, saved_state
 from upperson.splits import read_splits
 
@@ -72,13 +71,16 @@ def fit(config: Config) -> RunResult:
     splits = read_splits(config.data)
     torch.manual_seed(config.train.seed)
     model = UPPerson(config.model).to(device)
-    if not model.trained_parameters():
-        raise RunError("nothing to train: depth_prefix, depth_lora and depth_adapter leave no module in any block")
-    if config.data.check_images and config.data.dataset != "embedded":
+    if not model.trained_parameters() and config.model.method != "zero-shot":
+        raise RunError("nothing to train: prefix, lora, the adapters and their depths leave no module in any block; "
+                       "--method zero-shot evaluates without training")
+    if config.data.check_images and not config.data.dataset.startswith("embedded"):
         check_images(itertools.chain.from_iterable(splits.values()))
     run_dir = config.train.run_dir if config.train.resume else claim_folder(config)
     announce(config, model, splits, run_dir, device, precision)
 
+    if config.model.method == "zero-shot":
+        return measure(config, model, splits["test"], run_dir, precision)
     with Interruption() as interruption:
         training = Training(config, model, splits, run_dir, device, precision, interruption)
         if saved is None:
@@ -90,6 +92,42 @@ def fit(config: Config) -> RunResult:
             training.train_epoch()
             training.finish_epoch()
     return training.finish()
+
+
+def measure(config: Config, model: UPPerson, test: list[Sample], run_dir: Path, precision: str) -> RunResult:
+    """The results of a model that is not trained."""
+    retrieval = evaluate(
+        model,
+        test,
+        batch_size=config.train.evaluate_batch_size,
+        workers=config.data.workers,
+        precision=precision,
+    )
+    results = {
+        "method": config.model.title,
+        "dataset": config.data.dataset,
+        "split": "test",
+        "selection": "none",
+        "selection_meaning": SELECTIONS["none"],
+        "epoch": 0,
+        "epochs": 0,
+        "queries": len(test),
+        "gallery": len({s.image_id for s in test}),
+        "trained_parameters": 0,
+        "all_parameters": count(model.parameters()),
+        "zero_shot": retrieval.metrics,
+        "adapted": retrieval.metrics,
+    }
+    return write_results(run_dir, results, test, retrieval)
+
+
+def write_results(run_dir: Path, results: dict[str, Any], test: list[Sample], retrieval: Retrieval) -> RunResult:
+    write_atomically(run_dir / run_folder.RESULTS, (json.dumps(results, indent=2) + "\n").encode())
+    write_atomically(run_dir / run_folder.TABLE, report.markdown(results).encode())
+    write_atomically(run_dir / run_folder.TOP_TEN, report.top_ten(test, retrieval.top))
+    written = [name for name in run_folder.SHOWN if (run_dir / name).exists()]
+    print(f"\n{report.text(results)}\n\nin {run_dir}: {', '.join(written)}", flush=True)
+    return RunResult(run_dir, results)
 
 
 class Training:
@@ -107,10 +145,17 @@ class Training:
     ):
         self.config, self.model, self.splits, self.run_dir = config, model, splits, run_dir
         self.device, self.precision, self.interruption = device, precision, interruption
-        self.parameters = model.trained_parameters()
+        self.objective = Objective(
+            config.train.losses,
+            temperature=config.train.temperature,
+            width=model.embedding_width,
+            vocabulary=model.tokenizer.vocab_size,
+            person_ids=(sample.person_id for sample in splits["train"]),
+        ).to(device)
+        self.adaptation = model.trained_parameters()  # what checkpoints hold
+        self.parameters = self.adaptation | self.objective.trained_parameters()
         self.optimizer = build_optimizer(self.parameters, config.train)
         self.schedule = build_schedule(self.optimizer, config.train)
-        self.losses = parse_losses(config.train.losses)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
@@ -127,6 +172,7 @@ class Training:
             batch_size=config.train.batch_size,
             seed=config.train.seed,
             mask_captions=config.data.mask_captions,
+            mask_labels=self.objective.mlm is not None,
             workers=config.data.workers,
             epoch=1,
         )
@@ -161,19 +207,18 @@ class Training:
             disable=None,
         ) as bar:
             for batch in self.interruption.pass_on(self.loader):
-                loss, gradient_norm = self.step(batch)
+                measured = self.step(batch)
                 progress.batch += 1
                 progress.step += 1
-                progress.loss_sum += loss
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                progress.loss_sum += measured["loss"]
+                bar.set_postfix(loss=f"{measured['loss']:.3f}", refresh=False)
                 bar.update(len(batch["person_ids"]))
                 if progress.step % settings.log_every == 0:
                     self.log.write(
                         "step",
                         progress.step,
                         epoch=progress.epoch,
-                        loss=loss,
-                        gradient_norm=gradient_norm,
+                        **measured,
                         learning_rate=self.learning_rate,
                     )
                 # The end of an epoch saves by itself, when the epoch has been evaluated.
@@ -190,33 +235,33 @@ class Training:
             images_per_second=(images - images_before) / seconds,
         )
 
-    def step(self, batch: dict[str, Tensor]) -> tuple[float, float]:
-        """One optimizer step; the loss before it, and the norm of its gradient."""
-        images, captions, person_ids = (
-            batch[name].to(self.device, non_blocking=True) for name in ("images", "captions", "person_ids")
-        )
+    def step(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """One optimizer step; the loss before it, its parts where it is a sum, and the norm of its gradient."""
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         with autocast(self.device, self.precision):
-            image_features = self.model.encode_image(images)
-            text_features = self.model.encode_text(captions)
-        loss = weighted_loss(self.losses, image_features, text_features, person_ids, self.config.train.temperature)
+            loss, parts = self.objective(self.model, batch)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        loss_value, norm = torch.stack([loss.detach(), nn.utils.get_total_norm(gradients)]).tolist()
-        checked = {"loss": loss_value}
+        tensors = {"loss": loss, "gradient_norm": nn.utils.get_total_norm(gradients)}
+        if len(parts) > 1:
+            tensors |= {f"loss_{name}": part for name, part in parts.items()}
+        # One transfer for all.
+        measured = dict(zip(tensors, torch.stack([t.detach().float() for t in tensors.values()]).tolist(), strict=True))
+        checked = {"loss": "loss"}
         if not self.scaler.is_enabled():  # in fp16 gradients may overflow; the scaler then skips the step
-            checked["gradient's norm"] = norm
-        for name, value in checked.items():
-            if not math.isfinite(value):
+            checked["gradient_norm"] = "gradient's norm"
+        for name, words in checked.items():
+            if not math.isfinite(measured[name]):
                 raise RunError(
-                    f"epoch {self.progress.epoch}, step {self.progress.step + 1}: the {name} is {value}, and the step "
-                    f"was not taken. What was saved in {self.run_dir} before is good and stays. A lower "
+                    f"epoch {self.progress.epoch}, step {self.progress.step + 1}: the {words} is {measured[name]}, and "
+                    f"the step was not taken. What was saved in {self.run_dir} before is good and stays. A lower "
                     "--learning-rate, a longer --warmup-epochs or --precision fp32 may help"
                 )
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss_value, norm
+        return measured
 
     def finish_epoch(self) -> None:
         """Evaluates, keeps the best parameters, and saves."""
@@ -225,7 +270,7 @@ class Training:
         best_so_far = max((entry["R@1"] for entry in progress.history[1:]), default=-1.0)
         if self.selection == "last" or metrics["R@1"] > best_so_far:
             progress.best_epoch = progress.epoch
-            self.best = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+            self.best = {name: parameter.detach().cpu().clone() for name, parameter in self.adaptation.items()}
         loss = progress.loss_sum / progress.batch
         progress.history.append({"epoch": progress.epoch, "loss": loss, **metrics})
         self.log.write("evaluation", progress.step, epoch=progress.epoch, split=self.watched, **metrics)
@@ -245,31 +290,30 @@ class Training:
     def finish(self) -> RunResult:
         """Tests the selected epoch and writes the results, the curve and the picture."""
         progress = self.progress
-        copy_parameters(self.best, self.parameters, run_folder.RESUME)
+        copy_parameters(self.best, self.adaptation, run_folder.RESUME)
         retrieval = self.evaluate("test")
         results = {
+            "method": self.config.model.title,
             "dataset": self.config.data.dataset,
             "split": "test",
             "selection": self.selection,
             "selection_meaning": SELECTIONS[self.selection],
             "epoch": progress.best_epoch,
             "epochs": self.config.train.epochs,
+            "losses": self.config.train.losses,
+            "seed": self.config.train.seed,
             "queries": len(self.splits["test"]),
             "gallery": len({s.image_id for s in self.splits["test"]}),
             "trained_parameters": count(self.parameters.values()),
-            "all_parameters": count(self.model.parameters()),
+            "all_parameters": count(self.model.parameters()) + count(self.objective.parameters()),
             "zero_shot": progress.zero_shot,
             "adapted": retrieval.metrics,
         }
         self.log.write("result", progress.step, epoch=progress.best_epoch, split="test", **retrieval.metrics)
         self.log.close()
         save_checkpoint(self.run_dir / run_folder.BEST, self.best, self.config, results)
-        write_atomically(self.run_dir / run_folder.RESULTS, (json.dumps(results, indent=2) + "\n").encode())
-        write_atomically(self.run_dir / run_folder.TABLE, report.markdown(results).encode())
         write_atomically(self.run_dir / run_folder.CURVE, report.curve(progress.history, self.watched, results))
-        write_atomically(self.run_dir / run_folder.TOP_TEN, report.top_ten(self.splits["test"], retrieval.top))
-        print(f"\n{report.text(results)}\n\nin {self.run_dir}: {', '.join(run_folder.SHOWN)}", flush=True)
-        return RunResult(self.run_dir, results)
+        return write_results(self.run_dir, results, self.splits["test"], retrieval)
 
     def evaluate(self, split: str) -> Retrieval:
         settings = self.config.train
@@ -338,34 +382,10 @@ class Training:
         history = self.progress.history
         for name, parameters, entry in (
             (run_folder.BEST, self.best, history[self.progress.best_epoch]),
-            (run_folder.LAST, self.parameters, history[-1]),
+            (run_folder.LAST, self.adaptation, history[-1]),
         ):
             found = {"split": self.watched, "selection": self.selection, **entry}
             save_checkpoint(self.run_dir / name, parameters, self.config, found)
-
-
-def build_optimizer(parameters: dict[str, nn.Parameter], settings: TrainConfig) -> Adam:
-    """Adam with coupled weight decay, none on adapter biases; prefixes may have a learning rate of their own."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        rate = settings.learning_rate
-        if ".prefix." in name and settings.prefix_learning_rate is not None:
-            rate = settings.prefix_learning_rate
-        decay = 0.0 if name.endswith("_bias") else settings.weight_decay
-        groups.setdefault((rate, decay), []).append(parameter)
-    return Adam(
-        [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
-        eps=settings.adam_epsilon,
-    )
-
-
-def build_schedule(optimizer: Adam, settings: TrainConfig) -> LRScheduler:
-    """Per epoch: linear warm-up from warmup_factor, then a cosine to zero. Step it after every epoch."""
-    cosine_epochs = settings.epochs - settings.warmup_epochs
-    if not settings.warmup_epochs:
-        return CosineAnnealingLR(optimizer, cosine_epochs)
-    warmup = LinearLR(optimizer, settings.warmup_factor, total_iters=settings.warmup_epochs)
-    return SequentialLR(optimizer, [warmup, CosineAnnealingLR(optimizer, cosine_epochs)], [settings.warmup_epochs])
 
 
 def resources(settings: TrainConfig) -> tuple[torch.device, str]:

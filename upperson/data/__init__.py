@@ -4,10 +4,11 @@ from upperson.data.images import check_images, load_image
 from upperson.data.loaders import batches_per_epoch, caption_loader, image_loader, train_loader
 from upperson.data.readers import DATASETS, read_dataset
 from upperson.data.samples import DataError, Drawing, Sample, gallery, queries
-from upperson.data.transforms import image_transform, mask_caption
+from upperson.data.transforms import NOT_MASKED, image_transform, mask_caption
 
 __all__ = [
     "DATASETS",
+    "NOT_MASKED",
     "DataError",
     "Drawing",
     "Sample",

@@ -39,8 +39,12 @@ def train_loader(
     workers: int,
     epoch: int,
     first_batch: int = 0,
+    mask_labels: bool = False,
 ) -> DataLoader:
     """One epoch of {"images": [B, 3, H, W] float32, "captions": [B, L] int64, "person_ids": [B] int64}.
+
+    With `mask_captions` the captions are masked, see `mask_caption`. With `mask_labels` there are "masked_captions",
+    which are the captions themselves if those are masked, and "mask_labels" as well, both [B, L] int64.
 
     `image_size` is (height, width). Each epoch shows every sample once, in an order of its own. Batches
     before `first_batch` are skipped without being loaded. For a further epoch with the same worker processes
@@ -54,7 +58,7 @@ def train_loader(
     if len(samples) < 2:
         raise DataError(f"training needs at least 2 pairs of image and caption, found {len(samples)}")
     transform = image_transform(image_size, mean, std, train=True)
-    pairs = TrainingPairs(samples, transform, tokenizer, seed, mask_captions)
+    pairs = TrainingPairs(samples, transform, tokenizer, seed, mask_captions, mask_labels)
     batches = EpochBatches(len(samples), batch_size, seed, epoch, first_batch)
     return _loader(pairs, workers, batch_sampler=batches, persistent_workers=workers > 0)
 
@@ -124,9 +128,10 @@ class TrainingPairs(Dataset):
         tokenizer: Tokenizer,
         seed: int,
         mask_captions: bool,
+        mask_labels: bool = False,
     ):
         self.samples, self.transform, self.tokenizer = samples, transform, tokenizer
-        self.seed, self.mask_captions = seed, mask_captions
+        self.seed, self.mask_captions, self.mask_labels = seed, mask_captions, mask_labels
 
     def __getitem__(self, position: tuple[int, int]) -> dict[str, torch.Tensor | int]:
         sample = self.samples[position[1]]
@@ -136,9 +141,14 @@ class TrainingPairs(Dataset):
             torch.default_generator.manual_seed(_stable_seed("image", self.seed, *position))
             image = self.transform(image)
         caption = self.tokenizer([sample.caption])[0]
-        if self.mask_captions:
-            caption = mask_caption(caption, _generator("caption", self.seed, *position))
-        return {"images": image, "captions": caption, "person_ids": sample.person_id}
+        pair = {"images": image, "captions": caption, "person_ids": sample.person_id}
+        if self.mask_captions or self.mask_labels:
+            masked, labels = mask_caption(caption, _generator("caption", self.seed, *position))
+            if self.mask_captions:
+                pair["captions"] = masked
+            if self.mask_labels:
+                pair |= {"masked_captions": masked, "mask_labels": labels}
+        return pair
 
 
 class EvaluationImages(Dataset):

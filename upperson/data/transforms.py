@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 # last word that open_clip knows ("jekyll"), which descriptions of pedestrians can do without.
 MASK_ID = 49405
 END_ID = 49407
+NOT_MASKED = -100  # in labels: nothing to predict here; what torch's cross entropy leaves out
 
 SELECTED, MASKED, REPLACED = 0.15, 0.8, 0.1  # of the tokens; of the selected ones; the rest stay as they are
 
@@ -43,12 +44,13 @@ def image_transform(
     )
 
 
-def mask_caption(token_ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Masks a caption as BERT does: [L] int64 -> a new [L] int64.
+def mask_caption(token_ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks a caption as BERT does: [L] int64 -> the masked caption and what was there, both new, [L] int64.
 
     Each token between start and end is selected with probability 0.15; of the selected, 80 % become the mask
     id, 10 % a random id from 1 to 49404 and 10 % stay. When none is selected, the first is masked. Start, end
-    and padding are never touched. The result is a function of the tokens and of the generator's state alone.
+    and padding are never touched. The labels are the ids of the selected tokens, and NOT_MASKED elsewhere. The
+    result is a function of the tokens and of the generator's state alone.
 
     Raises ValueError for another shape or dtype, and for tokens without an end token (id 49407).
     """
@@ -57,16 +59,17 @@ def mask_caption(token_ids: torch.Tensor, generator: torch.Generator) -> torch.T
     end = int(token_ids.argmax())
     if token_ids[end] != END_ID:
         raise ValueError(f"token_ids: expected an end token ({END_ID}), found none")
-    masked = token_ids.clone()
+    masked, labels = token_ids.clone(), torch.full_like(token_ids, NOT_MASKED)
     content = masked[1:end]  # a view
     if not len(content):
-        return masked
+        return masked, labels
     selected = torch.rand(len(content), generator=generator) < SELECTED
     fate = torch.rand(len(content), generator=generator)
     random_ids = torch.randint(1, MASK_ID, (len(content),), generator=generator)
+    if not selected.any():
+        selected[0], fate[0] = True, 0.0
+    labels[1:end] = torch.where(selected, content, NOT_MASKED)
     replaced = selected & (fate >= MASKED) & (fate < MASKED + REPLACED)
     content[selected & (fate < MASKED)] = MASK_ID
     content[replaced] = random_ids[replaced]
-    if not selected.any():
-        content[0] = MASK_ID
-    return masked
+    return masked, labels

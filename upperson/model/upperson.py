@@ -47,6 +47,7 @@ class UPPerson(nn.Module):
             for parameter in self.clip_parameters().values():
                 parameter.requires_grad_()
         self.context_length = text.context_length
+        self.embedding_width = self.clip.visual.output_dim                                  # E
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
         preprocessing = open_clip.get_model_preprocess_cfg(self.clip)
         self.image_mean = tuple(preprocessing.get("mean", open_clip.OPENAI_DATASET_MEAN))
