@@ -2,24 +2,38 @@
 
 python train.py                                                the embedded data set and model, no network
 python train.py --preset cuhk-pedes --data-root DIR            a real data set with CLIP ViT-B/16
+python train.py --check-data --dataset NAME --data-root DIR    looks a data set through and does not train
 python train.py --resume runs/embedded-1                       continues a run that was stopped
 python train.py --help                                         every option
 """
 
+import argparse
 import sys
+import warnings
+from collections.abc import Sequence
 
 from kernels.tiles import TilesError
 from upperson.checkpoint import CheckpointError
-from upperson.config import parse_arguments
+from upperson.config import DataConfig, parse_arguments
 from upperson.data import DataError
+from upperson.data.check import check_dataset, text
 from upperson.model import BackboneError
 from upperson.run_folder import RunError
+from upperson.splits import read_splits
 from upperson.training import fit
 
 
-def main() -> int:
-    config = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int:
+    actions = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    actions.add_argument(
+        "--check-data",
+        action="store_true",
+        help="read the data set and open every image, report what is in it and what is wrong with it, and stop",
+    )
+    config = parse_arguments(argv, parents=[actions])
     try:
+        if actions.parse_known_args(argv)[0].check_data:
+            return check_data(config.data)
         fit(config)
     except (BackboneError, CheckpointError, DataError, RunError, TilesError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -28,6 +42,16 @@ def main() -> int:
         print(str(interruption) or "stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def check_data(data: DataConfig) -> int:
+    """Prints the report. Status 1 if an image is missing or broken; what is merely odd does not count."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the report says the same
+        splits = read_splits(data, need=())
+    report = check_dataset(data.dataset, splits)
+    print(text(report))
+    return 0 if report.usable else 1
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+import typing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +19,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.v2.functional import normalize
 
+from upperson.config import DataConfig, EmbeddedDataset
 from upperson.data.samples import Sample, gallery, queries
-from upperson.embedded import CLIP_CONFIG, load_embedded_clip, read_embedded
+from upperson.embedded import CLIP_CONFIG, load_embedded_clip, read_embedded, read_scenes
 from upperson.embedded.identities import Identity, draw_identity
+from upperson.embedded.night import Night
 from upperson.embedded.pretrain import Scenes, encode_short_text, pretrain
 from upperson.embedded.scenes import draw_scene
 from upperson.embedded.vocabulary import COLOURS, HAIR_COLOURS, NAMES, PATTERNS
 from upperson.embedded.weights import CLIP_WEIGHTS, EmbeddedWeightsError, save_embedded_clip
 from upperson.model.backbone import fit_image_size
+from upperson.splits import read_splits
 
 SPLITS = ("train", "val", "test")
 
@@ -45,10 +49,12 @@ def clip() -> open_clip.CLIP:
 
 def fingerprint() -> str:
     digest = hashlib.sha256()
-    for split, samples in read_embedded(3, train=3, val=1, test=2, views=2).items():
-        for sample in samples:
-            digest.update(f"{split} {sample.caption} {sample.person_id} {sample.image_id}".encode())
-            digest.update(sample.image.draw().tobytes())
+    for domain in typing.get_args(EmbeddedDataset):
+        config = DataConfig(domain, embedded_seed=3, embedded_identities=(3, 1, 2), embedded_views=2)
+        for split, samples in read_splits(config).items():
+            for sample in samples:
+                digest.update(f"{split} {sample.caption} {sample.person_id} {sample.image_id}".encode())
+                digest.update(sample.image.draw().tobytes())
     for scene in (draw_scene(3, index) for index in range(10)):
         digest.update(scene.caption.encode() + scene.draw().tobytes())
     return digest.hexdigest()
@@ -137,6 +143,94 @@ def test_clothes_have_their_colour(data):
         assert np.abs(np.subtract(picture.getpixel((x, y)), person.upper.rgb)).max() <= 3
         checked += 1
     assert checked > 20
+
+
+# -- the other domains
+
+
+def splits_of(domain: str, seed: int = 0) -> dict[str, list[Sample]]:
+    return read_splits(DataConfig(domain, embedded_seed=seed, embedded_identities=(30, 10, 20), embedded_views=3))
+
+
+@pytest.mark.parametrize("domain", typing.get_args(EmbeddedDataset))
+def test_domains(domain):
+    """Sizes, ids that no two splits share, and one drawing an image."""
+    splits = splits_of(domain)
+    images_each, captions_each = (1, 1) if "scenes" in domain else (3, 2)
+    person_ids, image_ids = [], []
+    for split, identities in zip(SPLITS, (30, 10, 20), strict=True):
+        images, owners = gallery(splits[split])
+        assert len(images) == len(set(images)) == identities * images_each
+        assert len(splits[split]) == len(images) * captions_each
+        assert all(isinstance(image, Night) == domain.endswith("-night") for image in images)
+        person_ids += sorted(set(owners.tolist()))
+        image_ids += [*dict.fromkeys(sample.image_id for sample in splits[split])]
+    assert person_ids == list(range(60)) and image_ids == list(range(60 * images_each))
+    size = (128, 128) if "scenes" in domain else (64, 192)
+    assert {sample.image.draw().size for sample in splits["val"]} == {size}
+    assert splits == splits_of(domain) and splits["test"] != splits_of(domain, seed=1)["test"]
+
+
+def test_the_embedded_set_is_the_first_one():
+    """What is drawn by day never changes: published numbers and checkpoints hang on it."""
+    splits = splits_of("embedded")
+    assert splits == read_embedded(train=30, val=10, test=20, views=3)
+    captions = "\n".join(queries(splits["test"])[0])
+    assert hashlib.sha256(captions.encode()).hexdigest().startswith("1d9556f8b4e66d26")
+
+
+def test_at_night_there_are_other_people():
+    looks = [
+        {sample.image.identity.appearance for sample in splits_of("embedded")["train"]},
+        {sample.image.day.identity.appearance for sample in splits_of("embedded-night")["train"]},
+    ]
+    assert len(looks[0]) == len(looks[1]) == 30 and not looks[0] & looks[1]
+
+
+def test_scenes_have_captions_of_their_own_and_are_not_those_of_pretraining():
+    day, night = splits_of("embedded-scenes"), splits_of("embedded-scenes-night")
+    captions = [[sample.caption for split in SPLITS for sample in splits[split]] for splits in (day, night)]
+    assert len(set(captions[0])) == len(set(captions[1])) == 60
+    seeds = [
+        {sample.image.seed for split in SPLITS for sample in day[split]},
+        {sample.image.seed for split in SPLITS for sample in night[split]},
+        {draw_scene(0, index).seed for index in range(1000)},
+    ]
+    assert not seeds[0] & seeds[1] and not (seeds[0] | seeds[1]) & seeds[2]
+
+
+def test_scenes_with_the_caption_of_another_one_are_left_out(monkeypatch):
+    """Each scene comes twice, the second time with other pixels."""
+    monkeypatch.setattr(
+        "upperson.embedded.dataset.draw_scene",
+        lambda series, index: replace(draw_scene(series, index // 2), seed=index),
+    )
+    splits = read_scenes(train=3, val=2, test=2)
+    assert [sample.image.seed for split in SPLITS for sample in splits[split]] == [0, 2, 4, 6, 8, 10, 12]
+
+
+def test_scenes_need_a_size():
+    with pytest.raises(ValueError, match="train, val, test must be at least 1, found .600, 0, 200."):
+        read_scenes(val=0)
+
+
+@pytest.mark.parametrize("domain", ["embedded-night", "embedded-scenes-night"])
+def test_night_is_dark_bluish_noisy_and_still_shows_what_is_there(domain):
+    days, nights = [], []
+    for image in gallery(splits_of(domain)["test"])[0]:
+        day, night = np.asarray(image.day.draw(), float), np.asarray(image.draw(), float)
+        assert night.shape == day.shape
+        assert 0.3 < night.mean() / day.mean() < 0.7
+        assert night[..., 2].mean() / night[..., 0].mean() > 1.25 * day[..., 2].mean() / day[..., 0].mean()
+        assert night.std() < 40
+        assert np.array_equal(np.asarray(replace(image).draw(), float), night)
+        other = np.asarray(replace(image, seed=image.seed + 1).draw(), float)
+        assert np.abs(other - night).mean() > 3
+        days.append(day.ravel())
+        nights.append(night.ravel())
+    # Each picture of the night is more like its own day than like that of any other.
+    likeness = np.corrcoef(np.stack(nights), np.stack(days))[: len(days), len(days) :]
+    assert (likeness.argmax(axis=1) == np.arange(len(days))).mean() > 0.9
 
 
 # -- captions

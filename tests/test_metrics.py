@@ -1,9 +1,11 @@
 """Retrieval metrics: the golden numbers, a naive count, ties, blocks, and what they refuse."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from upperson.metrics import retrieval_metrics, similarity_metrics
+from upperson.metrics import RetrievalError, retrieval_metrics, similarity_metrics
 
 CASES = ("text_to_image", "image_to_text", "many_positives", "one_positive")
 
@@ -28,7 +30,21 @@ def test_blocks_change_nothing(golden, block_elements):
     whole = similarity_metrics(similarity, query_ids, gallery_ids)
     blocks = similarity_metrics(similarity, query_ids, gallery_ids, block_elements=block_elements)
     assert blocks.cmc == whole.cmc and blocks.metrics == whole.metrics
-    assert torch.equal(blocks.top, whole.top)
+    for field in dataclasses.fields(whole):
+        assert torch.equal(getattr(blocks, field.name), getattr(whole, field.name)), field.name
+
+
+def test_results_of_each_query(golden):
+    _, similarity, query_ids, gallery_ids = from_golden(golden, "many_positives")
+    shuffled = torch.randperm(len(query_ids), generator=torch.Generator().manual_seed(0))
+    result = similarity_metrics(similarity[shuffled], query_ids[shuffled], gallery_ids)
+    assert (result.first_match.dtype, result.average_precision.dtype) == (torch.int64, torch.float64)
+    for position, query in enumerate(shuffled.tolist()):
+        alone = similarity_metrics(similarity[[query]], query_ids[[query]], gallery_ids)
+        assert result.average_precision[position].item() == alone.metrics["mAP"]
+        assert result.inverse_negative_penalty[position].item() == alone.metrics["mINP"]
+        assert [100 * (result.first_match[position] <= k).item() for k in range(1, 11)] == list(alone.cmc)
+        assert torch.equal(result.top_similarity[position], similarity[query, result.top[position]])
 
 
 def test_features_against_a_naive_count():
@@ -46,6 +62,8 @@ def test_features_against_a_naive_count():
         penalty += len(ranks) / ranks[-1] / 30
         first_hits += (ranks[0] == 1) / 30
         assert result.top[q].tolist() == order[:10]
+        assert result.first_match[q] == ranks[0]
+        assert result.top_similarity[q].tolist() == pytest.approx([scores[g] for g in order[:10]])
     assert result.metrics["mAP"] == pytest.approx(100 * precision)
     assert result.metrics["mINP"] == pytest.approx(100 * penalty)
     assert result.metrics["R@1"] == pytest.approx(100 * first_hits)
@@ -98,16 +116,26 @@ def bad(value):
         (bad(float("nan")), torch.ones(3, 2), [0] * 4, [0] * 3, "query features: 1 of 4 rows hold NaN.*row 2"),
         (torch.ones(3, 2), bad(float("inf")), [0] * 3, [0] * 4, "gallery features: 1 of 4 rows"),
         (torch.ones(3, 2), torch.ones(3, 2), [0, 8, 9], [0, 1, 2], "2 of 3 queries have no match.*person 8"),
-        (torch.ones(3, 2), torch.ones(3, 4), [0] * 3, [0] * 3, r"\(3, 2\) and \(3, 4\)"),
-        (torch.ones(3, 2), torch.ones(3, 2), [0] * 2, [0] * 3, r"got \(2,\) and \(3,\)"),
         (torch.ones(0, 2), torch.ones(3, 2), [], [0] * 3, "0 queries, 3 gallery"),
     ],
 )
 def test_refuses(queries, gallery, query_ids, gallery_ids, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RetrievalError, match=message):
         retrieval_metrics(queries, gallery, torch.tensor(query_ids), torch.tensor(gallery_ids))
 
 
+@pytest.mark.parametrize(
+    ("gallery", "query_ids", "message"),
+    [
+        (torch.ones(3, 4), [0] * 3, r"\(3, 2\) and \(3, 4\)"),
+        (torch.ones(3, 2), [0] * 2, r"got \(2,\) and \(3,\)"),
+    ],
+)
+def test_refuses_shapes_that_do_not_fit(gallery, query_ids, message):
+    with pytest.raises(ValueError, match=message):
+        retrieval_metrics(torch.ones(3, 2), gallery, torch.tensor(query_ids), torch.zeros(3))
+
+
 def test_refuses_nan_similarity():
-    with pytest.raises(ValueError, match="similarities: 1 of 1 rows"):
+    with pytest.raises(RetrievalError, match="similarities: 1 of 1 rows"):
         similarity_metrics(torch.tensor([[1.0, float("nan")]]), torch.tensor([0]), torch.tensor([0, 1]))

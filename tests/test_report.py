@@ -82,7 +82,8 @@ def test_right_and_wrong_images_are_framed_by_person(samples):
     right = torch.stack([(people == sample.person_id).nonzero().flatten() for sample in samples])
     wrong = (right + 2) % len(samples)
     all_right, all_wrong, mixed = (
-        report.top_ten(samples, top) for top in (right, wrong, torch.cat([right[:, :1], wrong[:, :1]], 1))
+        report.top_ten(samples, {"UP-Person": top})
+        for top in (right, wrong, torch.cat([right[:, :1], wrong[:, :1]], 1))
     )
     assert share_of(report.RIGHT, all_right) > 0 and share_of(report.WRONG, all_right) == 0
     assert share_of(report.WRONG, all_wrong) > 0 and share_of(report.RIGHT, all_wrong) == 0
@@ -91,13 +92,22 @@ def test_right_and_wrong_images_are_framed_by_person(samples):
 
 def test_picture_shows_the_images_that_were_found(samples):
     top = torch.arange(10).repeat(16, 1)
-    colours = {tuple(colour) for colour in pixels(report.top_ten(samples, top)).reshape(-1, 3)}
+    colours = {tuple(colour) for colour in pixels(report.top_ten(samples, {"UP-Person": top})).reshape(-1, 3)}
     assert {(90, 90, 100 + 9 * index) for index in range(10)} <= colours
     assert not {(90, 90, 100 + 9 * index) for index in range(10, 16)} & colours
 
 
+def test_methods_stand_below_each_other(samples):
+    top = torch.arange(10).repeat(16, 1)
+    one = pixels(report.top_ten(samples, {"UP-Person": top}))
+    two = pixels(report.top_ten(samples, {"zero-shot CLIP": top + 6, "UP-Person": top}))
+    assert two.shape[0] > 1.8 * one.shape[0]
+    colours = {tuple(colour) for colour in two.reshape(-1, 3)}
+    assert {(90, 90, 100 + 9 * index) for index in range(16)} <= colours
+
+
 def test_picture_of_a_small_split(samples):
-    assert pixels(report.top_ten(samples[:1], torch.zeros(1, 1, dtype=torch.int64))).shape[2] == 3
+    assert pixels(report.top_ten(samples[:1], {"UP-Person": torch.zeros(1, 1, dtype=torch.int64)})).shape[2] == 3
 
 
 def test_curve_follows_the_history(results):

@@ -11,24 +11,35 @@ CMC_LENGTH = 10
 BLOCK_ELEMENTS = 2**24  # similarities ranked at once: 20 000 images are ranked for 838 queries at a time
 
 
+class RetrievalError(ValueError):
+    """Features or person ids that leave the metrics undefined. The message says which."""
+
+
 @dataclass(frozen=True)
 class Retrieval:
-    """How well queries find the gallery entries of their person. Averages over the queries, in percent."""
+    """How well each of Q queries finds the gallery entries of its person; in query order, on the CPU."""
 
-    cmc: tuple[float, ...]  # cmc[k - 1]: queries with a match among the first k
-    mean_average_precision: float
-    mean_inverse_negative_penalty: float
-    top: Tensor  # (queries, at most 10) int64: gallery indices, best first, on the CPU
+    first_match: Tensor  # (Q,) int64: rank of the best match, from 1
+    average_precision: Tensor  # (Q,) float64, percent
+    inverse_negative_penalty: Tensor  # (Q,) float64, percent
+    top: Tensor  # (Q, at most 10) int64: gallery indices, best first
+    top_similarity: Tensor  # their similarities
+
+    @property
+    def cmc(self) -> tuple[float, ...]:
+        """Entry k - 1: the percentage of queries with a match among the first k; up to k = 10."""
+        return tuple(100 * (self.first_match <= k).double().mean().item() for k in range(1, CMC_LENGTH + 1))
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The numbers of a results table, by the names of the field."""
+        """Averages over the queries, in percent: a results table by the names of the field."""
+        cmc = self.cmc
         return {
-            "R@1": self.cmc[0],
-            "R@5": self.cmc[4],
-            "R@10": self.cmc[9],
-            "mAP": self.mean_average_precision,
-            "mINP": self.mean_inverse_negative_penalty,
+            "R@1": cmc[0],
+            "R@5": cmc[4],
+            "R@10": cmc[9],
+            "mAP": self.average_precision.mean().item(),
+            "mINP": self.inverse_negative_penalty.mean().item(),
         }
 
 
@@ -49,7 +60,8 @@ def retrieval_metrics(
 
     Equal similarities keep the order of the gallery. Average precision is the mean, over the matches of a query,
     of (how manieth match / its rank); inverse negative penalty is (number of matches / rank of the last one).
-    Raises ValueError for shapes that do not fit, non-finite features, and queries without a match.
+    Raises RetrievalError for non-finite features and for queries without a match, ValueError for shapes that do
+    not fit.
     """
     if query_features.ndim != 2 or gallery_features.ndim != 2 or query_features.shape[1] != gallery_features.shape[1]:
         raise ValueError(
@@ -105,48 +117,45 @@ def _rank_in_blocks(
     _check_matches(query_ids, gallery_ids)
 
     rows = max(1, block_elements // gallery_count)
-    first, precision, penalty, top = [], [], [], []
+    blocks: list[tuple[Tensor, ...]] = []
     for start in range(0, query_count, rows):
         block = slice(start, start + rows)
-        order = similarity_of(block).argsort(dim=1, descending=True, stable=True)
-        top.append(order[:, :CMC_LENGTH].cpu())
+        similarity, order = similarity_of(block).sort(dim=1, descending=True, stable=True)
         matches = gallery_ids[order] == query_ids[block, None]
         # (query, rank) of every match, by query and then by rank: few, however large the gallery
         query, rank = matches.nonzero(as_tuple=True)
-        rank = rank.double() + 1
+        rank = rank + 1
         count = matches.sum(1)
         end = count.cumsum(0)
         how_manieth = torch.arange(1, len(rank) + 1, device=device) - (end - count)[query]
-        first.append(rank[end - count])
-        precision.append(
-            torch.zeros(len(count), dtype=torch.double, device=device).index_add_(0, query, how_manieth / rank) / count
+        precision_sum = torch.zeros(len(count), dtype=torch.double, device=device)
+        precision_sum.index_add_(0, query, how_manieth / rank.double())
+        results = (  # in the order of Retrieval; copies: views would keep all blocks in memory
+            rank[end - count],
+            100 * precision_sum / count,
+            100 * count / rank[end - 1].double(),
+            order[:, :CMC_LENGTH].clone(),
+            similarity[:, :CMC_LENGTH].clone(),
         )
-        penalty.append(count / rank[end - 1])
-
-    first_rank = torch.cat(first)
-    return Retrieval(
-        cmc=tuple(100 * (first_rank <= k).double().mean().item() for k in range(1, CMC_LENGTH + 1)),
-        mean_average_precision=100 * torch.cat(precision).mean().item(),
-        mean_inverse_negative_penalty=100 * torch.cat(penalty).mean().item(),
-        top=torch.cat(top),
-    )
+        blocks.append(tuple(result.cpu() for result in results))
+    return Retrieval(*map(torch.cat, zip(*blocks, strict=True)))
 
 
 def _check_finite(name: str, values: Tensor) -> None:
     finite = values.isfinite().all(dim=1)
     if not finite.all():
         bad = (~finite).nonzero().flatten()
-        raise ValueError(
+        raise RetrievalError(
             f"{name}: {len(bad)} of {len(values)} rows hold NaN or infinity, the first is row {bad[0].item()}"
         )
 
 
 def _check_matches(query_ids: Tensor, gallery_ids: Tensor) -> None:
     if not len(query_ids) or not len(gallery_ids):
-        raise ValueError(f"nothing to rank: {len(query_ids)} queries, {len(gallery_ids)} gallery entries")
+        raise RetrievalError(f"nothing to rank: {len(query_ids)} queries, {len(gallery_ids)} gallery entries")
     alone = query_ids[~torch.isin(query_ids, gallery_ids)]
     if len(alone):
-        raise ValueError(
+        raise RetrievalError(
             f"{len(alone)} of {len(query_ids)} queries have no match in the gallery, which leaves their "
             f"metrics undefined; the first is person {alone[0].item()}"
         )

@@ -77,25 +77,26 @@ def curve(history: Sequence[dict[str, Any]], split: str, results: dict[str, Any]
             axes.margins(y=0.1)
             axes.set_ylim(bottom=0)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        return _png(figure)
+        return as_png(figure)
 
 
-def top_ten(samples: Sequence[Sample], top: Tensor, shown: int = 4) -> bytes:
+def top_ten(samples: Sequence[Sample], tops: dict[str, Tensor], shown: int = 4) -> bytes:
     """PNG of what a few captions found: ten images each, best first, right and wrong ones marked.
 
-    `top` (queries, at most 10) indexes the distinct images of `samples` (Retrieval.top). The queries are evenly
-    spaced through the split, so the picture is no selection of good ones.
+    `tops` holds by method what it found, (queries, at most 10) indices of the distinct images of `samples`
+    (Retrieval.top); methods stand below each other, named if there are several. The queries are evenly spaced through
+    the split, so the picture is no selection of good ones.
     """
     images, image_ids = gallery(samples)
     shown = min(shown, len(samples))
     chosen = [(2 * i + 1) * len(samples) // (2 * shown) for i in range(shown)]
-    columns = top.shape[1]
+    columns = next(iter(tops.values())).shape[1]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 0.4 + 3 * shown))
+        figure = Figure(figsize=(10.5, 0.4 + 3 * shown * len(tops)))
         rows = figure.add_gridspec(
-            shown,
+            shown * len(tops),
             columns,
-            left=0.01,
+            left=0.01 if len(tops) == 1 else 0.04,
             right=0.99,
             bottom=0.25 / figure.get_figheight(),
             top=1 - 0.85 / figure.get_figheight(),
@@ -111,17 +112,21 @@ def top_ten(samples: Sequence[Sample], top: Tensor, shown: int = 4) -> bytes:
             va="top",
             fontweight="bold",
         )
-        for row, query in enumerate(chosen):
+        for row, (query, (method, top)) in enumerate((query, item) for query in chosen for item in tops.items()):
             sample = samples[query]
             for column, index in enumerate(top[query].tolist()):
                 axes = figure.add_subplot(rows[row, column])
                 thumbnail = ImageOps.pad(load_image(images[index]), THUMBNAIL[::-1], color="white")
                 _framed(axes, thumbnail, column + 1, image_ids[index].item() == sample.person_id)
-                if column == 0:
+                if column:
+                    continue
+                if row % len(tops) == 0:
                     axes.set_title(
                         _caption(sample.caption), loc="left", fontsize=9.5, pad=6, linespacing=1.3, parse_math=False
                     )
-        return _png(figure)
+                if len(tops) > 1:
+                    axes.set_ylabel(method, fontsize=10.5, fontweight="bold")
+        return as_png(figure)
 
 
 def _framed(axes: Axes, image: Any, rank: int, right: bool) -> None:
@@ -158,7 +163,7 @@ def _footnote(results: dict[str, Any]) -> str:
     )
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -1,6 +1,8 @@
-"""Text → image retrieval by a model: embeds gallery and queries, ranks, measures."""
+"""Retrieval by a model, text → image and image → text: embeds once, ranks either way, measures."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +20,30 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, AUTOCAST_DTYPES.get(precision), enabled=precision in AUTOCAST_DTYPES)
 
 
+@dataclass(frozen=True)
+class Embeddings:
+    """G distinct images and Q captions in one space of E dimensions, not normalised, and whom they show."""
+
+    image_features: Tensor  # (G, E) float32, in the order of upperson.data.gallery
+    text_features: Tensor  # (Q, E) float32, in the order of upperson.data.queries
+    image_person_ids: Tensor  # (G,) int64
+    caption_person_ids: Tensor  # (Q,) int64
+
+    def text_to_image(self) -> Retrieval:
+        """Every caption searches the images for those of its person. Raises RetrievalError as retrieval_metrics."""
+        return retrieval_metrics(
+            self.text_features, self.image_features, self.caption_person_ids, self.image_person_ids
+        )
+
+    def image_to_text(self) -> Retrieval:
+        """Every image searches the captions for those of its person. Raises RetrievalError as retrieval_metrics."""
+        return retrieval_metrics(
+            self.image_features, self.text_features, self.image_person_ids, self.caption_person_ids
+        )
+
+
 @torch.inference_mode()
-def evaluate(
+def embed(
     model: UPPerson,
     samples: Sequence[Sample],
     *,
@@ -27,13 +51,13 @@ def evaluate(
     workers: int = 0,
     precision: str = "fp32",
     progress: bool = True,
-) -> Retrieval:
-    """Every caption of `samples` searches the distinct images of `samples`.
+) -> Embeddings:
+    """The captions of `samples` and their distinct images, embedded where the model is.
 
-    Runs where the model is. `top` of the result indexes the images in the order of `upperson.data.gallery`.
+    Raises DataError for an image that cannot be read.
     """
-    images, image_ids = gallery(samples)
-    captions, caption_ids = queries(samples)
+    images, image_person_ids = gallery(samples)
+    captions, caption_person_ids = queries(samples)
     device = next(model.parameters()).device
     with autocast(device, precision):
         image_features = _embed(
@@ -57,7 +81,15 @@ def evaluate(
             "captions",
             progress,
         )
-    return retrieval_metrics(text_features, image_features, caption_ids, image_ids)
+    return Embeddings(image_features, text_features, image_person_ids, caption_person_ids)
+
+
+def evaluate(model: UPPerson, samples: Sequence[Sample], **options: Any) -> Retrieval:
+    """Every caption of `samples` searches the distinct images of `samples`; `options` are those of `embed`.
+
+    `top` of the result indexes the images in the order of `upperson.data.gallery`.
+    """
+    return embed(model, samples, **options).text_to_image()
 
 
 def _embed(

@@ -30,6 +30,10 @@ from upperson.run_folder import MetricsLog, RunError, claim_folder, refuse_used_
 from upperson.splits import read_splits
 
 
+class Diverged(RunError):
+    """A loss or a gradient that is no finite number."""
+
+
 class RunInterrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM stopped a run, and its state was saved."""
 
@@ -95,7 +99,7 @@ def fit(config: Config) -> RunResult:
 
 
 def measure(config: Config, model: UPPerson, test: list[Sample], run_dir: Path, precision: str) -> RunResult:
-    """The results of a model that is not trained."""
+    """The results of a model that is not trained, and a checkpoint that says so."""
     retrieval = evaluate(
         model,
         test,
@@ -118,13 +122,14 @@ def measure(config: Config, model: UPPerson, test: list[Sample], run_dir: Path, 
         "zero_shot": retrieval.metrics,
         "adapted": retrieval.metrics,
     }
+    save_checkpoint(run_dir / run_folder.BEST, {}, config, results)
     return write_results(run_dir, results, test, retrieval)
 
 
 def write_results(run_dir: Path, results: dict[str, Any], test: list[Sample], retrieval: Retrieval) -> RunResult:
     write_atomically(run_dir / run_folder.RESULTS, (json.dumps(results, indent=2) + "\n").encode())
     write_atomically(run_dir / run_folder.TABLE, report.markdown(results).encode())
-    write_atomically(run_dir / run_folder.TOP_TEN, report.top_ten(test, retrieval.top))
+    write_atomically(run_dir / run_folder.TOP_TEN, report.top_ten(test, {results["method"]: retrieval.top}))
     written = [name for name in run_folder.SHOWN if (run_dir / name).exists()]
     print(f"\n{report.text(results)}\n\nin {run_dir}: {', '.join(written)}", flush=True)
     return RunResult(run_dir, results)
@@ -254,7 +259,7 @@ class Training:
             checked["gradient_norm"] = "gradient's norm"
         for name, words in checked.items():
             if not math.isfinite(measured[name]):
-                raise RunError(
+                raise Diverged(
                     f"epoch {self.progress.epoch}, step {self.progress.step + 1}: the {words} is {measured[name]}, and "
                     f"the step was not taken. What was saved in {self.run_dir} before is good and stays. A lower "
                     "--learning-rate, a longer --warmup-epochs or --precision fp32 may help"

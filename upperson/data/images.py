@@ -1,6 +1,6 @@
 """Opening images, and making sure before a long training that every one of them opens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -39,20 +39,26 @@ def check_images(samples: Iterable[Sample], *, progress: bool = True) -> None:
     Raises DataError with the number of images that are missing or broken and the paths of the first few.
     """
     paths = list(dict.fromkeys(sample.image for sample in samples if isinstance(sample.image, Path)))
-    with ThreadPoolExecutor() as threads:
-        checked = threads.map(_problem, paths)
-        bar = tqdm(checked, total=len(paths), desc="checking images", unit="image", disable=not progress)
-        problems = [problem for problem in bar if problem is not None]
+    problems = [found for found in inspect_images(paths, progress=progress) if isinstance(found, str)]
     if problems:
-        listed = problems[:NAMED_IN_ERROR]
-        if len(problems) > len(listed):
-            listed.append(f"and {len(problems) - len(listed)} more")
+        listed = first_of(problems, NAMED_IN_ERROR)
         raise DataError("\n  ".join([f"{len(problems)} of {len(paths)} images cannot be read:", *listed]))
 
 
-def _problem(path: Path) -> str | None:
+def inspect_images(images: Sequence[Path | Drawing], *, progress: bool = True) -> list[tuple[int, int] | str]:
+    """Decodes every image once, in threads: (width, height) of each, or what is wrong with it, path first."""
+    with ThreadPoolExecutor() as threads:
+        inspected = threads.map(_inspect, images)
+        return list(tqdm(inspected, total=len(images), desc="checking images", unit="image", disable=not progress))
+
+
+def first_of(lines: Sequence[str], most: int) -> list[str]:
+    """The first lines, and how many more there are."""
+    return [*lines[:most], *([f"and {len(lines) - most} more"] if len(lines) > most else [])]
+
+
+def _inspect(image: Path | Drawing) -> tuple[int, int] | str:
     try:
-        load_image(path)
+        return load_image(image).size
     except DataError as error:
         return str(error)
-    return None

@@ -1,0 +1,146 @@
+"""Annotation files: finding and loading them, and taking values out of their entries with a check for each."""
+
+import html
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+from upperson.data.samples import DataError
+
+SPLITS = ("train", "val", "test")
+
+# More than this is a mistake in the file, not a description of an image. What is shorter, but exceeds the 77
+# tokens of CLIP, is accepted: the tokenizer cuts it there, as CLIP does.
+MAX_CAPTION_CHARACTERS = 5000
+
+# These would become real control tokens, in OpenAI's or in open_clip's spelling, and end the caption early.
+CONTROL_TOKEN = re.compile(r"<\|(startoftext|endoftext|mask)\|>|<(start|end)_of_text>", re.IGNORECASE)
+
+TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", list: "a list", dict: "an object"}
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What an annotation file says about an image, or a part of it."""
+
+    split: str
+    image: Path
+    captions: list[str]
+    identity: int | None  # None: every image is an identity of its own
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of an annotation file. All methods raise DataError if the value is not what they promise."""
+
+    values: dict[str, Any]
+    where: str  # what errors start with: the file and the entry in it
+    noun: str = "field"  # what the keys are called there
+
+    def get(self, key: str, *kinds: type) -> Any:
+        """The value of `key`, of one of these types."""
+        if key not in self.values:
+            found = ", ".join(map(repr, self.values)) or "none"
+            raise DataError(f"{self.where}: expected a {self.noun} {key!r}, found the {self.noun}s {found}")
+        value = self.values[key]
+        if not isinstance(value, kinds) or isinstance(value, bool):  # a bool is an int to isinstance
+            raise self.error(key, f"expected {' or '.join(TYPE_NAMES[kind] for kind in kinds)}, found {_named(value)}")
+        return value
+
+    def split(self, allowed: Sequence[str] = SPLITS) -> str:
+        split = self.get("split", str)
+        if split not in allowed:
+            raise self.error("split", f"expected one of {', '.join(allowed)}, found {short(split)}")
+        return split
+
+    def path(self, key: str) -> str:
+        path = self.get(key, str)
+        if not path.strip():
+            raise self.error(key, "expected a path, found an empty string")
+        return path
+
+    def caption(self, key: str) -> str:
+        caption = self.get(key, str)
+        problem = _caption_problem(caption)
+        if problem:
+            raise self.error(key, problem)
+        return caption
+
+    def captions(self, key: str) -> list[str]:
+        captions = self.get(key, list)
+        if not captions:
+            raise self.error(key, "expected at least one caption, found an empty list")
+        for index, caption in enumerate(captions):
+            problem = _caption_problem(caption)
+            if problem:
+                raise self.error(key, f"caption {index}: {problem}", joint=", ")
+        return captions
+
+    def error(self, key: str, problem: str, joint: str = ": ") -> DataError:
+        return DataError(f"{self.where}, {self.noun} {key!r}{joint}{problem}")
+
+
+def entries(values: Any, where: str) -> list[Entry]:
+    """A list of objects, counted from 0 in errors."""
+    if not isinstance(values, list):
+        raise DataError(f"{where}: expected a list of entries, found {_named(values)}")
+    return [as_entry(value, f"{where}, entry {number}") for number, value in enumerate(values)]
+
+
+def as_entry(value: Any, where: str) -> Entry:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected an object, found {_named(value)}")
+    return Entry(value, where)
+
+
+def find_folder(title: str, root: Path, names: Sequence[str]) -> Path:
+    """`root` or the folder `title` in it: the first that holds a file of one of these names."""
+    candidates = (root, root / title)
+    for folder in candidates:
+        if any((folder / name).is_file() for name in names):
+            return folder
+    *others, last = [str(folder / name) for folder in candidates for name in names]
+    missing = "annotation file not found" if root.is_dir() else f"folder {root} does not exist"
+    raise DataError(f"{title}: {missing}; looked for {', '.join(others)} and {last}")
+
+
+def load_json(file: Path) -> Any:
+    try:
+        return json.loads(load_text(file))
+    except json.JSONDecodeError as error:
+        position = f"line {error.lineno}, column {error.colno} (character {error.pos} of {len(error.doc)})"
+        raise DataError(f"{file}: not valid JSON, or cut off, at {position}: {error.msg}") from error
+
+
+def load_text(file: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: expected UTF-8 text, found byte {error.start} to be otherwise") from error
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _named(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return f"{TYPE_NAMES[type(value)]}, {short(value)}"
+
+
+def _caption_problem(caption: Any) -> str | None:
+    if not isinstance(caption, str):
+        return f"expected a string, found {_named(caption)}"
+    if not caption.strip():
+        return f"expected text, found {'only white space' if caption else 'an empty string'}"
+    if len(caption) > MAX_CAPTION_CHARACTERS:
+        return f"expected at most {MAX_CAPTION_CHARACTERS} characters, found {len(caption)}"
+    # The tokenizer undoes HTML escapes, twice, and full-width letters before it looks for control tokens.
+    cleaned = unicodedata.normalize("NFKC", html.unescape(html.unescape(caption)))
+    token = CONTROL_TOKEN.search(cleaned)
+    return f"expected plain text, found the control token {token.group()}" if token else None

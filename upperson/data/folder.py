@@ -1,0 +1,106 @@
+"""Data of one's own: a CSV file with a header, or a file of JSON lines.
+
+Columns or keys: image (a path, absolute or relative to the file's folder), caption (one a line), identity (a
+string or a number; the same for all images of a person) and, to train on it, split (train, val or test).
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from upperson.data.annotations import Annotation, Entry, as_entry, load_text
+from upperson.data.samples import DataError
+
+NAMES = ("captions.csv", "captions.jsonl")
+COLUMNS = ("image", "caption", "identity")
+
+
+def read_folder(title: str, root: Path) -> tuple[str, list[Annotation]]:
+    """The annotation file's name, for errors, and what it says in its order. Raises DataError.
+
+    `root` is the file, or a folder with either of NAMES in it. Where no line has a split, all are "test".
+    Identities are counted from 0 in the order in which they appear.
+    """
+    file = _find(title, root)
+    lines = list(_csv_lines(file) if file.suffix == ".csv" else _json_lines(file))
+    with_split = any("split" in entry.values for entry in lines)
+    identities: dict[str, int] = {}
+    return str(file), [
+        Annotation(
+            split=entry.split() if with_split else "test",
+            image=file.parent / entry.path("image"),
+            captions=[entry.caption("caption")],
+            identity=identities.setdefault(_identity(entry), len(identities)),
+        )
+        for entry in lines
+    ]
+
+
+def _find(title: str, root: Path) -> Path:
+    if root.is_file():
+        if root.suffix not in (".csv", ".jsonl"):
+            raise DataError(f"{title}: expected a file whose name ends in .csv or .jsonl, found {root}")
+        return root
+    found = [root / name for name in NAMES if (root / name).is_file()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(f"{title}: expected one annotation file, found both {found[0]} and {found[1]}; name one")
+    missing = "annotation file not found" if root.is_dir() else f"{root} does not exist"
+    raise DataError(f"{title}: {missing}; looked for {root / NAMES[0]} and {root / NAMES[1]}")
+
+
+def _csv_lines(file: Path) -> Iterator[Entry]:
+    rows = csv.reader(io.StringIO(load_text(file)), skipinitialspace=True, strict=True)
+    header: list[str] | None = None
+    line = 1  # the first one of a row; a quoted caption may go over several
+    try:
+        for row in rows:
+            where = f"{file}, line {line}"
+            if header is None:
+                header = _checked_header(row, where)
+            elif row:  # else an empty line
+                if len(row) != len(header):
+                    raise DataError(
+                        f"{where}: expected {len(header)} columns as in the header, found {len(row)}; a value with a "
+                        "comma stands in double quotes"
+                    )
+                yield Entry(dict(zip(header, row, strict=True)), where, "column")
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{file}, line {line}: not valid CSV: {error}") from error
+
+
+def _checked_header(row: list[str], where: str) -> list[str]:
+    header = [name.strip() for name in row]
+    found = ", ".join(map(repr, header)) or "none"
+    for name in COLUMNS:
+        if name not in header:
+            raise DataError(f"{where}: expected a column {name!r} in the header, found the columns {found}")
+    if len(set(header)) < len(header):
+        raise DataError(f"{where}: expected different names in the header, found the columns {found}")
+    return header
+
+
+def _json_lines(file: Path) -> Iterator[Entry]:
+    for number, line in enumerate(load_text(file).split("\n"), start=1):
+        where = f"{file}, line {number}"
+        if line.strip():
+            yield as_entry(_json_of(line, where), where)
+
+
+def _json_of(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON, or cut off, at column {error.colno}: {error.msg}") from error
+
+
+def _identity(entry: Entry) -> str:
+    identity = str(entry.get("identity", str, int, float)).strip()
+    if not identity:
+        raise entry.error("identity", "expected a name or a number, found an empty string")
+    return identity

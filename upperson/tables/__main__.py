@@ -1,0 +1,219 @@
+"""The tables of the paper: each row is trained, tested and printed beside the paper's figures.
+
+python -m upperson.tables V                                                  on the drawn data, no network
+python -m upperson.tables V VII --seeds 3                                    mean ± standard deviation
+python -m upperson.tables X --data-root /data --dataset cuhk-pedes           on a real data set
+python -m upperson.tables all --list                                         what would be run
+
+What has been trained already is not trained again, whichever table asked for it; a run that was stopped goes on.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kernels.tiles import TilesError
+from upperson.checkpoint import CheckpointError, load_model, write_atomically
+from upperson.config import Config
+from upperson.data import DataError
+from upperson.metrics import RetrievalError
+from upperson.model import BackboneError
+from upperson.report import top_ten
+from upperson.retrieval import evaluate
+from upperson.run_folder import BEST, RunError
+from upperson.splits import read_splits
+from upperson.tables import efficiency
+from upperson.tables.render import (
+    Measured,
+    bars,
+    comma_separated,
+    costs_csv,
+    costs_markdown,
+    label,
+    markdown,
+    sweep_plot,
+)
+from upperson.tables.rows import Setting, Table, build_tables, embedded_setting, real_setting
+from upperson.tables.runs import Runs, distinct, seconds_of
+from upperson.training import resources
+
+NUMBERS = ("IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "figure6", "figure7")
+EMBEDDED_BATCH, REAL_BATCH = 64, 128  # of Table IV
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0, or 1 after one line on what went wrong; wrong arguments exit with 2, as argparse does."""
+    options = parse(argv)
+    setting = real_setting(options.data_root) if options.data_root else embedded_setting()
+    dataset = options.dataset or next(iter(setting.people))
+    runs = Runs(options.output / "runs", {"device": options.device, "workers": options.workers})
+    seeds = range(1, options.seeds + 1)
+    numbers = NUMBERS if "all" in options.tables else tuple(dict.fromkeys(options.tables))
+    tables = {number: table for number, table in build_tables(setting, dataset).items() if number in numbers}
+    try:
+        train_missing(tables, runs, seeds, only_list=options.list)
+        if options.list:
+            return 0
+        for number in numbers:
+            if number == "IV":
+                write_costs(setting, dataset, options)
+            else:
+                write(number, tables[number], runs, seeds, options)
+    except (BackboneError, CheckpointError, DataError, RetrievalError, RunError, TilesError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m upperson.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tables", nargs="+", choices=[*NUMBERS, "all"], metavar="TABLE",
+                        help=f"{', '.join(NUMBERS)}, or all")
+    parser.add_argument("--data-root", type=Path, metavar="DIR",
+                        help="folder that holds the data sets' own folders; without it the drawn data sets are used")
+    parser.add_argument("--dataset", metavar="NAME", help="the data set of tables IV to X and of the figures "
+                        "(default: embedded, or with --data-root cuhk-pedes)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs a row, with seeds 1 to N (default: 1)")
+    parser.add_argument("--output", type=Path, default=Path("runs/tables"), metavar="DIR",
+                        help="where runs and tables go (default: runs/tables)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--workers", type=int, default=None, metavar="N",
+                        help="processes that load images (default: 0 for the drawn data sets, 4 for others)")
+    parser.add_argument("--list", action="store_true", help="show what would be run, and end")
+    options = parser.parse_args(argv)
+    if options.seeds < 1:
+        parser.error(f"--seeds: expected at least 1, found {options.seeds}")
+    if options.workers is None:
+        options.workers = 4 if options.data_root else 0
+    setting = real_setting(options.data_root) if options.data_root else embedded_setting()
+    known = [*setting.people, *setting.general]
+    if options.dataset is not None and options.dataset not in known:
+        parser.error(f"--dataset: expected one of {', '.join(known)}, found {options.dataset}"
+                     + ("" if options.data_root else "; the real ones need --data-root"))
+    return options
+
+
+def train_missing(tables: dict[str, Table], runs: Runs, seeds: Sequence[int], only_list: bool) -> None:
+    """Trains all runs that are not there yet, after saying how many there are and about how long that takes."""
+    wanted = distinct(
+        (row.config.replace(seed=seed) for seed in seeds for table in tables.values() for row in table.rows
+         if seed == 1 or row.config.model.method != "zero-shot"), runs)
+    missing = [config for config in wanted if not runs.is_done(config)]
+    if not wanted:
+        return
+    print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them are there already, in {runs.folder}", flush=True)
+    if only_list:
+        for config in wanted:
+            print(f"  {'done   ' if runs.is_done(config) else 'missing'}  {described(config)}: {runs.place(config)}")
+        return
+    if not missing:
+        return
+    trained = [config for config in missing if config.model.method != "zero-shot"]
+    each = seconds_of(trained[0].replace(**runs.settings)) if trained else 0.0
+    print(f"{len(missing)} to run, at about {each:.0f} s each on this machine: {duration(each * len(trained))}",
+          flush=True)
+    spent = 0.0
+    for number, config in enumerate(missing, 1):
+        started = time.monotonic()
+        runs.train(config)
+        seconds = time.monotonic() - started
+        if config.model.method != "zero-shot":
+            spent += seconds
+            trained = trained[1:]
+            each = spent / sum(config.model.method != "zero-shot" for config in missing[:number])
+        print(f"[{number}/{len(missing)}] {described(config)}   {seconds:.0f} s, "
+              f"{duration(each * len(trained))} left", flush=True)
+
+
+def write(number: str, table: Table, runs: Runs, seeds: Sequence[int], options: argparse.Namespace) -> None:
+    """Prints a table, and writes it as Markdown and CSV with its picture."""
+    directions = ["text_to_image", "image_to_text"] if table.both_directions else ["text_to_image"]
+    rows = []
+    for row in table.rows:
+        # Zero-shot CLIP is the same for every seed.
+        own = [1] if row.config.model.method == "zero-shot" else seeds
+        found = [runs.measured(row, row.config.replace(seed=seed), table.both_directions) for seed in own]
+        rows.append(Measured(row.name, found))
+    text = markdown(number, table.title, rows, directions, conditions(table, seeds))
+    print(f"\n{text}", flush=True)
+    name = f"{number}-{table.rows[0].config.data.dataset}"
+    files: dict[str, bytes] = {
+        f"{name}.md": text.encode(),
+        f"{name}.csv": comma_separated(number, rows, directions, seeds).encode(),
+    }
+    if number == "figure6":
+        files[f"{name}.png"] = sweep_plot(rows, f"{label(number)}. {table.title}")
+    elif number == "figure7":
+        files[f"{name}.png"] = found_images(table, runs)
+    elif not table.both_directions:
+        files[f"{name}.png"] = bars(rows, f"{label(number)}. {table.title}")
+    save(options.output, files)
+
+
+def found_images(table: Table, runs: Runs) -> bytes:
+    """Figure 7: what zero-shot CLIP and UP-Person find for the same captions."""
+    config = table.rows[0].config
+    model = load_model(runs.place(config) / BEST)
+    device, precision = resources(config.replace(**runs.settings).train)
+    test = read_splits(config.data)["test"]
+    adapted = evaluate(model.to(device), test, precision=precision)
+    with model.zero_shot():
+        frozen = evaluate(model, test, precision=precision)
+    return top_ten(test, {"zero-shot CLIP": frozen.top, "UP-Person": adapted.top}, shown=3)
+
+
+def write_costs(setting: Setting, dataset: str, options: argparse.Namespace) -> None:
+    """Prints and writes Table IV, of the setting's model; of ViT-B/16 as well where that is another."""
+    parts = {f"{dataset} model": (setting, dataset, REAL_BATCH if options.data_root else EMBEDDED_BATCH)}
+    if not options.data_root:
+        parts["ViT-B/16, 384×128"] = (real_setting(Path()), "cuhk-pedes", 2)
+    device, precision = resources(setting[dataset].replace(device=options.device).train)
+    tables: dict[str, dict[str, Any]] = {}
+    for part, (source, name, batch) in parts.items():
+        title = f"{part}, batch {batch}"
+        for method, config in efficiency.methods(source, name).items():
+            print(f"measuring {method}, {title}", file=sys.stderr, flush=True)
+            settings = {"device": options.device} if options.data_root else {
+                "device": options.device, "pretrained": "none" if name == "cuhk-pedes" else "embedded"}
+            tables.setdefault(title, {})[method] = efficiency.measure_apart(config.replace(**settings), batch)
+    text = costs_markdown(tables, f"Measured on {device.type} in {precision}, with random images and captions of full "
+                                  "length; memory is what a training step allocates above model and optimizer.")
+    print(f"\n{text}", flush=True)
+    save(options.output, {f"IV-{dataset}.md": text.encode(), f"IV-{dataset}.csv": costs_csv(tables).encode()})
+
+
+def conditions(table: Table, seeds: Sequence[int]) -> str:
+    config = table.rows[0].config
+    spread = f"{len(seeds)} seeds, mean ± standard deviation" if len(seeds) > 1 else "one seed"
+    size = (f", {config.data.embedded_identities[0]:,} people or scenes to train on"
+            if config.data.dataset.startswith("embedded") else "")
+    return (f"Percent on the test split; {spread}; the epoch that is best on the validation split (the last one where "
+            f"there is none); model {config.model.model}, {config.train.epochs} epochs{size}.")
+
+
+def described(config: Config) -> str:
+    base = f"{config.model.title}, {config.data.dataset}, seed {config.train.seed}"
+    return base + (f", {config.train.losses}" if config.train.losses != "sdm" else "")
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def save(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    print(f"in {folder}: {', '.join(files)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Table IV: what each method costs on the machine at hand: parameters, FLOPs, memory, time.
+
+Measured with random images and captions of full length, in a process of its own for each row, so that no row finds
+memory or caches that another left.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from upperson.config import Config
+from upperson.model import UPPerson
+from upperson.objective import Objective
+from upperson.optimization import build_optimizer
+from upperson.retrieval import autocast
+from upperson.tables.rows import L_ADAPTER, NO_MODULES, Setting
+from upperson.training import count, resources
+
+QUERIES, GALLERY = 1000, 3000
+REPETITIONS = 3
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One row of Table IV. FLOPs count a multiplication and an addition as two."""
+
+    trained_parameters: int
+    all_parameters: int
+    inference_gflops: float  # one image and one caption through their towers
+    step_gflops: float  # a training step, per pair
+    step_megabytes: float | None  # that a step allocates above model and optimizer; None where that is not known
+    step_milliseconds: float  # of the whole batch
+    query_seconds: float  # embedding and ranking 1,000 captions against 3,000 embedded images
+
+
+def methods(setting: Setting, dataset: str) -> dict[str, Config]:
+    base = setting[dataset]
+    return {
+        "zero-shot CLIP": base.replace(method="zero-shot"),
+        "full fine-tuning": base.replace(**setting.full),
+        "S-Prefix": base.replace(**NO_MODULES | {"prefix": "salable"}),
+        "LoRA": base.replace(**NO_MODULES | {"lora": "lora"}),
+        "L-Adapter": base.replace(**NO_MODULES | L_ADAPTER),
+        "UP-Person": base,
+    }
+
+
+def measure_apart(config: Config, batch_size: int) -> Cost:
+    """measure() in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
+        return process.submit(measure, config, batch_size).result()
+
+
+def measure(config: Config, batch_size: int) -> Cost:
+    """The costs of a configuration with batches of `batch_size` pairs, on the device and in the precision it names."""
+    device, precision = resources(config.train)
+    torch.manual_seed(0)
+    model = UPPerson(config.model).to(device)
+    parameters = model.trained_parameters()
+    objective = Objective(config.train.losses, config.train.temperature, model.embedding_width,
+                          model.tokenizer.vocab_size, range(batch_size))
+    batch = random_batch(model, batch_size, device)
+
+    with torch.inference_mode(), autocast(device, precision):
+        inference = flops(lambda: (model.encode_image(batch["images"][:1]), model.encode_text(batch["captions"][:1])))
+    cost: dict[str, Any] = {
+        "trained_parameters": count(parameters.values()),
+        "all_parameters": count(model.parameters()),
+        "inference_gflops": inference,
+        "query_seconds": shortest(lambda: search(model, batch["captions"], precision), device),
+    }
+    if not parameters:
+        return Cost(**cost, step_gflops=0.0, step_megabytes=0.0, step_milliseconds=0.0)
+
+    optimizer = build_optimizer(parameters, config.train)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with autocast(device, precision):
+            loss, _ = objective(model, batch)
+        loss.backward()
+        optimizer.step()
+
+    peak = Peak(device)
+    step()
+    cost["step_megabytes"] = peak.megabytes()
+    cost["step_milliseconds"] = 1e3 * shortest(step, device)
+    cost["step_gflops"] = flops(step) / batch_size
+    return Cost(**cost)
+
+
+def random_batch(model: UPPerson, size: int, device: torch.device) -> dict[str, Tensor]:
+    """Pairs as upperson.data.train_loader gives them; the captions fill the context."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(size, 3, *model.config.image_size, generator=generator)
+    captions = model.tokenizer(["coat " * model.context_length] * size)
+    batch = {"images": images, "captions": captions, "person_ids": torch.arange(size)}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def search(model: UPPerson, captions: Tensor, precision: str) -> Tensor:
+    """The ten best of GALLERY random embeddings for QUERIES captions."""
+    gallery = torch.randn(GALLERY, model.embedding_width, device=captions.device)
+    found = []
+    with torch.inference_mode(), autocast(captions.device, precision):
+        for start in range(0, QUERIES, len(captions)):
+            features = model.encode_text(captions[: QUERIES - start]).float()
+            found.append((features @ gallery.t()).topk(10).indices)
+    return torch.cat(found)
+
+
+def flops(call: Callable[[], Any]) -> float:
+    """10⁹ floating-point operations of matrix products and convolutions in a call, backward included."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 1e9
+
+
+def shortest(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the fastest of a few calls, after one to warm up."""
+    times = []
+    for _ in range(1 + REPETITIONS):
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+class Peak:
+    """The memory that is allocated from its creation on: PyTorch's own count on a GPU, the process's size on Linux."""
+
+    STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+        elif self.CLEAR.exists():
+            self.CLEAR.write_text("5")  # the high-water mark starts again
+            self.before = self.resident("VmRSS")
+
+    def megabytes(self) -> float | None:
+        """10⁶ bytes above what was there; None on a machine that does not tell."""
+        if self.device.type == "cuda":
+            return (torch.cuda.max_memory_allocated(self.device) - self.before) / 1e6
+        return (self.resident("VmHWM") - self.before) / 1e6 if self.CLEAR.exists() else None
+
+    def resident(self, name: str) -> int:
+        line = next(line for line in self.STATUS.read_text().splitlines() if line.startswith(name))
+        return 1024 * int(line.split()[1])

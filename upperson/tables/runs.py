@@ -1,0 +1,119 @@
+"""Training the runs of a table, one folder a run and seed, so that what is there is not trained again."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+import time
+from collections.abc import Iterable
+from contextlib import redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from upperson.checkpoint import load_checkpoint, write_atomically
+from upperson.config import Config
+from upperson.evaluate import evaluate_checkpoint
+from upperson.interruption import Interruption
+from upperson.model import UPPerson
+from upperson.retrieval import embed
+from upperson.run_folder import BEST, CONFIG, RESULTS
+from upperson.splits import read_splits
+from upperson.tables.rows import Row
+from upperson.training import Diverged, Training, fit, resources
+
+DIVERGED = "diverged.json"
+EVALUATED = 128  # captions, with their images, that are embedded to see how long that takes
+
+
+class Runs:
+    """The runs below a folder.
+
+    Args:
+        folder: every run has a folder of its own in it, named after what it trains and a hash of its configuration.
+        settings: fields of the machine, such as device and workers, that every run gets.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.folder = folder
+        self.settings = settings
+
+    def place(self, config: Config) -> Path:
+        """The folder of a run: the same for configurations that give the same results."""
+        values = {spec.name: str(getattr(section, spec.name))
+                  for section in (config.model, config.data, config.train) for spec in dataclasses.fields(section)
+                  if spec.metadata["changes_results"] and spec.name != "seed"}
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+        words = re.sub(r"[^a-z0-9]+", "-", config.model.title.lower()).strip("-")
+        return self.folder / config.data.dataset / f"{words}-{digest}" / f"seed-{config.train.seed}"
+
+    def is_done(self, config: Config) -> bool:
+        place = self.place(config)
+        return (place / RESULTS).exists() or (place / DIVERGED).exists()
+
+    def train(self, config: Config) -> None:
+        """Trains a run, or goes on with it; what it prints goes to a file beside its folder.
+
+        A run whose loss is no number any more is a result, and recorded as one.
+        """
+        place = self.place(config)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        config = config.replace(**self.settings, run_dir=place, resume=(place / CONFIG).exists())
+        try:
+            with open(place.with_suffix(".log"), "a", encoding="utf-8") as log, redirect_stdout(log):
+                fit(config)
+        except Diverged as error:
+            write_atomically(place / DIVERGED, json.dumps({"error": str(error)}).encode())
+
+    def measured(self, row: Row, config: Config, both_directions: bool) -> dict[str, Any] | None:
+        """What results.json of the run holds, or of its evaluation elsewhere or in both directions; None: diverged.
+
+        The numbers are under "text_to_image" and, with `both_directions`, "image_to_text".
+        """
+        place = self.place(config)
+        if (place / DIVERGED).exists():
+            return None
+        results = json.loads((place / RESULTS).read_text())
+        if row.tested_on is None and not both_directions:
+            return results | {"text_to_image": results["adapted"]}
+        tested = (row.tested_on or config).data
+        output = place / f"on-{tested.dataset}"
+        if not (output / RESULTS).exists():
+            with open(place.with_suffix(".log"), "a", encoding="utf-8") as log, redirect_stdout(log):
+                evaluate_checkpoint(
+                    load_checkpoint(place / BEST),
+                    dataclasses.replace(config, data=tested).replace(**self.settings),
+                    place / BEST,
+                    "test",
+                    output,
+                )
+        found = json.loads((output / RESULTS).read_text())
+        return results | {direction: found[direction] for direction in ("text_to_image", "image_to_text")}
+
+
+def seconds_of(config: Config) -> float:
+    """About how long a run takes on this machine, from two batches of its training and some of its evaluation."""
+    device, precision = resources(config.train)
+    splits = read_splits(config.data)
+    model = UPPerson(config.model).to(device)
+    watched = splits.get("val", splits["test"])
+    with TemporaryDirectory() as folder:
+        training = Training(config, model, splits, Path(folder), device, precision, Interruption())
+        for batch in itertools.islice(training.loader, 2):
+            started = time.monotonic()
+            training.step(batch)
+            # The first pays for what is done once. Loading is about as long as the step of the embedded model.
+            seconds = time.monotonic() - started
+        step = seconds / len(batch["person_ids"])
+        training.log.close()
+    started = time.monotonic()
+    embed(model, watched[:EVALUATED], precision=precision, progress=False)
+    item = (time.monotonic() - started) / len(watched[:EVALUATED])
+    epochs = config.train.epochs
+    return epochs * len(splits["train"]) * step + item * ((epochs + 1) * len(watched) + 2 * len(splits["test"]))
+
+
+def distinct(configs: Iterable[Config], runs: Runs) -> list[Config]:
+    """One configuration a run folder, in order."""
+    return list({runs.place(config): config for config in configs}.values())
