@@ -13,7 +13,6 @@ from upperson.checkpoint import (
     CheckpointError,
     load_checkpoint,
     load_model,
-    load_parameters,
     load_resume_state,
     save_checkpoint,
     save_resume_state,
@@ -82,27 +81,6 @@ def test_model_comes_back_and_computes_the_same(path, model):
     images, tokens = torch.randn(2, 3, 48, 16), model.tokenizer(["a red coat", "a man in blue"])
     assert torch.equal(again.encode_image(images), model.encode_image(images))
     assert torch.equal(again.encode_text(tokens), model.encode_text(tokens))
-
-
-def test_parameters_go_into_a_model_of_the_same_configuration(path, config, model):
-    other = UPPerson(config.replace(backend="auto").model)
-    load_parameters(other, path)
-    for name, parameter in other.trained_parameters().items():
-        assert torch.equal(parameter, model.trained_parameters()[name])
-
-
-@pytest.mark.parametrize(
-    "changes", [dict(lora_rank=3), dict(scale_target="logits"), dict(prefix_length=2, depth_lora=1)]
-)
-def test_another_configuration_is_named(path, config, changes):
-    other = UPPerson(config.replace(**changes).model)
-    before = {name: parameter.clone() for name, parameter in other.trained_parameters().items()}
-    with pytest.raises(CheckpointError, match="checkpoint of another configuration") as error:
-        load_parameters(other, path)
-    assert str(path) in str(error.value)
-    for name, value in changes.items():
-        assert f"{name}: {getattr(config.model, name)}, not {value}" in str(error.value)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in other.trained_parameters().items())
 
 
 def test_tensors_that_do_not_fit_are_named(path, config, model):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from upperson.config import Config
 from upperson.model import UPPerson
+from upperson.model.weights import mismatch
 
 CHECKPOINT = "upperson checkpoint"
 RESUME_STATE = "upperson resume state"
@@ -64,34 +65,12 @@ def load_model(path: Path | str, **changes: Any) -> UPPerson:
     return model
 
 
-def load_parameters(model: UPPerson, path: Path | str) -> None:
-    """Loads a checkpoint into a model of the same configuration; CheckpointError names fields that differ."""
-    checkpoint = load_checkpoint(path)
-    differences = Config(checkpoint.config.model).differences(Config(model.config))
-    if differences:
-        raise CheckpointError(f"{path}: checkpoint of another configuration, {'; '.join(differences)} as in the model")
-    copy_parameters(checkpoint.parameters, model.trained_parameters(), str(path))
-
-
 @torch.no_grad()
 def copy_parameters(source: Mapping[str, Tensor], target: Mapping[str, Tensor], name: str) -> None:
     """Copies tensors by name, all or none; CheckpointError names the missing, unexpected and wrong-shaped ones."""
-    problems = {
-        "missing": [key for key in target if key not in source],
-        "unexpected": [key for key in source if key not in target],
-        "of another shape": [
-            f"{key} {tuple(source[key].shape)}, expected {tuple(tensor.shape)}"
-            for key, tensor in target.items()
-            if key in source and source[key].shape != tensor.shape
-        ],
-    }
-    if any(problems.values()):
-        listed = "; ".join(
-            f"{len(keys)} {problem}: {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
-            for problem, keys in problems.items()
-            if keys
-        )
-        raise CheckpointError(f"{name}: parameters do not fit the model: {listed}")
+    problems = mismatch(source, target)
+    if problems:
+        raise CheckpointError(f"{name}: parameters do not fit the model: {problems}")
     for key, tensor in target.items():
         tensor.copy_(source[key])
 

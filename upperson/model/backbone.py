@@ -2,7 +2,9 @@
 
 import difflib
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from upperson.config import ModelConfig
 from upperson.embedded import CLIP_CONFIG, load_embedded_clip
 from upperson.embedded.weights import EmbeddedWeightsError
+from upperson.model.weights import ACCEPTED, mismatch, read_weights
 
 CLIP_VOCABULARY = 49408
 
@@ -24,66 +27,102 @@ class BackboneError(ValueError):
 def build_clip(config: ModelConfig) -> nn.Module:
     """The open_clip model that `config` names, with its weights, as it was published.
 
-    Raises BackboneError for an unknown model or tag, and for a file that is missing or does not fit.
+    Its image size is that of the published model or of the file with its weights, not that of `config`. Raises
+    BackboneError for an unknown model or tag, and for a file that is missing or does not fit.
     """
-    if config.model == "embedded" and config.pretrained == "embedded":
+    model, pretrained = config.model, config.pretrained
+    if model == "embedded" and pretrained == "embedded":
         try:
             return load_embedded_clip()
         except EmbeddedWeightsError as error:
             raise BackboneError(str(error)) from error
-    if config.model == "embedded" or config.model.endswith(".json"):
-        return create_from_file(CLIP_CONFIG if config.model == "embedded" else Path(config.model), config.pretrained)
-    return create_by_name(config.model, config.pretrained)
-
-
-def create_by_name(model: str, pretrained: str) -> nn.Module:
-    if model not in open_clip.list_models():
-        close = difflib.get_close_matches(model, open_clip.list_models(), n=3, cutoff=0.4)
-        raise BackboneError(f"unknown model {model!r}: neither 'embedded', nor the path of a .json file, nor one of "
-                            f"open_clip's models (open_clip.list_models()); close to it: {', '.join(close) or 'none'}")
     tags = open_clip.list_pretrained_tags_by_model(model)
-    if pretrained == "none":
-        return open_clip.create_model(model)
     if pretrained in tags:
         try:
             return open_clip.create_model(model, pretrained=pretrained)
         except Exception as error:
             raise BackboneError(f"could not download or load the weights {pretrained!r} of {model}: {error}; "
                                 "without a network give --pretrained the path of a checkpoint file") from error
-    if not Path(pretrained).is_file():
-        raise BackboneError(f"pretrained {pretrained!r} of {model} is neither a file nor one of its tags "
-                            f"({', '.join(tags) or 'it has none'}) nor 'none'")
-    clip = open_clip.create_model(model)
-    load_weights(clip, Path(pretrained))
-    return clip
-
-
-def create_from_file(path: Path, pretrained: str) -> nn.Module:
-    """A model described by an open_clip JSON model configuration."""
-    try:
-        description = json.loads(path.read_text())
-        custom_text = description.pop("custom_text", False)
-        clip = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**description)
-    except FileNotFoundError:
-        raise BackboneError(f"model configuration {path} does not exist") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise BackboneError(f"{path} is not an open_clip model configuration: {error}") from error
+    clip = random_clip(model)
     if pretrained == "none":
         return clip
     if not Path(pretrained).is_file():
-        raise BackboneError(f"pretrained {pretrained!r} of {path} is neither a file nor 'none'")
-    load_weights(clip, Path(pretrained))
+        nor_tag = "" if configuration_file(model) else f" nor one of its tags ({', '.join(tags) or 'it has none'})"
+        raise BackboneError(f"pretrained {pretrained!r} of {model} is neither a file{nor_tag} nor 'none'")
+    load_weights(clip, Path(pretrained), config.image_size)
     return clip
 
 
-def load_weights(clip: nn.Module, path: Path) -> None:
-    """Loads a checkpoint in any of the formats that open_clip reads; no pickled code is run."""
+def random_clip(model: str, image_size: tuple[int, int] | None = None) -> nn.Module:
+    """The open_clip model `model` with random weights; for images of (height, width), or as published."""
+    path = configuration_file(model)
+    if path is None:
+        if model not in open_clip.list_models():
+            close = difflib.get_close_matches(model, open_clip.list_models(), n=3, cutoff=0.4)
+            raise BackboneError(f"unknown model {model!r}: neither 'embedded', nor the path of a .json file, nor one "
+                                "of open_clip's models (open_clip.list_models()); close to it: "
+                                f"{', '.join(close) or 'none'}")
+        return open_clip.create_model(model, force_image_size=image_size)
     try:
-        open_clip.load_checkpoint(clip, str(path), strict=True, weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().split("\n")
-        shown = "\n".join(reason[:6])
-        raise BackboneError(f"{path} does not hold weights of this model: {shown}") from error
+        description = json.loads(path.read_text())
+        if image_size is not None:
+            description["vision_cfg"]["image_size"] = image_size
+        custom_text = description.pop("custom_text", False)
+        return (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**description)
+    except FileNotFoundError:
+        raise BackboneError(f"model configuration {path} does not exist") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BackboneError(f"{path} is not an open_clip model configuration: {error}") from error
+
+
+def configuration_file(model: str) -> Path | None:
+    """The JSON model configuration behind the name of a model; None where open_clip knows the name."""
+    if model == "embedded":
+        return CLIP_CONFIG
+    return Path(model) if model.endswith(".json") else None
+
+
+def load_weights(clip: nn.Module, path: Path, image_size: tuple[int, int]) -> None:
+    """Loads weights from a file of open_clip's or of OpenAI's; no pickled code is run.
+
+    The image tower then takes images of the size that the file's position embedding is for: of the published size,
+    of `image_size`, or of another square.
+    """
+    try:
+        state, preprocessing = read_weights(path)
+        open_clip.model.resize_text_pos_embed(state, clip)
+        if isinstance(clip, open_clip.CustomTextCLIP):
+            state = open_clip.model.convert_to_custom_text_state_dict(state)
+        if "logit_scale" in state:                                  # () or (1,)
+            state["logit_scale"] = state["logit_scale"].reshape(clip.logit_scale.shape)
+    except Exception as error:                                      # whatever a damaged or foreign file leads to
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise BackboneError(f"{path} does not hold weights of this model: {reason}; {ACCEPTED}") from error
+    embedding = state.get("visual.positional_embedding")
+    if isinstance(clip.visual, VisionTransformer) and embedding is not None and embedding.dim() == 2:
+        fit_image_size(clip.visual, image_size_of(path, embedding, preprocessing, clip.visual, image_size))
+    problems = mismatch(state, clip.state_dict())
+    if problems:
+        raise BackboneError(f"{path} does not hold weights of this model: {problems}; {ACCEPTED}")
+    clip.load_state_dict(state)
+    if preprocessing:
+        known = open_clip.get_model_preprocess_cfg(clip)
+        open_clip.set_model_preprocess_cfg(clip, known | {name: tuple(preprocessing[name]) for name in ("mean", "std")})
+
+
+def image_size_of(path: Path, embedding: Tensor, preprocessing: dict[str, Any], visual: VisionTransformer,
+                  image_size: tuple[int, int]) -> tuple[int, int]:
+    """The (height, width) in pixels that a file's position embedding (1 + patches, C) is for."""
+    (patch_height, patch_width), rows = visual.patch_size, len(embedding)
+    side = math.isqrt(max(rows - 1, 0))
+    sizes = [visual.image_size, image_size, (side * patch_height, side * patch_width)]
+    if preprocessing:
+        sizes = [tuple(preprocessing["size"])]                      # as many patches may lie in another order
+    for height, width in sizes:
+        if rows == 1 + (height // patch_height) * (width // patch_width):
+            return height, width
+    raise BackboneError(f"{path}: its position embedding has {rows} rows, for neither "
+                        f"{' nor '.join(f'{height}×{width}' for height, width in sizes[:2])} nor square images")
 
 
 def text_tower(clip: nn.Module) -> nn.Module:

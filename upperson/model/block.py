@@ -36,10 +36,13 @@ class Block(nn.Module):
         """Replaces the trained modules."""
         self.prefix, self.lora, self.adapter_attn, self.adapter_mlp = prefix, lora, adapter_attn, adapter_mlp
 
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """The trained modules by name."""
+        return {name: getattr(self, name) for name in MODULES if getattr(self, name) is not None}
+
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters of the trained modules, by name within the block."""
-        return {f"{name}.{parameter_name}": parameter for name in MODULES if getattr(self, name) is not None
-                for parameter_name, parameter in getattr(self, name).named_parameters()}
+        return parameters_of(self.trained_modules())
 
     def get_weight_dtype(self) -> torch.dtype:
         """open_clip asks its first block for the dtype of the token embeddings."""
@@ -73,3 +76,9 @@ class Block(nn.Module):
             scale = qkv.new_ones(())
         out = prefix_attention(qkv, key, value, scale, causal=self.causal, scale_target=target, backend=self.backend)
         return self.attn.out_proj(out.flatten(-2))
+
+
+def parameters_of(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters of several modules, each under the name of its module and its own."""
+    return {f"{name}.{parameter_name}": parameter for name, module in modules.items()
+            for parameter_name, parameter in module.named_parameters()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from upperson.config import ModelConfig
 from upperson.model.backbone import build_clip, fit_image_size, pooling, require_transformers, text_tower
-from upperson.model.block import Block
+from upperson.model.block import MODULES, Block, parameters_of
 from upperson.model.petl import ADAPTERS, LOW_RANK, PREFIXES
 
 
@@ -41,8 +41,7 @@ class UPPerson(nn.Module):
         self.image_blocks = replace_blocks(self.clip.visual.transformer, causal=False, backend=backend)
         self.text_blocks = replace_blocks(text.transformer, causal=self.text_causal, backend=backend)
         if config.method == "up-person":
-            for blocks in (self.image_blocks, self.text_blocks):
-                add_modules(blocks, config)
+            self.set_modules(config, self.new_modules(config))
         elif config.method == "full":
             for parameter in self.clip_parameters().values():
                 parameter.requires_grad_()
@@ -104,12 +103,28 @@ class UPPerson(nn.Module):
 
         With method "full" those of CLIP, by open_clip's names.
         """
-        if self.config.method == "full":
-            return self.clip_parameters()
-        return {f"{tower}.blocks.{i}.{name}": parameter
+        return self.clip_parameters() if self.config.method == "full" else parameters_of(self.trained_modules())
+
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """The trained modules by name: {image,text}.blocks.{i}.{prefix,lora,adapter_attn,adapter_mlp}."""
+        return {f"{block_name}.{name}": module for block_name, block in self.blocks().items()
+                for name, module in block.trained_modules().items()}
+
+    def new_modules(self, config: ModelConfig) -> dict[str, nn.Module]:
+        """New modules of the kinds that `config` names, by the same names. The model stays as it is."""
+        return new_modules("image", self.image_blocks, config) | new_modules("text", self.text_blocks, config)
+
+    def set_modules(self, config: ModelConfig, modules: dict[str, nn.Module]) -> None:
+        """Makes these modules, which `config` describes, the trained ones. The backbone must be that of `config`."""
+        self.config = config
+        for block_name, block in self.blocks().items():
+            block.set_modules(**{name: modules.get(f"{block_name}.{name}") for name in MODULES})
+
+    def blocks(self) -> dict[str, Block]:
+        """By name: {image,text}.blocks.{i}."""
+        return {f"{tower}.blocks.{i}": block
                 for tower, blocks in (("image", self.image_blocks), ("text", self.text_blocks))
-                for i, block in enumerate(blocks)
-                for name, parameter in block.trained().items()}
+                for i, block in enumerate(blocks)}
 
     def clip_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of CLIP that its features depend on: all but the temperature of its own loss."""
@@ -119,13 +134,12 @@ class UPPerson(nn.Module):
     @contextmanager
     def zero_shot(self) -> Iterator[None]:
         """Within it the model computes the backbone alone (with method "full" as far as that has been trained)."""
-        blocks = [*self.image_blocks, *self.text_blocks]
-        for block in blocks:
+        for block in self.blocks().values():
             block.adapted = False
         try:
             yield
         finally:
-            for block in blocks:
+            for block in self.blocks().values():
                 block.adapted = True
 
 
@@ -136,23 +150,23 @@ def replace_blocks(transformer: nn.Module, causal: bool, backend: str | None) ->
     return list(transformer.resblocks)
 
 
-def add_modules(blocks: list[Block], config: ModelConfig) -> None:
-    """Gives the blocks of a tower new trained modules of the kinds that `config` names.
+def new_modules(tower: str, blocks: list[Block], config: ModelConfig) -> dict[str, nn.Module]:
+    """New trained modules of the kinds that `config` names, for the blocks of a tower.
 
     LoRA and prefix act in blocks i < depth, adapters in blocks i ≥ depth.
     """
     depth_prefix = len(blocks) if config.depth_prefix is None else config.depth_prefix
     depth_lora = len(blocks) if config.depth_lora is None else config.depth_lora
+    modules: dict[str, nn.Module] = {}
     for i, block in enumerate(blocks):
-        width = block.attn.embed_dim
-        prefix = lora = None
+        name, width = f"{tower}.blocks.{i}", block.attn.embed_dim
         if config.prefix != "none" and i < depth_prefix:
-            prefix = PREFIXES[config.prefix](config.prefix_length, width, config.prefix_scale, config.scale_target)
+            modules[f"{name}.prefix"] = PREFIXES[config.prefix](config.prefix_length, width, config.prefix_scale,
+                                                                config.scale_target)
         if config.lora != "none" and i < depth_lora:
-            lora = LOW_RANK[config.lora](config.lora_rank, block.attn.in_proj_weight)
-        adapters = [
-            ADAPTERS[kind](norm, width // config.adapter_reduction)
-            if kind != "none" and i >= config.depth_adapter else None
-            for kind, norm in ((config.adapter_attn, block.ln_1), (config.adapter_mlp, block.ln_2))
-        ]
-        block.set_modules(prefix, lora, *adapters)
+            modules[f"{name}.lora"] = LOW_RANK[config.lora](config.lora_rank, block.attn.in_proj_weight)
+        for place, kind, norm in (("adapter_attn", config.adapter_attn, block.ln_1),
+                                  ("adapter_mlp", config.adapter_mlp, block.ln_2)):
+            if kind != "none" and i >= config.depth_adapter:
+                modules[f"{name}.{place}"] = ADAPTERS[kind](norm, width // config.adapter_reduction)
+    return modules

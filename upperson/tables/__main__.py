@@ -10,10 +10,11 @@ What has been trained already is not trained again, whichever table asked for it
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kernels.tiles import TilesError
 from upperson.checkpoint import CheckpointError, load_model, write_atomically
@@ -37,7 +38,7 @@ from upperson.tables.render import (
     sweep_plot,
 )
 from upperson.tables.rows import Setting, Table, build_tables, embedded_setting, real_setting
-from upperson.tables.runs import Runs, distinct, seconds_of
+from upperson.tables.runs import Runs, distinct, seconds_of, threads
 from upperson.training import resources
 
 NUMBERS = ("IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "figure6", "figure7")
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     setting = real_setting(options.data_root) if options.data_root else embedded_setting()
     dataset = options.dataset or next(iter(setting.people))
-    runs = Runs(options.output / "runs", {"device": options.device, "workers": options.workers})
+    runs = Runs(options.output / "runs", {"device": options.device, "workers": options.workers}, options.jobs)
     seeds = range(1, options.seeds + 1)
     numbers = NUMBERS if "all" in options.tables else tuple(dict.fromkeys(options.tables))
     tables = {number: table for number, table in build_tables(setting, dataset).items() if number in numbers}
@@ -87,10 +88,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--workers", type=int, default=None, metavar="N",
                         help="processes that load images (default: 0 for the drawn data sets, 4 for others)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N",
+                        help="runs at once, each on its share of the cores; on two cores 2 is faster (default: 1)")
     parser.add_argument("--list", action="store_true", help="show what would be run, and end")
     options = parser.parse_args(argv)
-    if options.seeds < 1:
-        parser.error(f"--seeds: expected at least 1, found {options.seeds}")
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: expected at least 1, found {getattr(options, name)}")
     if options.workers is None:
         options.workers = 4 if options.data_root else 0
     setting = real_setting(options.data_root) if options.data_root else embedded_setting()
@@ -116,21 +120,20 @@ def train_missing(tables: dict[str, Table], runs: Runs, seeds: Sequence[int], on
         return
     if not missing:
         return
-    trained = [config for config in missing if config.model.method != "zero-shot"]
-    each = seconds_of(trained[0].replace(**runs.settings)) if trained else 0.0
-    print(f"{len(missing)} to run, at about {each:.0f} s each on this machine: {duration(each * len(trained))}",
-          flush=True)
-    spent = 0.0
-    for number, config in enumerate(missing, 1):
-        started = time.monotonic()
-        runs.train(config)
-        seconds = time.monotonic() - started
+    left = sum(config.model.method != "zero-shot" for config in missing)  # zero-shot takes seconds
+    if left:
+        torch.set_num_threads(threads(runs.jobs))
+        trained = next(config for config in missing if config.model.method != "zero-shot")
+        each = seconds_of(trained.replace(**runs.settings))
+        print(f"{len(missing)} to run, at about {each:.0f} s each on this machine, {runs.jobs} at once: "
+              f"{duration(each * left / runs.jobs)}", flush=True)
+    times: list[float] = []
+    for number, (config, seconds) in enumerate(runs.train_all(missing), 1):
         if config.model.method != "zero-shot":
-            spent += seconds
-            trained = trained[1:]
-            each = spent / sum(config.model.method != "zero-shot" for config in missing[:number])
-        print(f"[{number}/{len(missing)}] {described(config)}   {seconds:.0f} s, "
-              f"{duration(each * len(trained))} left", flush=True)
+            times.append(seconds)
+            left -= 1
+        remaining = duration(sum(times) / len(times) * left / runs.jobs) if times else "some time"
+        print(f"[{number}/{len(missing)}] {described(config)}   {seconds:.0f} s, {remaining} left", flush=True)
 
 
 def write(number: str, table: Table, runs: Runs, seeds: Sequence[int], options: argparse.Namespace) -> None:

@@ -4,13 +4,18 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import multiprocessing
+import os
 import re
 import time
-from collections.abc import Iterable
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
 
 from upperson.checkpoint import load_checkpoint, write_atomically
 from upperson.config import Config
@@ -33,11 +38,13 @@ class Runs:
     Args:
         folder: every run has a folder of its own in it, named after what it trains and a hash of its configuration.
         settings: fields of the machine, such as device and workers, that every run gets.
+        jobs: runs that are trained at once, each in a process of its own and on its share of the cores.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
+    def __init__(self, folder: Path, settings: dict[str, Any], jobs: int = 1):
         self.folder = folder
         self.settings = settings
+        self.jobs = jobs
 
     def place(self, config: Config) -> Path:
         """The folder of a run: the same for configurations that give the same results."""
@@ -52,19 +59,41 @@ class Runs:
         place = self.place(config)
         return (place / RESULTS).exists() or (place / DIVERGED).exists()
 
-    def train(self, config: Config) -> None:
-        """Trains a run, or goes on with it; what it prints goes to a file beside its folder.
+    def train_all(self, configs: Sequence[Config]) -> Iterator[tuple[Config, float]]:
+        """Trains runs, and gives each with its seconds when it has ended, in any order."""
+        with ProcessPoolExecutor(
+            max_workers=self.jobs,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=torch.set_num_threads,
+            initargs=(threads(self.jobs),),
+        ) as processes:
+            started = {processes.submit(self.train, config): config for config in configs}
+            try:
+                for run in as_completed(started):
+                    yield started[run], run.result()
+            except BaseException:
+                processes.shutdown(cancel_futures=True)
+                raise
+
+    def train(self, config: Config) -> float:
+        """Trains a run, or goes on with it, and returns the seconds that took; what it prints goes to a log file.
 
         A run whose loss is no number any more is a result, and recorded as one.
         """
+        begun = time.monotonic()
         place = self.place(config)
         place.parent.mkdir(parents=True, exist_ok=True)
         config = config.replace(**self.settings, run_dir=place, resume=(place / CONFIG).exists())
         try:
-            with open(place.with_suffix(".log"), "a", encoding="utf-8") as log, redirect_stdout(log):
+            with ExitStack() as stack:
+                log = stack.enter_context(open(place.with_suffix(".log"), "a", encoding="utf-8"))
+                stack.enter_context(redirect_stdout(log))
+                if self.jobs > 1:
+                    stack.enter_context(redirect_stderr(log))  # progress bars of several runs would overwrite each other
                 fit(config)
         except Diverged as error:
             write_atomically(place / DIVERGED, json.dumps({"error": str(error)}).encode())
+        return time.monotonic() - begun
 
     def measured(self, row: Row, config: Config, both_directions: bool) -> dict[str, Any] | None:
         """What results.json of the run holds, or of its evaluation elsewhere or in both directions; None: diverged.
@@ -112,6 +141,11 @@ def seconds_of(config: Config) -> float:
     item = (time.monotonic() - started) / len(watched[:EVALUATED])
     epochs = config.train.epochs
     return epochs * len(splits["train"]) * step + item * ((epochs + 1) * len(watched) + 2 * len(splits["test"]))
+
+
+def threads(jobs: int) -> int:
+    """The share of the cores that each of so many processes gets."""
+    return max(1, (os.cpu_count() or 1) // jobs)
 
 
 def distinct(configs: Iterable[Config], runs: Runs) -> list[Config]:

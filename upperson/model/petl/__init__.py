@@ -12,8 +12,8 @@ What is fused: every prefix (kernels.prefix_attention, with λ = 1 for the vanil
 covers; they, LN-tuning, and the merging of low-rank updates into a weight, once a step, are plain PyTorch.
 """
 
-from upperson.model.petl.adapters import ADAPTERS, FROZEN, Adapter
+from upperson.model.petl.adapters import ADAPTERS, FROZEN, Adapter, LayerNormTuning
 from upperson.model.petl.low_rank import LOW_RANK, LoRA
 from upperson.model.petl.prefix import PREFIXES, Prefix
 
-__all__ = ["ADAPTERS", "FROZEN", "LOW_RANK", "PREFIXES", "Adapter", "LoRA", "Prefix"]
+__all__ = ["ADAPTERS", "FROZEN", "LOW_RANK", "PREFIXES", "Adapter", "LayerNormTuning", "LoRA", "Prefix"]

@@ -1,0 +1,183 @@
+"""Several adaptations of one backbone: each computes what its checkpoint does alone, and none disturbs another."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_model import TINY_CLIP, build, inputs, stirred
+
+from upperson.checkpoint import CheckpointError, load_model, save_checkpoint
+from upperson.config import Config, ModelConfig
+from upperson.model import UPPerson
+from upperson.switching import Adaptations
+
+CONFIGURATIONS = {
+    "cuhk": dict(),
+    "icfg": dict(prefix_length=5, lora_rank=4, depth_prefix=1, depth_lora=2, depth_adapter=1),
+    "rstp": dict(prefix="vanilla", lora="dora", adapter_attn="sequential", adapter_mlp="ln-tuning"),
+    "logits": dict(lora="none", adapter_attn="none", scale_target="logits", adapter_reduction=8),
+    "nothing": dict(method="zero-shot"),
+}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A tiny CLIP in a file."""
+    torch.manual_seed(5)
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY_CLIP))
+    save_file(open_clip.CLIP(**TINY_CLIP).state_dict(), tmp_path / "clip.safetensors")
+    return ModelConfig(str(tmp_path / "tiny.json"), str(tmp_path / "clip.safetensors"), (48, 16), prefix_length=3,
+                       lora_rank=2, adapter_reduction=4, backend="torch")
+
+
+def checkpoint(path, config, seed=0):
+    save_checkpoint(path, stirred(build(config, seed), seed).trained_parameters(), Config(config), {})
+    return path
+
+
+@pytest.fixture
+def files(tmp_path, tiny):
+    """A checkpoint of each of CONFIGURATIONS, all of one backbone."""
+    return {name: checkpoint(tmp_path / f"{name}.safetensors", replace(tiny, **changes), seed)
+            for seed, (name, changes) in enumerate(CONFIGURATIONS.items())}
+
+
+@pytest.fixture
+def adaptations(tiny, files):
+    adaptations = Adaptations(UPPerson(replace(tiny, method="zero-shot")))
+    for name, path in files.items():
+        adaptations.add(name, path)
+    return adaptations
+
+
+@torch.no_grad()
+def features(model):
+    images, tokens = inputs()
+    return torch.stack([model.encode_image(images), model.encode_text(tokens)])
+
+
+def test_each_is_its_checkpoint_alone_whatever_was_in_use_before(adaptations, files):
+    model = adaptations.model
+    alone = {name: load_model(path) for name, path in files.items()}
+    original = features(model)
+    assert adaptations.active == "original" and adaptations.names == ("original", *files)
+    assert torch.equal(original, features(alone["nothing"]))
+    for name in (*files, *reversed(files), "cuhk", "rstp", "cuhk"):
+        adaptations.use(name)
+        assert adaptations.active == name and model.config == alone[name].config
+        assert torch.equal(features(model), features(alone[name])), name
+        ours, theirs = model.trained_parameters(), alone[name].trained_parameters()
+        assert list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert {id(p) for p in ours.values()} == {id(p) for p in model.parameters() if p.requires_grad}
+        with model.zero_shot():
+            assert torch.equal(features(model), original)
+    adaptations.use("original")
+    assert torch.equal(features(model), original) and model.config.method == "zero-shot"
+    every = [features(each) for each in alone.values()]
+    assert all(not torch.equal(a, b) for i, a in enumerate(every) for b in every[:i])
+
+
+def test_a_model_with_modules_of_its_own_gets_them_back(files):
+    model = load_model(files["cuhk"])
+    expected, adaptations = features(model), Adaptations(model)
+    adaptations.add("rstp", files["rstp"])
+    assert torch.equal(features(model), expected)                       # adding changes nothing
+    adaptations.use("rstp")
+    assert not torch.equal(features(model), expected)
+    adaptations.use("original")
+    assert torch.equal(features(model), expected)
+
+
+def test_references_are_exchanged_and_nothing_is_copied(adaptations, files):
+    """The backbone's tensors and each adaptation's are the same objects before and after; so is randomness."""
+    model, state = adaptations.model, torch.get_rng_state()
+
+    def storage(parameters):
+        return {name: (id(parameter), parameter.data_ptr()) for name, parameter in parameters}
+
+    backbone = storage(model.clip.named_parameters())
+    found = []
+    for name in (*files, *files):
+        adaptations.use(name)
+        found.append(storage(model.trained_parameters().items()))
+        present = storage(model.clip.named_parameters())
+        assert {name: present[name] for name in backbone} == backbone
+        assert len(present) == len(backbone) + len(model.trained_parameters())
+    assert found[: len(files)] == found[len(files) :]
+    adaptations.add("again", files["cuhk"])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_dtype_of_the_backbone_is_kept(tiny, files):
+    model = UPPerson(replace(tiny, method="zero-shot")).double()
+    adaptations = Adaptations(model)
+    adaptations.add("rstp", files["rstp"])
+    adaptations.add("cuhk", files["cuhk"])
+    for name, dtype in (("rstp", torch.float64), ("cuhk", torch.bfloat16), ("rstp", torch.float32)):
+        model.to(dtype)
+        adaptations.use(name)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert model.encode_image(inputs(dtype)[0]).dtype == dtype
+
+
+def test_only_what_is_in_use_is_trained(adaptations):
+    adaptations.use("icfg")
+    before = {name: parameter.detach().clone() for name, parameter in adaptations.model.trained_parameters().items()}
+    adaptations.use("rstp")
+    images, tokens = inputs()
+    (adaptations.model.encode_image(images) * adaptations.model.encode_text(tokens)).sum().backward()
+    assert all(parameter.grad is not None for parameter in adaptations.model.trained_parameters().values())
+    adaptations.use("icfg")
+    for name, parameter in adaptations.model.trained_parameters().items():
+        assert parameter.grad is None and torch.equal(parameter, before[name])
+
+
+def test_the_backend_is_that_of_the_model(tiny, files):
+    adaptations = Adaptations(UPPerson(replace(tiny, backend="auto")))
+    adaptations.add("cuhk", files["cuhk"])
+    adaptations.use("cuhk")
+    assert adaptations.model.config == replace(tiny, backend="auto")
+
+
+def test_a_backbone_that_lay_elsewhere(tmp_path, tiny, files, adaptations):
+    moved = str(shutil.copy(tiny.pretrained, tmp_path / "moved.safetensors"))
+    path = checkpoint(tmp_path / "other.safetensors", replace(tiny, pretrained=moved))
+    with pytest.raises(CheckpointError, match=f"of another backbone, pretrained: {moved}, not {tiny.pretrained} as"):
+        adaptations.add("moved", path)
+    adaptations.add("moved", path, pretrained=tiny.pretrained)
+    adaptations.use("moved")
+    assert torch.equal(features(adaptations.model), features(load_model(path)))
+
+
+def test_refused(tmp_path, tiny, files, adaptations):
+    """With everything that was there before still in place."""
+    other = replace(tiny, model="embedded", pretrained="none", image_size=(32, 32))
+    full = replace(tiny, method="full")
+    random = replace(tiny, pretrained="none")
+    damaged = tmp_path / "damaged.safetensors"
+    save_checkpoint(damaged, {"image.blocks.0.lora.key_up": torch.zeros(2)}, Config(tiny), {})
+    adaptations.use("icfg")
+    expected = features(adaptations.model)
+    for path, message in (
+        (checkpoint(tmp_path / "other.safetensors", other),
+         rf"another backbone, model: embedded, not {tiny.model}; pretrained: none, not {tiny.pretrained}; "
+         r"image_size: \(32, 32\), not \(48, 16\) as in the model"),
+        (checkpoint(tmp_path / "full.safetensors", full), "full.safetensors: of method 'full'"),
+        (damaged, r"damaged.safetensors: .* missing: .*; 1 of another shape: image.blocks.0.lora.key_up \(2,\)"),
+        (tmp_path / "nowhere.safetensors", "nowhere.safetensors: there is no such file"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            adaptations.add("new", path)
+    with pytest.raises(CheckpointError, match="the name 'rstp' is taken; taken are original, cuhk, icfg, rstp"):
+        adaptations.add("rstp", files["cuhk"])
+    with pytest.raises(CheckpointError, match="there is no adaptation 'new'; there are original, cuhk, icfg, rstp"):
+        adaptations.use("new")
+    assert adaptations.active == "icfg" and torch.equal(features(adaptations.model), expected)
+    with pytest.raises(CheckpointError, match="method 'full' has a backbone of its own"):
+        Adaptations(UPPerson(full))
+    with pytest.raises(CheckpointError, match="pretrained: none, random weights"):
+        Adaptations(UPPerson(random)).add("new", checkpoint(tmp_path / "random.safetensors", random))
