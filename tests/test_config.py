@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from upperson.config import FIELDS, PRESETS, SECTIONS, Config, DataConfig, ModelConfig, TrainConfig, parse_arguments
+from upperson.command_line import parse_arguments
+from upperson.config import FIELDS, PRESETS, SECTIONS, Config, DataConfig, ModelConfig, TrainConfig
 
 
 def field_values(config):
@@ -23,6 +24,8 @@ def test_field_names_are_unique_across_the_sections():
         ("cuhk-pedes", dict(prefix_length=10, lora_rank=32, learning_rate=1e-3)),
         ("icfg-pedes", dict(prefix_length=14, lora_rank=32, learning_rate=1e-3)),
         ("rstpreid", dict(prefix_length=2, lora_rank=16, learning_rate=1e-4)),
+        ("cuhk-pedes-released", dict(prefix_length=10, lora_rank=32, prefix_scale=100, selection="best-on-test")),
+        ("rstpreid-released", dict(prefix_length=2, learning_rate=1e-4, prefix_scale=100, selection="best-on-test")),
         ("flickr30k", dict(prefix_length=10, lora_rank=32, learning_rate=1e-3, image_size=(224, 224))),
         ("mscoco", dict(prefix_length=10, lora_rank=32, learning_rate=1e-3, image_size=(224, 224))),
     ],
@@ -30,7 +33,7 @@ def test_field_names_are_unique_across_the_sections():
 def test_presets(preset, expected):
     values = field_values(PRESETS[preset])
     assert values | expected == values
-    assert values["dataset"] == preset
+    assert values["dataset"] == preset.removesuffix("-released")
     if preset != "embedded":
         recipe = dict(
             model="ViT-B-16-quickgelu", pretrained="openai", image_size=(384, 128), prefix_scale=10,

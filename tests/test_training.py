@@ -127,7 +127,7 @@ def test_a_run_leaves_everything_it_promises(config, capsys):
 
     shown = capsys.readouterr().out
     assert (run_dir / "results.md").read_text().splitlines()[0] in shown
-    assert "10 people" in shown and "top10.png" in shown
+    assert "10 identities" in shown and "top10.png" in shown
 
 
 def test_only_the_adaptation_is_trained_and_the_checkpoint_reproduces_the_result(config):

@@ -1,111 +1,26 @@
-"""The configuration of a run: three dataclasses, presets by data set, the command line, and JSON.
+"""The configuration of a run: three dataclasses, presets, and JSON.
 
-Every field is one command-line flag (`prefix_length` is `--prefix-length`); its type, bounds and help stand in
-the dataclass and nowhere else.
+Every field's type, bounds and help stand here and nowhere else; command_line.py makes flags of them.
 """
 
-import argparse
 import dataclasses
 import json
-import math
 import re
-import types
 import typing
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from upperson.losses import parse_losses
+from upperson.options import Checked, fields_of, option
 
 SELECTIONS = {
     "val": "best R@1 on the validation split",
-    "last": "last epoch, as the data set has no validation split",
+    "last": "last epoch, which is reported where a data set has no validation split",
     "best-on-test": "best R@1 on the TEST split, as the released code does; optimistic",
     "none": "nothing was trained, so there was no epoch to select",
 }
-
-
-def option(
-    default: Any,
-    text: str,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    changes_results: bool = True,
-    metavar: tuple[str, ...] | None = None,
-    added: bool = False,
-) -> Any:
-    """A field with its help text and bounds, which hold for each number of a tuple.
-
-    `changes_results=False`: may differ when a run is resumed. `metavar`: what the numbers of a tuple are.
-    `added`: there are files from before this field; they mean its default.
-    """
-    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-    return field(
-        default=default,
-        metadata={
-            "help": text,
-            "changes_results": changes_results,
-            "metavar": metavar,
-            "added": added,
-            "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
-        },
-    )
-
-
-def _fields_of(section: type) -> list[tuple[dataclasses.Field, Any]]:
-    hints = typing.get_type_hints(section)
-    return [(spec, hints[spec.name]) for spec in dataclasses.fields(section)]
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in arguments
-    if origin is tuple:
-        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(_is_a, value, arguments))
-    if arguments:
-        return any(_is_a(value, kind) for kind in arguments)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _in_words(hint: Any) -> str:
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if typing.get_origin(hint) is tuple:
-        return f"{len(arguments)} values of type {arguments[0].__name__}"
-    return " or ".join(
-        {float: "a finite number", int: "a whole number", types.NoneType: "none"}.get(kind, kind.__name__)
-        for kind in arguments or (hint,)
-    )
-
-
-def _within(number: float, name: str, bound: float) -> bool:
-    return {"at least": number >= bound, "above": number > bound, "at most": number <= bound, "below": number < bound}[
-        name
-    ]
-
-
-class _Checked:
-    """Types and bounds of every field, checked on construction (ValueError names field, value and limits)."""
-
-    def __post_init__(self) -> None:
-        for spec, hint in _fields_of(type(self)):
-            value = getattr(self, spec.name)
-            if not _is_a(value, hint):
-                raise ValueError(f"{spec.name}: {value!r} is not allowed; expected {_in_words(hint)}")
-            numbers = value if isinstance(value, tuple) else (value,)
-            for name, bound in spec.metadata["bounds"].items():
-                if any(number is not None and not _within(number, name, bound) for number in numbers):
-                    raise ValueError(f"{spec.name}: {value!r} is not allowed; it must be {name} {bound:g}")
 
 
 AdapterKind = Literal["l-parallel", "l-sequential", "parallel", "sequential", "ln-tuning", "none"]
@@ -123,7 +38,7 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class ModelConfig(_Checked):
+class ModelConfig(Checked):
     """The backbone and what is added to it. Depths count blocks from the input."""
 
     model: str = option(
@@ -192,7 +107,7 @@ Dataset = Literal[EmbeddedDataset, "cuhk-pedes", "icfg-pedes", "rstpreid", "flic
 
 
 @dataclass(frozen=True)
-class DataConfig(_Checked):
+class DataConfig(Checked):
     """What is read, and how a training pair is made of it."""
 
     dataset: Dataset = option(
@@ -215,9 +130,14 @@ class DataConfig(_Checked):
         4, "processes that load images; 0: none besides the main one", at_least=0, changes_results=False
     )
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the images are drawn at run time, not read from files."""
+        return self.dataset in typing.get_args(EmbeddedDataset)
+
 
 @dataclass(frozen=True)
-class TrainConfig(_Checked):
+class TrainConfig(Checked):
     """Optimisation, evaluation, and where the results go."""
 
     epochs: int = option(60, "passes over the training split", at_least=1)
@@ -307,8 +227,8 @@ class Config:
         _same_keys(content, SECTIONS, "configuration")
         parts = {}
         for part, section in SECTIONS.items():
-            hints = {spec.name: hint for spec, hint in _fields_of(section)}
-            added = {spec.name for spec, _ in _fields_of(section) if spec.metadata["added"]}
+            hints = {spec.name: hint for spec, hint in fields_of(section)}
+            added = {spec.name for spec, _ in fields_of(section) if spec.metadata["added"]}
             _same_keys(content[part], hints, part, added)
             parts[part] = section(**{name: _from_plain(value, hints[name]) for name, value in content[part].items()})
         return Config(**parts)
@@ -328,12 +248,8 @@ SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": 
 FIELDS = {spec.name: part for part, section in SECTIONS.items() for spec in dataclasses.fields(section)}
 
 _BACKBONE = {"model": "ViT-B-16-quickgelu", "pretrained": "openai", "image_size": (384, 128)}
-PRESETS: dict[str, Config] = {
-    "embedded": Config(
-        ModelConfig(prefix_length=4, lora_rank=8, adapter_reduction=4),
-        DataConfig(workers=0, mask_captions=False, embedded_identities=(1200, 100, 200)),
-        TrainConfig(epochs=8, batch_size=64, warmup_epochs=1, learning_rate=3e-3, adam_epsilon=1e-8),
-    ),
+_GENERAL = _BACKBONE | {"image_size": (224, 224)}
+_PAPER: dict[str, Config] = {
     "cuhk-pedes": Config(ModelConfig(**_BACKBONE), DataConfig(dataset="cuhk-pedes")),
     "icfg-pedes": Config(ModelConfig(**_BACKBONE, prefix_length=14), DataConfig(dataset="icfg-pedes")),
     "rstpreid": Config(
@@ -341,130 +257,20 @@ PRESETS: dict[str, Config] = {
         DataConfig(dataset="rstpreid"),
         TrainConfig(learning_rate=1e-4),
     ),
-    "flickr30k": Config(ModelConfig(**_BACKBONE | {"image_size": (224, 224)}), DataConfig(dataset="flickr30k")),
-    "mscoco": Config(ModelConfig(**_BACKBONE | {"image_size": (224, 224)}), DataConfig(dataset="mscoco")),
 }
-
-
-def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argparse.ArgumentParser] = ()) -> Config:
-    """The configuration of a command line (None: of this process).
-
-    The preset, or the configuration of the run named by `--resume RUN_DIR`, gives every value; single flags
-    override it. Flags of `parents` (parsers with add_help=False) are accepted and stand in the help, but are no
-    part of the configuration. Bad input ends the program with status 2 and one line, as argparse does.
-    """
-    chooser = _parser(add_help=False)
-    _add_choosers(chooser)
-    choice, _ = chooser.parse_known_args(argv)
-    base, resume = PRESETS[choice.preset or "embedded"], {}
-    if choice.resume is not None:
-        resume = {"resume": True}
-        if choice.resume:
-            if choice.preset:
-                chooser.error("--preset and --resume RUN_DIR exclude each other: the run has its own configuration")
-            base = _configuration_of_run(Path(choice.resume), chooser)
-            resume["run_dir"] = Path(choice.resume)
-
-    parser = _parser(
-        description="Train UP-Person for text-based person retrieval. Without arguments: the embedded data set and "
-        "the embedded CLIP, no network needed. The defaults shown are those of "
-        f"{'the run' if resume.get('run_dir') else 'preset ' + (choice.preset or 'embedded')}; "
-        "'--preset NAME --help' shows another's.",
-        parents=parents,
-    )
-    _add_choosers(parser)
-    for part, section in SECTIONS.items():
-        group = parser.add_argument_group({"train": "training"}.get(part, part))
-        for spec, hint in _fields_of(section):
-            if spec.name != "resume":
-                _add_flag(group, spec, hint, getattr(getattr(base, part), spec.name))
-    given = {
-        name: value for name, value in vars(parser.parse_args(argv)).items() if name in FIELDS and name != "resume"
-    }
-    if resume.get("run_dir") and given.get("run_dir", resume["run_dir"]) != resume["run_dir"]:
-        parser.error(f"--run-dir {given['run_dir']} is not the run of --resume {resume['run_dir']}")
-    if resume and not (resume.get("run_dir") or given.get("run_dir")):
-        parser.error("--resume: name the run, --resume RUN_DIR")
-    try:
-        return base.replace(**given | resume)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def _parser(**settings: Any) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog="train.py",
-        usage="python train.py [--preset NAME] [--FLAG VALUE ...]",
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
-        **settings,
-    )
-
-
-def _add_choosers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", choices=list(PRESETS), help="where all other values come from (default: embedded)")
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="RUN_DIR",
-        help=TrainConfig.__dataclass_fields__["resume"].metadata["help"],
-    )
-
-
-def _add_flag(group: argparse._ArgumentGroup, spec: dataclasses.Field, hint: Any, default: Any) -> None:
-    shown = (
-        " ".join(map(str, default))
-        if isinstance(default, tuple)
-        else str(default).lower()
-        if default is None or isinstance(default, bool)
-        else default
-    )
-    settings: dict[str, Any] = {
-        "default": argparse.SUPPRESS,
-        "help": f"{spec.metadata['help']} (default: {shown})".replace("%", "%%"),
-    }
-    if hint is bool:
-        settings["action"] = argparse.BooleanOptionalAction
-    elif typing.get_origin(hint) is Literal:
-        settings["choices"] = typing.get_args(hint)
-    elif typing.get_origin(hint) is tuple:
-        settings |= {
-            "nargs": len(spec.metadata["metavar"]),
-            "type": int,
-            "metavar": spec.metadata["metavar"],
-            "action": _StoreTuple,
-        }
-    else:
-        options = [kind for kind in typing.get_args(hint) or (hint,) if kind is not types.NoneType]
-        settings |= {
-            "type": _optional(options[0]) if typing.get_args(hint) else hint,
-            "metavar": {int: "N", float: "X"}.get(options[0], options[0].__name__.upper()),
-        }
-    group.add_argument("--" + spec.name.replace("_", "-"), **settings)
-
-
-class _StoreTuple(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, tuple(values))
-
-
-def _optional(kind: type) -> Any:
-    def convert(text: str) -> Any:
-        return None if text.lower() == "none" else kind(text)
-
-    convert.__name__ = f"{kind.__name__} or none"
-    return convert
-
-
-def _configuration_of_run(run_dir: Path, parser: argparse.ArgumentParser) -> Config:
-    path = run_dir / "config.json"
-    try:
-        return Config.from_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        parser.error(f"--resume {run_dir}: there is no run to continue, {path} cannot be read ({error.strerror})")
-    except ValueError as error:
-        parser.error(f"--resume {run_dir}: {path}: {error}")
+PRESETS: dict[str, Config] = {
+    "embedded": Config(
+        ModelConfig(prefix_length=4, lora_rank=8, adapter_reduction=4),
+        DataConfig(workers=0, mask_captions=False, embedded_identities=(1200, 100, 200)),
+        TrainConfig(epochs=8, batch_size=64, warmup_epochs=1, learning_rate=3e-3, adam_epsilon=1e-8),
+    ),
+    **_PAPER,
+    # Where the released code differs from the paper: λ starts at 100, the reported epoch is the best on the test split.
+    **{f"{name}-released": config.replace(prefix_scale=100.0, selection="best-on-test")
+       for name, config in _PAPER.items()},
+    "flickr30k": Config(ModelConfig(**_GENERAL), DataConfig(dataset="flickr30k")),
+    "mscoco": Config(ModelConfig(**_GENERAL), DataConfig(dataset="mscoco")),
+}  # fmt: skip
 
 
 def _from_plain(value: Any, hint: Any) -> Any:

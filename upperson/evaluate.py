@@ -15,7 +15,7 @@ from typing import Any
 
 from kernels.tiles import TilesError
 from upperson.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_model, write_atomically
-from upperson.config import SELECTIONS, Config, DataConfig, Dataset, EmbeddedDataset
+from upperson.config import SELECTIONS, Config, DataConfig, Dataset
 from upperson.data import DataError, Sample, check_images, gallery
 from upperson.metrics import Retrieval, RetrievalError
 from upperson.model import BackboneError
@@ -107,7 +107,7 @@ def evaluate_checkpoint(
     """
     device, precision = resources(config.train)
     samples = read_splits(config.data, need=[split])[split]
-    if config.data.dataset not in typing.get_args(EmbeddedDataset):
+    if not config.data.is_drawn:
         check_images(samples)
     backend = config.model.backend
     if device.type == "cpu" and backend == "triton":

@@ -78,7 +78,7 @@ def fit(config: Config) -> RunResult:
     if not model.trained_parameters() and config.model.method != "zero-shot":
         raise RunError("nothing to train: prefix, lora, the adapters and their depths leave no module in any block; "
                        "--method zero-shot evaluates without training")
-    if config.data.check_images and not config.data.dataset.startswith("embedded"):
+    if config.data.check_images and not config.data.is_drawn:
         check_images(itertools.chain.from_iterable(splits.values()))
     run_dir = config.train.run_dir if config.train.resume else claim_folder(config)
     announce(config, model, splits, run_dir, device, precision)
@@ -385,12 +385,10 @@ class Training:
     def save_checkpoints(self) -> None:
         """The parameters of the epoch that has just ended, and of the best so far."""
         history = self.progress.history
-        for name, parameters, entry in (
-            (run_folder.BEST, self.best, history[self.progress.best_epoch]),
-            (run_folder.LAST, self.adaptation, history[-1]),
-        ):
-            found = {"split": self.watched, "selection": self.selection, **entry}
-            save_checkpoint(self.run_dir / name, parameters, self.config, found)
+        best = {"selection": self.selection, "split": self.watched, **history[self.progress.best_epoch]}
+        save_checkpoint(self.run_dir / run_folder.BEST, self.best, self.config, best)
+        last = {"selection": "last", "split": self.watched, **history[-1]}
+        save_checkpoint(self.run_dir / run_folder.LAST, self.adaptation, self.config, last)
 
 
 def resources(settings: TrainConfig) -> tuple[torch.device, str]:
@@ -421,7 +419,7 @@ def announce(
     for split, samples in splits.items():
         print(
             f"{split:<7} {len(samples):,} captions of {len({s.image_id for s in samples}):,} images of "
-            f"{len({s.person_id for s in samples}):,} people"
+            f"{len({s.person_id for s in samples}):,} identities"
         )
     trained, everything = count(model.trained_parameters().values()), count(model.parameters())
     print(

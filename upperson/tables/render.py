@@ -81,7 +81,7 @@ def comma_separated(number: str, rows: Sequence[Measured], directions: Sequence[
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["table", "row", "seed", "trained_parameters", "direction", "metric", "percent"])
     for row in rows:
-        for seed, run in zip(seeds, row.runs, strict=True):
+        for seed, run in zip(seeds, row.runs, strict=False):  # zero-shot CLIP has one run for all seeds
             for direction in directions:
                 for metric in METRICS:
                     found = [run["trained_parameters"], direction, metric, run[direction][metric]] if run else [

@@ -59,10 +59,12 @@ def embedded_setting() -> Setting:
 
 def real_setting(root: Path) -> Setting:
     """The presets; every data set is in a folder of its own below `root`."""
-    presets = {name: PRESETS[name].replace(data_root=root) for name in PRESETS if name != "embedded"}
-    general = {name: presets.pop(name) for name in ("flickr30k", "mscoco")}
+    people, general = (
+        {name: PRESETS[name].replace(data_root=root) for name in names}
+        for names in (("cuhk-pedes", "icfg-pedes", "rstpreid"), ("flickr30k", "mscoco"))
+    )
     return Setting(
-        presets,
+        people,
         general,
         {"method": "full", "learning_rate": FULL_LEARNING_RATE},
         {"lora_rank": (8, 16, 32, 64), "prefix_length": (2, 6, 10, 14, 18), "adapter_reduction": (4, 8, 16, 32)},
@@ -76,7 +78,6 @@ def build_tables(setting: Setting, dataset: str) -> dict[str, Table]:
     def table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
         return Table(f"{title}, {dataset}", tuple(Row(name, base.replace(**changes)) for name, changes in rows.items()))
 
-    plain_lambda = {"prefix_scale": base.model.prefix_scale}
     return {
         "V": table(
             "The parts of UP-Person, alone and together",
@@ -148,8 +149,7 @@ def build_tables(setting: Setting, dataset: str) -> dict[str, Table]:
         ),
         "figure6": table(
             "LoRA's rank, prefix length and adapter reduction",
-            {f"{field} {value}": {field: value} | plain_lambda
-             for field, values in setting.sweeps.items() for value in values},
+            {f"{field} {value}": {field: value} for field, values in setting.sweeps.items() for value in values},
         ),
         "figure7": table("What captions find", {"UP-Person": {}}),
     }  # fmt: skip

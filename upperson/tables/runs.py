@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -59,21 +59,22 @@ class Runs:
         place = self.place(config)
         return (place / RESULTS).exists() or (place / DIVERGED).exists()
 
-    def train_all(self, configs: Sequence[Config]) -> Iterator[tuple[Config, float]]:
+    def processes(self) -> ProcessPoolExecutor:
+        """As many processes as there are jobs, each with its share of the cores."""
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        return ProcessPoolExecutor(
+            self.jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+        )
+
+    def train_all(self, configs: Sequence[Config], processes: ProcessPoolExecutor) -> Iterator[tuple[Config, float]]:
         """Trains runs, and gives each with its seconds when it has ended, in any order."""
-        with ProcessPoolExecutor(
-            max_workers=self.jobs,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=torch.set_num_threads,
-            initargs=(threads(self.jobs),),
-        ) as processes:
-            started = {processes.submit(self.train, config): config for config in configs}
-            try:
-                for run in as_completed(started):
-                    yield started[run], run.result()
-            except BaseException:
-                processes.shutdown(cancel_futures=True)
-                raise
+        started = {processes.submit(self.train, config): config for config in configs}
+        try:
+            for run in as_completed(started):
+                yield started[run], run.result()
+        except BaseException:
+            processes.shutdown(cancel_futures=True)
+            raise
 
     def train(self, config: Config) -> float:
         """Trains a run, or goes on with it, and returns the seconds that took; what it prints goes to a log file.
@@ -89,7 +90,7 @@ class Runs:
                 log = stack.enter_context(open(place.with_suffix(".log"), "a", encoding="utf-8"))
                 stack.enter_context(redirect_stdout(log))
                 if self.jobs > 1:
-                    stack.enter_context(redirect_stderr(log))  # progress bars of several runs would overwrite each other
+                    stack.enter_context(redirect_stderr(log))  # several progress bars overwrite each other
                 fit(config)
         except Diverged as error:
             write_atomically(place / DIVERGED, json.dumps({"error": str(error)}).encode())
@@ -131,9 +132,9 @@ def seconds_of(config: Config) -> float:
         training = Training(config, model, splits, Path(folder), device, precision, Interruption())
         for batch in itertools.islice(training.loader, 2):
             started = time.monotonic()
-            training.step(batch)
-            # The first pays for what is done once. Loading is about as long as the step of the embedded model.
-            seconds = time.monotonic() - started
+            with suppress(Diverged):
+                training.step(batch)
+            seconds = time.monotonic() - started  # the first batch pays for what is done once
         step = seconds / len(batch["person_ids"])
         training.log.close()
     started = time.monotonic()
@@ -141,11 +142,6 @@ def seconds_of(config: Config) -> float:
     item = (time.monotonic() - started) / len(watched[:EVALUATED])
     epochs = config.train.epochs
     return epochs * len(splits["train"]) * step + item * ((epochs + 1) * len(watched) + 2 * len(splits["test"]))
-
-
-def threads(jobs: int) -> int:
-    """The share of the cores that each of so many processes gets."""
-    return max(1, (os.cpu_count() or 1) // jobs)
 
 
 def distinct(configs: Iterable[Config], runs: Runs) -> list[Config]:

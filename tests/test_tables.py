@@ -1,0 +1,264 @@
+"""The tables: their rows, that nothing is trained twice, what is printed and written, and Table IV's costs."""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_training import TINY_CLIP
+
+from upperson.checkpoint import load_model
+from upperson.config import PRESETS
+from upperson.report import METRICS
+from upperson.retrieval import embed
+from upperson.splits import read_splits
+from upperson.tables import __main__ as command
+from upperson.tables.efficiency import Peak, measure, methods
+from upperson.tables.render import paper_figures
+from upperson.tables.rows import Setting, build_tables, embedded_setting, real_setting
+from upperson.tables.runs import Runs, distinct
+
+SETTINGS = {"embedded": (embedded_setting(), "embedded"), "real": (real_setting(Path("/data")), "cuhk-pedes")}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """One epoch of a tiny random CLIP on a few drawings."""
+    path = tmp_path_factory.mktemp("model") / "tiny.json"
+    path.write_text(json.dumps(TINY_CLIP))
+    tiny = PRESETS["embedded"].replace(
+        model=str(path), pretrained="none", image_size=(48, 16), embedded_identities=(6, 2, 3), embedded_views=2,
+        epochs=1, warmup_epochs=0, batch_size=8, device="cpu", backend="torch",
+    )  # fmt: skip
+    scenes = tiny.replace(embedded_identities=(8, 4, 6))
+    return Setting(
+        {name: tiny.replace(dataset=name) for name in ("embedded", "embedded-night")},
+        {name: scenes.replace(dataset=name) for name in ("embedded-scenes", "embedded-scenes-night")},
+        {"method": "full", "learning_rate": 1e-4},
+        {"lora_rank": (1, 2), "prefix_length": (1, 4)},
+    )
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("tables")
+
+
+@pytest.fixture
+def run(setting, output, monkeypatch):
+    """run("V", …) is the command on that setting, its status; all tests share the runs."""
+    monkeypatch.setattr(command, "embedded_setting", lambda: setting)
+    return lambda *arguments: command.main([*arguments, "--output", str(output)])
+
+
+# ------------------------------------------------------------------------------------ rows
+
+
+@pytest.mark.parametrize("where", SETTINGS)
+def test_the_tables_are_those_of_the_paper(where):
+    tables = build_tables(*SETTINGS[where])
+    assert ("IV", *tables) == command.NUMBERS
+    titles = {number: [row.config.model.title for row in table.rows] for number, table in tables.items()}
+    assert titles["V"] == ["zero-shot CLIP", "full fine-tuning", "S-Prefix", "LoRA", "L-Adapter", "S-Prefix + LoRA",
+                           "S-Prefix + L-Adapter", "LoRA + L-Adapter", "UP-Person"]
+    assert titles["VI"] == ["UP-Person", "S-Prefix + DoRA + L-Adapter", "S-Prefix + WoRA + L-Adapter"]
+    assert [(row.config.model.prefix_scale, title) for row, title in
+            zip(tables["VII"].rows, titles["VII"], strict=True)][1:] == [
+        *((scale, "S-Prefix") for scale in (10, 50, 100, 150, 300, 500)), (10, "UP-Person"), (30, "UP-Person"),
+        (50, "UP-Person")]
+    assert titles["VII"][0] == "prefix"
+    assert [row.config.model.adapter_attn for row in tables["VIII"].rows] == [
+        "ln-tuning", "sequential", "l-sequential", "parallel", "l-parallel"]
+    assert {(row.config.model.adapter_attn, row.config.model.adapter_mlp) for row in tables["IX"].rows} == {
+        (a, b) for a in ("parallel", "l-parallel") for b in ("parallel", "l-parallel")}
+    assert [row.config.train.losses for row in tables["X"].rows] == ["sdm", "itc", "sdm+itc", "sdm+id", "sdm+id+mlm"]
+    for number in ("XI", "XIII"):
+        assert all(row.config.data.dataset != row.tested_on.data.dataset for row in tables[number].rows
+                   if row.tested_on is not None)
+    assert tables["XII"].both_directions and not tables["V"].both_directions
+
+
+@pytest.mark.parametrize("where", SETTINGS)
+def test_rows_of_a_table_are_different_runs_and_tables_share_theirs(where):
+    tables, runs = build_tables(*SETTINGS[where]), Runs(Path("x"), {})
+    for number, table in tables.items():
+        places = [(runs.place(row.config), row.tested_on and row.tested_on.data.dataset) for row in table.rows]
+        assert len(set(places)) == len(table.rows) - 2 * (number == "figure6")      # its sweeps meet in one run
+        assert len({row.name for row in table.rows}) == len(table.rows)
+    shared = [runs.place(table.rows[index].config) for table, index in
+              ((tables["V"], 8), (tables["VI"], 0), (tables["VIII"], 4), (tables["IX"], 3), (tables["X"], 0))]
+    assert len(set(shared)) == 1
+    config = tables["V"].rows[0].config
+    assert runs.place(config) == runs.place(config.replace(workers=3, device="cpu"))
+    assert runs.place(config.replace(seed=2)).parent == runs.place(config).parent
+
+
+def test_the_papers_figures_have_rows_and_sources():
+    tables = build_tables(*SETTINGS["real"])
+    numbers = [number for number in tables if paper_figures(number)]
+    assert numbers
+    for number in numbers:
+        for row, (value, source) in paper_figures(number).items():
+            assert row in {known.name for known in tables[number].rows}
+            assert 0 < float(value) < 100 and source
+
+
+# ------------------------------------------------------------------------------------ running
+
+
+def test_a_table_from_its_command(run, setting, output, capsys):
+    assert run("V", "--seeds", "2", "--jobs", "2") == 0
+    shown = capsys.readouterr().out
+    assert "17 to run, at about" in shown and "[17/17]" in shown
+    rows = build_tables(setting, "embedded")["V"].rows
+    text = (output / "V-embedded.md").read_text()
+    assert text in shown and "68.19" in text and "2 seeds, mean ± standard deviation" in text
+    with open(output / "V-embedded.csv", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    runs = Runs(output / "runs", {})
+    for row in rows:
+        line = next(line for line in text.splitlines() if line.startswith(f"| {row.name} "))
+        seeds = (1,) if row.name == "zero-shot CLIP" else (1, 2)
+        results = [json.loads((runs.place(row.config.replace(seed=seed)) / "results.json").read_text())
+                   for seed in seeds]
+        values = [found["adapted"]["mAP"] for found in results]
+        assert [float(entry["percent"]) for entry in lines
+                if entry["row"] == row.name and entry["metric"] == "mAP"] == values
+        expected = f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+        assert f" {expected} " in line and f"{results[0]['trained_parameters']:,}" in line
+    Image.open(output / "V-embedded.png").verify()
+
+
+def test_nothing_is_trained_twice(run, setting, output, capsys):
+    run("V")
+    capsys.readouterr()
+    runs = Runs(output / "runs", {})
+    places = [runs.place(row.config) for row in build_tables(setting, "embedded")["V"].rows]
+    before = [(place / "results.json").stat().st_mtime_ns for place in places]
+    assert run("V") == 0
+    assert "9 runs, 9 of them are there already" in (shown := capsys.readouterr().out) and "to run" not in shown
+    assert [(place / "results.json").stat().st_mtime_ns for place in places] == before
+
+    # A run that was stopped goes on: the finished one again writes the same results, from its saved state.
+    whole = (places[-1] / "results.json").read_bytes()
+    (places[-1] / "results.json").unlink()
+    assert run("V") == 0
+    assert "9 runs, 8 of them" in capsys.readouterr().out
+    assert (places[-1] / "results.json").read_bytes() == whole
+    assert "continuing in epoch 2" in places[-1].with_suffix(".log").read_text()
+
+
+def test_listing_trains_nothing(run, output, capsys):
+    assert run("VI", "--list") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("missing  ") == 2 or shown.count("missing  ") == 3
+    assert not (output / "VI-embedded.md").exists()
+
+
+def test_tested_on_another_data_set(run, setting, output, capsys):
+    assert run("XI") == 0
+    text = (output / "XI-embedded.md").read_text()
+    row = next(row for row in build_tables(setting, "embedded")["XI"].rows
+               if row.name == "UP-Person, embedded-night → embedded")
+    model = load_model(Runs(output / "runs", {}).place(row.config) / "best.safetensors")
+    expected = embed(model, read_splits(row.tested_on.data)["test"]).text_to_image().metrics
+    line = next(line for line in text.splitlines() if line.startswith(f"| {row.name} "))
+    assert [f"{expected[name]:.2f}" for name in METRICS] == line.replace("|", " ").split()[-5:]
+
+
+def test_both_directions(run, setting, output):
+    assert run("XII") == 0
+    header, _, *lines = [line for line in (output / "XII-embedded-scenes.md").read_text().splitlines()
+                         if line.startswith("|")]
+    assert "R@1, text → image" in header and "mINP, image → text" in header and len(lines) == 6
+    row = build_tables(setting, "embedded")["XII"].rows[2]
+    model = load_model(Runs(output / "runs", {}).place(row.config) / "best.safetensors")
+    found = embed(model, read_splits(row.config.data)["test"])
+    cells = next(line for line in lines if line.startswith(f"| {row.name} ")).replace("|", " ").split()
+    assert cells[-10] == f"{found.text_to_image().metrics['R@1']:.2f}"
+    assert cells[-5] == f"{found.image_to_text().metrics['R@1']:.2f}"
+
+
+def test_figures(run, output):
+    assert run("figure6", "figure7") == 0
+    for name in ("figure6-embedded.png", "figure7-embedded.png"):
+        Image.open(output / name).verify()
+    assert "lora_rank 1" in (output / "figure6-embedded.csv").read_text()
+
+
+def test_a_run_that_diverges_is_a_result(run, setting, output, capsys, monkeypatch):
+    monkeypatch.setitem(setting.full, "learning_rate", 1e30)
+    assert run("V") == 0
+    line = next(line for line in (output / "V-embedded.md").read_text().splitlines() if "full fine-tuning" in line)
+    assert line.count("diverged") == 5
+    capsys.readouterr()
+    assert run("V") == 0 and "9 runs, 9 of them are there already" in capsys.readouterr().out
+
+
+def test_distinct_keeps_the_order():
+    tables, runs = build_tables(*SETTINGS["embedded"]), Runs(Path("x"), {})
+    configs = [row.config for number in ("VI", "V") for row in tables[number].rows]
+    found = distinct(configs, runs)
+    assert len(found) == len(configs) - 1 and found[0] == configs[0] and found[1] == configs[1]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["II"], "invalid choice: 'II'"),
+    (["V", "--seeds", "0"], "--seeds: expected at least 1, found 0"),
+    (["V", "--jobs", "0"], "--jobs: expected at least 1, found 0"),
+    (["V", "--dataset", "cuhk-pedes"], "found cuhk-pedes; the real ones need --data-root"),
+])
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_missing_data_set_is_one_line(tmp_path, capsys):
+    assert command.main(["V", "--data-root", str(tmp_path / "none"), "--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "does not exist" in error and error.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------ Table IV
+
+
+def test_costs(setting):
+    found = {name: measure(config, 4) for name, config in methods(setting, "embedded").items()}
+    trained = {name: cost.trained_parameters for name, cost in found.items()}
+    assert trained["zero-shot CLIP"] == 0 and found["zero-shot CLIP"].step_gflops == 0
+    assert trained["UP-Person"] == trained["S-Prefix"] + trained["LoRA"] + trained["L-Adapter"]
+    assert found["UP-Person"].all_parameters == found["zero-shot CLIP"].all_parameters + trained["UP-Person"]
+
+    # Zero-shot inference by hand: 13 tokens of the image, 24 of the text, width 32, two blocks each.
+    tokens, width = (13, 24), 32
+    linear = sum(2 * 2 * n * 12 * width**2 for n in tokens)
+    attention = sum(2 * 2 * 2 * n * n * width for n in tokens)
+    patches, projections = 2 * 12 * (3 * 64) * width, 2 * 2 * width * 16
+    by_hand = linear + attention + patches + projections
+    assert 1e9 * found["zero-shot CLIP"].inference_gflops == pytest.approx(by_hand, rel=0.01)
+    assert found["UP-Person"].inference_gflops > found["LoRA"].inference_gflops > 0
+    assert found["full fine-tuning"].step_gflops > found["S-Prefix"].step_gflops > 0
+    assert all(cost.query_seconds > 0 for cost in found.values())
+
+
+@pytest.mark.skipif(not Peak.CLEAR.exists(), reason="only Linux tells the peak of a process's memory")
+def test_peak_memory():
+    peak = Peak(torch.device("cpu"))
+    block = torch.ones(50_000_000)
+    del block
+    assert 190 < peak.megabytes() < 260
+    assert Peak(torch.device("cpu")).megabytes() < 20
+
+
+def test_costs_from_the_command(run, output, monkeypatch, capsys):
+    monkeypatch.setattr(command, "real_setting", lambda root: command.embedded_setting())
+    monkeypatch.setattr(command, "EMBEDDED_BATCH", 4)
+    monkeypatch.setattr(command.efficiency, "measure_apart", measure)
+    monkeypatch.setattr(command, "FULL_SIZE", "embedded")
+    assert run("IV") == 0
+    text = (output / "IV-embedded.md").read_text()
+    assert text in capsys.readouterr().out and "GFLOPs" in text and text.count("| UP-Person") == 2
