@@ -184,6 +184,51 @@ def test_other_losses_are_another_run(config, whole):
     assert first[2] == pytest.approx(first[0] + 0.5 * first[1], rel=1e-5) and first[1] > 0
 
 
+def test_zero_shot_is_a_run_without_training(config, whole, capsys):
+    results = fit(config.replace(method="zero-shot")).results
+    run_dir = config.train.run_dir
+    trained = json.loads((whole / "results.json").read_text())
+    assert results["adapted"] == results["zero_shot"] == trained["zero_shot"]
+    assert (results["method"], results["selection"], results["trained_parameters"]) == ("zero-shot CLIP", "none", 0)
+    assert sorted(path.name for path in run_dir.iterdir()) == [
+        "best.safetensors", "config.json", "results.json", "results.md", "top10.png"]
+    assert "curve.png" not in capsys.readouterr().out
+    assert evaluate(load_model(run_dir / "best.safetensors"), read_splits(config.data)["test"]).metrics == results[
+        "adapted"]
+
+
+def test_full_fine_tuning_is_a_run(config, whole):
+    results = fit(config.replace(method="full", learning_rate=1e-4)).results
+    model = load_model(config.train.run_dir / "best.safetensors")
+    assert results["method"] == "full fine-tuning"
+    assert results["trained_parameters"] == sum(p.numel() for p in model.parameters()) - 1
+    assert evaluate(model, read_splits(config.data)["test"]).metrics == results["adapted"]
+    assert results["adapted"] != json.loads((whole / "results.json").read_text())["adapted"]
+
+
+def test_heads_are_trained_and_resumed_but_not_in_checkpoints(config, tmp_path, monkeypatch):
+    config = config.replace(losses="sdm+0.5*id+mlm")
+    whole = config.replace(run_dir=tmp_path / "whole")
+    results = fit(whole).results
+    with monkeypatch.context() as patch:
+        fail_at(patch, 8, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config)
+    fit(config.replace(resume=True))
+    assert_same_run(whole.train.run_dir, config.train.run_dir)
+
+    steps = [line for line in log_of(whole.train.run_dir) if line["kind"] == "step"]
+    for line in steps:
+        assert line["loss"] == pytest.approx(line["loss_sdm"] + 0.5 * line["loss_id"] + line["loss_mlm"], rel=1e-5)
+    parameters = load_resume_state(whole.train.run_dir / "resume.safetensors")[0]["parameters"]
+    assert parameters["objective.id.bias"].abs().min() > 0 and parameters["objective.mlm.head.0.bias"].abs().min() > 0
+    best = load_checkpoint(whole.train.run_dir / "best.safetensors").parameters
+    model = load_model(whole.train.run_dir / "best.safetensors")
+    assert set(best) == set(model.trained_parameters())
+    assert results["trained_parameters"] > sum(p.numel() for p in best.values())
+    assert results["all_parameters"] > sum(p.numel() for p in model.parameters())
+
+
 def test_another_seed_is_another_run(config, whole):
     fit(config.replace(seed=2))
     assert log_of(whole)[2] != log_of(config.train.run_dir)[2]
