@@ -3,6 +3,8 @@
 import csv
 import json
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -196,6 +198,22 @@ def test_a_run_that_diverges_is_a_result(run, setting, output, capsys, monkeypat
     assert line.count("diverged") == 5
     capsys.readouterr()
     assert run("V") == 0 and "9 runs, 9 of them are there already" in capsys.readouterr().out
+
+
+def test_a_killed_command_leaves_no_process_behind(tmp_path):
+    """SIGKILL, which nobody can clean up after."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import os, time\nfrom pathlib import Path\nfrom upperson.tables.runs import Runs\n"
+        "if __name__ == '__main__':\n"
+        "    with Runs(Path('.'), {}).processes() as processes:\n"
+        "        print(processes.submit(os.getpid).result(), flush=True)\n"
+        "        processes.submit(time.sleep, 600).result()\n"
+    )
+    command = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert int(command.stdout.readline()) != command.pid
+    command.kill()
+    command.communicate(timeout=60)                                         # until nobody holds its output any more
 
 
 def test_distinct_keeps_the_order():

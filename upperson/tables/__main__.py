@@ -196,8 +196,7 @@ def write_costs(setting: Setting, dataset: str, options: argparse.Namespace) -> 
 def conditions(table: Table, seeds: Sequence[int]) -> str:
     config = table.rows[0].config
     spread = f"{len(seeds)} seeds, mean ± standard deviation" if len(seeds) > 1 else "one seed"
-    size = (f", {config.data.embedded_identities[0]:,} people or scenes to train on"
-            if config.data.dataset.startswith("embedded") else "")
+    size = f", {config.data.embedded_identities[0]:,} identities to train on" if config.data.is_drawn else ""
     return (f"Percent on the test split; {spread}; the epoch that is best on the validation split (the last one where "
             f"there is none); model {config.model.model}, {config.train.epochs} epochs{size}.")
 

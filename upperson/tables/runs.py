@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -63,7 +64,7 @@ class Runs:
         """As many processes as there are jobs, each with its share of the cores."""
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
         return ProcessPoolExecutor(
-            self.jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+            self.jobs, multiprocessing.get_context("spawn"), initializer=begin_process, initargs=(threads,)
         )
 
     def train_all(self, configs: Sequence[Config], processes: ProcessPoolExecutor) -> Iterator[tuple[Config, float]]:
@@ -120,6 +121,17 @@ class Runs:
                 )
         found = json.loads((output / RESULTS).read_text())
         return results | {direction: found[direction] for direction in ("text_to_image", "image_to_text")}
+
+
+def begin_process(threads: int) -> None:
+    """Makes a process of the pool compute with so many threads, and end when the command does, even if it is killed."""
+    torch.set_num_threads(threads)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)  # what is saved is whole: files are moved to their places
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def seconds_of(config: Config) -> float:
