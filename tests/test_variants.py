@@ -14,6 +14,7 @@ from test_model import TINY_CLIP, build, inputs, stirred
 
 from upperson import PRESETS, ModelConfig, UPPerson
 from upperson.model.petl import ADAPTERS, LOW_RANK, PREFIXES
+from upperson.objective import Objective
 
 PREFIX_KINDS, LORA_KINDS = [*PREFIXES, "none"], [*LOW_RANK, "none"]
 ADAPTER_KINDS = [*ADAPTERS, "none"]
@@ -34,8 +35,8 @@ def adapted(config, dtype=torch.float64):
     return stirred(build(config).to(dtype))
 
 
-def written_out(block, x, causal):
-    """One block from the formulas alone, one head and one sample at a time, whatever its modules."""
+def written_out(block, x, causal, variant):
+    """One block of a variant from the formulas alone, one head and one sample at a time."""
     parameters = {name: p for name, p in block.trained().items()}
 
     def bottleneck(name, u):
@@ -62,12 +63,8 @@ def written_out(block, x, causal):
             out = out + bottleneck(name, out)
         return out
 
-    def kind_of(name):
-        module = getattr(block, name)
-        return next((kind for kind, known in ADAPTERS.items() if type(module) is known), "none")
-
     def updated(weight, which):
-        kind = next((kind for kind, known in LOW_RANK.items() if type(block.lora) is known), "none")
+        kind = variant.get("lora", "none")
         if kind == "none":
             return weight
         update = parameters[f"lora.{which}_up"] @ parameters[f"lora.{which}_down"]
@@ -84,11 +81,10 @@ def written_out(block, x, causal):
         w_q, w_k, w_v = block.attn.in_proj_weight.chunk(3)
         b_q, b_k, b_v = block.attn.in_proj_bias.chunk(3)
         q, k, v = y @ w_q.t() + b_q, y @ updated(w_k, "key").t() + b_k, y @ updated(w_v, "value").t() + b_v
-        columns, factor, target = 0, 1.0, "weights"
-        if block.prefix is not None:
-            key_scale, value_scale, factor = (parameters.get(f"prefix.{name}", torch.ones(()))
-                                              for name in ("key_scale", "value_scale", "scale"))
-            target, columns = block.prefix.target, len(block.prefix.key)
+        kind, target = variant.get("prefix", "none"), variant.get("scale_target", "weights")
+        columns = 0 if kind == "none" else 3
+        key_scale, value_scale, factor = (parameters[f"prefix.{name}"] if kind == "salable" else 1.0
+                                          for name in ("key_scale", "value_scale", "scale"))
         out = torch.zeros_like(y)
         for sample, head in itertools.product(range(len(y)), range(heads)):
             part = slice(head * width, (head + 1) * width)
@@ -113,8 +109,8 @@ def written_out(block, x, causal):
         hidden = hidden * torch.sigmoid(1.702 * hidden)
         return hidden @ block.mlp.c_proj.weight.t() + block.mlp.c_proj.bias
 
-    x = x + around(kind_of("adapter_attn"), "adapter_attn", block.ln_1, x, attention)
-    return x + around(kind_of("adapter_mlp"), "adapter_mlp", block.ln_2, x, mlp)
+    x = x + around(variant.get("adapter_attn", "none"), "adapter_attn", block.ln_1, x, attention)
+    return x + around(variant.get("adapter_mlp", "none"), "adapter_mlp", block.ln_2, x, mlp)
 
 
 VARIANTS = (
@@ -141,7 +137,7 @@ def test_each_computes_its_formula(tiny, variant, causal):
     x = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
     direction = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     wanted = [x, *block.trained().values()]
-    ours, expected = block(x), written_out(block, x, causal)
+    ours, expected = block(x), written_out(block, x, causal, variant)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     for a, b in zip(*(torch.autograd.grad((out * direction).sum(), wanted) for out in (ours, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -176,6 +172,25 @@ def test_fused_against_plain(tiny, variant):
     torch.testing.assert_close(fused, plain, rtol=bound, atol=bound)
     for name, gradient in fused_gradients.items():
         torch.testing.assert_close(gradient, plain_gradients[name], rtol=bound, atol=bound, msg=name)
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, dict(method="full")],
+                         ids=lambda variant: "-".join(map(str, variant.values())))
+def test_autocast_keeps_parameters_and_gradients_in_float32(tiny, variant):
+    """With the heads of id and mlm as well."""
+    images, tokens = inputs()
+    batch = dict(images=images, captions=tokens, masked_captions=tokens, mask_labels=tokens, person_ids=torch.arange(4))
+    torch.manual_seed(0)
+    model = stirred(build(replace(tiny, **variant)), scale=0.05)
+    goal = Objective("sdm+id+mlm", 0.02, 16, 49408, range(4))
+    exact, _ = goal(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, parts = goal(model, batch)
+    assert all(part.dtype == torch.float32 for part in parts.values())
+    assert loss.item() == pytest.approx(exact.item(), rel=0.1)
+    loss.backward()
+    for name, parameter in (model.trained_parameters() | goal.trained_parameters()).items():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), name
 
 
 @pytest.mark.parametrize(("field", "kinds"), [

@@ -146,7 +146,7 @@ class TrainConfig(Checked):
     prefix_learning_rate: float | None = option(
         None, "another learning rate for the prefix parameters; none: the same", above=0
     )
-    weight_decay: float = option(4e-5, "coupled L2 decay; adapter biases have none", at_least=0)
+    weight_decay: float = option(4e-5, "coupled L2 decay; biases have none", at_least=0)
     adam_epsilon: float = option(1e-3, "Adam's epsilon", above=0)
     warmup_epochs: int = option(5, "epochs of linear warm-up before the cosine; fewer than epochs", at_least=0)
     warmup_factor: float = option(0.1, "the warm-up starts at this share of the learning rate", above=0, at_most=1)

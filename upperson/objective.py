@@ -54,7 +54,7 @@ class Objective(nn.Module):
             image_features, image_tokens = model.encode_image_tokens(images)
             text_features, text_tokens = model.encode_text_tokens(masked)
             losses["mlm"] = self.mlm(image_tokens, text_tokens, masked, labels)
-            if not torch.equal(masked, captions):                        # the other losses see unmasked captions
+            if self.weights.keys() != {"mlm"} and not torch.equal(masked, captions):    # the others see them unmasked
                 text_features = model.encode_text(captions)
         if self.id is not None:
             losses["id"] = self.id(image_features, text_features, person_ids)
@@ -97,7 +97,7 @@ class MaskedLanguageModel(nn.Module):
 
     def __init__(self, width: int, vocabulary: int):
         super().__init__()
-        heads = max(1, width // HEAD_WIDTH)
+        heads = next(heads for heads in range(max(1, width // HEAD_WIDTH), 0, -1) if width % heads == 0)
         self.ln_text, self.ln_image, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         block = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, activation=QuickGELU(),
@@ -114,6 +114,8 @@ class MaskedLanguageModel(nn.Module):
             nn.init.normal_(attention.in_proj_weight, std=inner)
             nn.init.normal_(attention.out_proj.weight, std=outer)
         for block in self.transformer.layers:
+            block.linear1.reset_parameters()                             # torch copies one block; biases of its own
+            block.linear2.reset_parameters()
             nn.init.normal_(block.linear1.weight, std=wide)
             nn.init.normal_(block.linear2.weight, std=outer)
         nn.init.normal_(self.head[0].weight, std=wide)

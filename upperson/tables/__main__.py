@@ -11,6 +11,7 @@ What has been trained already is not trained again, whichever table asked for it
 import argparse
 import sys
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 write(number, tables[number], runs, seeds, options)
     except (BackboneError, CheckpointError, DataError, RetrievalError, RunError, TilesError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenProcessPool:
+        print("error: a process that trained was killed, perhaps for want of memory; the same command goes on where it "
+              "was", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)
@@ -123,10 +128,13 @@ def train_missing(tables: dict[str, Table], runs: Runs, seeds: Sequence[int], on
     times: list[float] = []
     with runs.processes() as processes:
         if left:
-            trained = next(config for config in missing if config.model.method != "zero-shot")
-            each = processes.submit(seconds_of, trained.replace(**runs.settings)).result()
-            print(f"{len(missing)} to run, at about {each:.0f} s each on this machine, {runs.jobs} at once: "
-                  f"{duration(each * left / runs.jobs)}", flush=True)
+            trained = [config for config in missing if config.model.method != "zero-shot"]
+            examples = {config.data.dataset: config for config in reversed(trained)}
+            each = {name: processes.submit(seconds_of, config.replace(**runs.settings)).result()
+                    for name, config in examples.items()}
+            total = sum(each[config.data.dataset] for config in trained)
+            print(f"{len(missing)} to run, at about {total / left:.0f} s each on this machine, {runs.jobs} at once: "
+                  f"{duration(total / runs.jobs)}", flush=True)
         for number, (config, seconds) in enumerate(runs.train_all(missing, processes), 1):
             if config.model.method != "zero-shot":
                 times.append(seconds)
@@ -188,17 +196,19 @@ def write_costs(setting: Setting, dataset: str, options: argparse.Namespace) -> 
             config = config.replace(device=options.device, pretrained="none")
             tables.setdefault(title, {})[method] = efficiency.measure_apart(config, batch)
     text = costs_markdown(tables, f"Measured on {device.type} in {precision}, with random images and captions of full "
-                                  "length; memory is what a training step allocates above model and optimizer.")
+                                  "length; memory is what forward and backward pass allocate, gradients included; "
+                                  "FLOPs of inference at batch 1, low-rank updates merged in them.")
     print(f"\n{text}", flush=True)
     save(options.output, {f"IV-{dataset}.md": text.encode(), f"IV-{dataset}.csv": costs_csv(tables).encode()})
 
 
 def conditions(table: Table, seeds: Sequence[int]) -> str:
-    config = table.rows[0].config
+    config, datasets = table.rows[0].config, {row.config.data.dataset for row in table.rows}
     spread = f"{len(seeds)} seeds, mean ± standard deviation" if len(seeds) > 1 else "one seed"
     size = f", {config.data.embedded_identities[0]:,} identities to train on" if config.data.is_drawn else ""
     return (f"Percent on the test split; {spread}; the epoch that is best on the validation split (the last one where "
-            f"there is none); model {config.model.model}, {config.train.epochs} epochs{size}.")
+            f"there is none); model {config.model.model}, {config.train.epochs} epochs{size}"
+            + ("." if len(datasets) == 1 else "; each data set with its own preset."))
 
 
 def described(config: Config) -> str:

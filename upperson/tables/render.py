@@ -42,13 +42,13 @@ class Measured:
         return f"{counts.pop():,}" if counts else ""
 
     def cell(self, direction: str, metric: str) -> str:
-        """Mean ± sample standard deviation over the seeds."""
+        """Mean ± sample standard deviation over the seeds, and how many converged where not all did."""
         values = self.values(direction, metric)
-        if len(values) < len(self.runs):
-            return "diverged" if not values else f"{len(values)} of {len(self.runs)} converged"
-        if len(values) == 1:
-            return f"{values[0]:.2f}"
-        return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+        if not values:
+            return "diverged"
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        others = f" ({len(values)} of {len(self.runs)})" if len(values) < len(self.runs) else ""
+        return f"{statistics.mean(values):.2f}{spread}{others}"
 
 
 def paper_figures(number: str) -> dict[str, tuple[str, str]]:

@@ -2,15 +2,15 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
 import re
+import statistics
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from upperson.checkpoint import load_checkpoint, write_atomically
-from upperson.config import Config
+from upperson.config import Config, DataConfig
 from upperson.evaluate import evaluate_checkpoint
 from upperson.interruption import Interruption
 from upperson.model import UPPerson
@@ -48,13 +48,18 @@ class Runs:
         self.jobs = jobs
 
     def place(self, config: Config) -> Path:
-        """The folder of a run: the same for configurations that give the same results."""
-        values = {spec.name: str(getattr(section, spec.name))
-                  for section in (config.model, config.data, config.train) for spec in dataclasses.fields(section)
-                  if spec.metadata["changes_results"] and spec.name != "seed"}
-        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+        """The folder of a run: another for every configuration, data folder and precision."""
+        values = fields_that_matter(config.model) | fields_that_matter(config.train) | self.identity(config.data)
+        del values["seed"]
+        values["precision"] = resources(config.replace(**self.settings).train)[1]
         words = re.sub(r"[^a-z0-9]+", "-", config.model.title.lower()).strip("-")
-        return self.folder / config.data.dataset / f"{words}-{digest}" / f"seed-{config.train.seed}"
+        return self.folder / config.data.dataset / f"{words}-{digest(values)}" / f"seed-{config.train.seed}"
+
+    @staticmethod
+    def identity(data: DataConfig) -> dict[str, Any]:
+        """What tells one data set from another."""
+        values = fields_that_matter(data)
+        return values if data.is_drawn else values | {"data_root": str(data.data_root.expanduser().resolve())}
 
     def is_done(self, config: Config) -> bool:
         place = self.place(config)
@@ -62,20 +67,22 @@ class Runs:
 
     def processes(self) -> ProcessPoolExecutor:
         """As many processes as there are jobs, each with its share of the cores."""
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        threads = max(1, torch.get_num_threads() // self.jobs)
         return ProcessPoolExecutor(
             self.jobs, multiprocessing.get_context("spawn"), initializer=begin_process, initargs=(threads,)
         )
 
     def train_all(self, configs: Sequence[Config], processes: ProcessPoolExecutor) -> Iterator[tuple[Config, float]]:
         """Trains runs, and gives each with its seconds when it has ended, in any order."""
-        started = {processes.submit(self.train, config): config for config in configs}
-        try:
-            for run in as_completed(started):
-                yield started[run], run.result()
-        except BaseException:
-            processes.shutdown(cancel_futures=True)
-            raise
+        waiting, running = list(reversed(configs)), {}
+        while waiting or running:
+            # Never more than can start at once: what a pool has queued it runs even after Ctrl-C.
+            while waiting and len(running) < self.jobs:
+                config = waiting.pop()
+                running[processes.submit(self.train, config)] = config
+            ended, _ = wait(running, return_when=FIRST_COMPLETED)
+            for run in ended:
+                yield running.pop(run), run.result()
 
     def train(self, config: Config) -> float:
         """Trains a run, or goes on with it, and returns the seconds that took; what it prints goes to a log file.
@@ -109,7 +116,7 @@ class Runs:
         if row.tested_on is None and not both_directions:
             return results | {"text_to_image": results["adapted"]}
         tested = (row.tested_on or config).data
-        output = place / f"on-{tested.dataset}"
+        output = place / f"on-{tested.dataset}-{digest(self.identity(tested))}"
         if not (output / RESULTS).exists():
             with open(place.with_suffix(".log"), "a", encoding="utf-8") as log, redirect_stdout(log):
                 evaluate_checkpoint(
@@ -135,25 +142,38 @@ def begin_process(threads: int) -> None:
 
 
 def seconds_of(config: Config) -> float:
-    """About how long a run takes on this machine, from two batches of its training and some of its evaluation."""
+    """About how long a run takes on this machine, from a few batches of its training and some of its evaluation."""
     device, precision = resources(config.train)
     splits = read_splits(config.data)
     model = UPPerson(config.model).to(device)
     watched = splits.get("val", splits["test"])
     with TemporaryDirectory() as folder:
         training = Training(config, model, splits, Path(folder), device, precision, Interruption())
-        for batch in itertools.islice(training.loader, 2):
+        batches, seconds = iter(training.loader), []
+        for _ in range(min(3, len(training.loader))):  # the first pays for what is done once
             started = time.monotonic()
+            batch = next(batches)
             with suppress(Diverged):
                 training.step(batch)
-            seconds = time.monotonic() - started  # the first batch pays for what is done once
-        step = seconds / len(batch["person_ids"])
+            seconds.append(time.monotonic() - started)
+        step = statistics.median(seconds) / len(batch["person_ids"])
         training.log.close()
     started = time.monotonic()
     embed(model, watched[:EVALUATED], precision=precision, progress=False)
     item = (time.monotonic() - started) / len(watched[:EVALUATED])
     epochs = config.train.epochs
     return epochs * len(splits["train"]) * step + item * ((epochs + 1) * len(watched) + 2 * len(splits["test"]))
+
+
+def fields_that_matter(section: Any) -> dict[str, Any]:
+    """The fields of a part of the configuration that change results; 10 and 10.0 are the same."""
+    values = {spec.name: getattr(section, spec.name) for spec in dataclasses.fields(section)
+              if spec.metadata["changes_results"]}
+    return {name: float(value) if type(value) is int else value for name, value in values.items()}
+
+
+def digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def distinct(configs: Iterable[Config], runs: Runs) -> list[Config]:

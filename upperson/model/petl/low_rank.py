@@ -33,9 +33,10 @@ class LoRA(nn.Module):
         self.value_up = nn.Parameter(torch.zeros(width, rank))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The packed weight with its key and value thirds updated, (3 C, C)."""
-        query, key, value = weight.chunk(3)
-        return torch.cat([query, self.updated_key(key), self.updated_value(value)])
+        """The packed weight with its key and value thirds updated, (3 C, C), in its dtype also under autocast."""
+        with torch.autocast(weight.device.type, enabled=False):
+            query, key, value = weight.chunk(3)
+            return torch.cat([query, self.updated_key(key), self.updated_value(value)])
 
     def updated_key(self, weight: Tensor) -> Tensor:
         return weight + self.key_scale * self.key_up @ self.key_down
