@@ -206,3 +206,15 @@ def test_an_interrupted_write_leaves_nothing_behind(path, monkeypatch):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(OSError, match="nowhere/a.json could not be written .No such file or directory"):
         write_atomically(tmp_path / "nowhere" / "a.json", b"")
+
+
+@pytest.mark.parametrize(("metadata", "message"), [
+    ({"results": "{}"}, "the configuration inside does not fit"),
+    ({"config": None}, "expected an object in the metadata 'results'"),
+    ({"config": None, "results": "[]"}, "expected an object in the metadata 'results'"),
+])
+def test_a_checkpoint_without_all_its_metadata_is_refused(path, config, metadata, message):
+    metadata = {key: config.to_json() if value is None else value for key, value in metadata.items()}
+    save_file({}, path, {"format": "upperson checkpoint", "version": "1", **metadata})
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path)

@@ -295,6 +295,8 @@ def test_a_tag_without_a_network_is_explained(monkeypatch):
     (dict(model="ViT-B-32", pretrained="laion"), "'laion' of ViT-B-32 is neither a file nor one of its tags"),
     (dict(model="missing.json"), "model configuration missing.json does not exist"),
     (dict(pretrained="missing.pt"), "'missing.pt' of .* is neither a file nor 'none'"),
+    (dict(depth_lora=4), "depth_lora: 4 is more than the number of blocks of the image tower, 3"),
+    (dict(adapter_reduction=33), "adapter_reduction: 33 is more than the width of the image tower, 32"),
     (dict(image_size=(48, 7)), "image_size 48×7 is smaller than one patch, 8×8"),
     (dict(model="RN50"), "RN50: the image tower is a ModifiedResNet"),
 ])

@@ -229,6 +229,8 @@ def test_distinct_keeps_the_order():
 @pytest.mark.parametrize(("arguments", "message"), [
     (["II"], "invalid choice: 'II'"),
     (["V", "--seeds", "0"], "--seeds: expected at least 1, found 0"),
+    (["V", "--device", "tpu"], "device: 'tpu' is not allowed"),
+    (["V", "--workers", "-1"], "workers: -1 is not allowed"),
     (["V", "--jobs", "0"], "--jobs: expected at least 1, found 0"),
     (["V", "--dataset", "cuhk-pedes"], "found cuhk-pedes; the real ones need --data-root"),
 ])

@@ -47,7 +47,7 @@ def save_checkpoint(path: Path, parameters: Mapping[str, Tensor], config: Config
 def load_checkpoint(path: Path | str) -> Checkpoint:
     """Reads what save_checkpoint wrote; CheckpointError for anything else."""
     tensors, metadata = _read(Path(path), CHECKPOINT)
-    return Checkpoint(_configuration(path, metadata), tensors, json.loads(metadata["results"]))
+    return Checkpoint(_configuration(path, metadata), tensors, _results(path, metadata))
 
 
 def load_model(path: Path | str, **changes: Any) -> UPPerson:
@@ -144,9 +144,19 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def _results(path: Path | str, metadata: dict[str, str]) -> dict[str, Any]:
+    try:
+        results = json.loads(metadata.get("results", ""))
+    except json.JSONDecodeError:
+        results = None
+    if not isinstance(results, dict):
+        raise CheckpointError(f"{path}: expected an object in the metadata 'results', found none")
+    return results
+
+
 def _configuration(path: Path | str, metadata: dict[str, str]) -> Config:
     try:
-        return Config.from_json(metadata["config"])
+        return Config.from_json(metadata.get("config", ""))
     except ValueError as error:
         raise CheckpointError(
             f"{path}: the configuration inside does not fit this version of upperson: {error}"

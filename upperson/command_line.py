@@ -52,9 +52,12 @@ def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argpars
     if resume and not (resume.get("run_dir") or given.get("run_dir")):
         parser.error("--resume: name the run, --resume RUN_DIR")
     try:
-        return base.replace(**given | resume)
+        config = base.replace(**given | resume)
     except ValueError as error:
         parser.error(str(error))
+    if given.get("data_root") is not None and config.data.is_drawn:
+        parser.error(f"--data-root: {config.data.dataset} is drawn, not read; name a data set by --dataset or --preset")
+    return config
 
 
 def _parser(**settings: Any) -> argparse.ArgumentParser:

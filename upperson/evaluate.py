@@ -21,7 +21,7 @@ from upperson.metrics import Retrieval, RetrievalError
 from upperson.model import BackboneError
 from upperson.report import METRICS
 from upperson.retrieval import embed
-from upperson.run_folder import RESULTS, TABLE, RunError
+from upperson.run_folder import CONFIG, RESULTS, TABLE, RunError
 from upperson.splits import read_splits
 from upperson.training import resources
 
@@ -90,6 +90,9 @@ def _configuration(trained: Config, options: argparse.Namespace) -> Config:
         "tensorboard": False,
     }
     changes = {field: value for field, value in changes.items() if value is not None}
+    dataset = options.data or trained.data.dataset
+    if options.data_root is not None and trained.replace(dataset=dataset).data.is_drawn:
+        raise ValueError(f"--data-root: {dataset} is drawn, not read; name a data set by --data")
     if options.data not in (None, trained.data.dataset):
         changes.setdefault("data_root", None)  # the folder in the checkpoint is that of another data set
     return trained.replace(**changes)
@@ -114,6 +117,8 @@ def evaluate_checkpoint(
         backend = "auto"  # it was trained on a GPU
     model = load_model(path, pretrained=config.model.pretrained, backend=backend).to(device)
     output = output or path.with_name(f"{path.stem}-{config.data.dataset}-{split}")
+    if (output / CONFIG).exists():
+        raise RunError(f"{output} holds a run, whose results this would overwrite; name another --output")
     output.mkdir(parents=True, exist_ok=True)
 
     embeddings = embed(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from kernels.backend import resolve
 from upperson import report, run_folder
 from upperson.checkpoint import copy_parameters, save_checkpoint, save_resume_state, write_atomically
 from upperson.config import SELECTIONS, Config, TrainConfig
@@ -68,6 +69,10 @@ def fit(config: Config) -> RunResult:
     `resume=True` and ends with the numbers of a run that was not.
     """
     device, precision = resources(config.train)
+    try:
+        resolve(None if config.model.backend == "auto" else config.model.backend, torch.empty(0, device=device))
+    except RuntimeError as error:
+        raise RunError(f"backend: {error}") from error
     saved = saved_state(config) if config.train.resume else None
     if config.train.run_dir is not None and not config.train.resume:
         refuse_used_folder(config.train.run_dir)

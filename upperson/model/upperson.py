@@ -9,7 +9,7 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from upperson.config import ModelConfig
-from upperson.model.backbone import build_clip, fit_image_size, pooling, require_transformers, text_tower
+from upperson.model.backbone import BackboneError, build_clip, fit_image_size, pooling, require_transformers, text_tower
 from upperson.model.block import MODULES, Block, parameters_of
 from upperson.model.petl import ADAPTERS, LOW_RANK, PREFIXES
 
@@ -153,8 +153,14 @@ def replace_blocks(transformer: nn.Module, causal: bool, backend: str | None) ->
 def new_modules(tower: str, blocks: list[Block], config: ModelConfig) -> dict[str, nn.Module]:
     """New trained modules of the kinds that `config` names, for the blocks of a tower.
 
-    LoRA and prefix act in blocks i < depth, adapters in blocks i ≥ depth.
+    LoRA and prefix act in blocks i < depth, adapters in blocks i ≥ depth. Raises BackboneError for a depth or a
+    reduction that the tower does not have room for.
     """
+    for field, most in (("depth_prefix", len(blocks)), ("depth_lora", len(blocks)), ("depth_adapter", len(blocks)),
+                        ("adapter_reduction", blocks[0].attn.embed_dim)):
+        if (getattr(config, field) or 0) > most:
+            what = "the width" if field == "adapter_reduction" else "the number of blocks"
+            raise BackboneError(f"{field}: {getattr(config, field)} is more than {what} of the {tower} tower, {most}")
     depth_prefix = len(blocks) if config.depth_prefix is None else config.depth_prefix
     depth_lora = len(blocks) if config.depth_lora is None else config.depth_lora
     modules: dict[str, nn.Module] = {}

@@ -102,6 +102,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.workers is None:
         options.workers = 4 if options.data_root else 0
     setting = real_setting(options.data_root) if options.data_root else embedded_setting()
+    try:
+        next(iter(setting.people.values())).replace(device=options.device, workers=options.workers)
+    except ValueError as error:
+        parser.error(str(error))
     known = [*setting.people, *setting.general]
     if options.dataset is not None and options.dataset not in known:
         parser.error(f"--dataset: expected one of {', '.join(known)}, found {options.dataset}"

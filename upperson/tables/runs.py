@@ -24,7 +24,7 @@ from upperson.evaluate import evaluate_checkpoint
 from upperson.interruption import Interruption
 from upperson.model import UPPerson
 from upperson.retrieval import embed
-from upperson.run_folder import BEST, CONFIG, RESULTS
+from upperson.run_folder import BEST, CONFIG, RESULTS, RunError
 from upperson.splits import read_splits
 from upperson.tables.rows import Row
 from upperson.training import Diverged, Training, fit, resources
@@ -112,7 +112,7 @@ class Runs:
         place = self.place(config)
         if (place / DIVERGED).exists():
             return None
-        results = json.loads((place / RESULTS).read_text())
+        results = read_results(place / RESULTS)
         if row.tested_on is None and not both_directions:
             return results | {"text_to_image": results["adapted"]}
         tested = (row.tested_on or config).data
@@ -126,7 +126,7 @@ class Runs:
                     "test",
                     output,
                 )
-        found = json.loads((output / RESULTS).read_text())
+        found = read_results(output / RESULTS)
         return results | {direction: found[direction] for direction in ("text_to_image", "image_to_text")}
 
 
@@ -163,6 +163,13 @@ def seconds_of(config: Config) -> float:
     item = (time.monotonic() - started) / len(watched[:EVALUATED])
     epochs = config.train.epochs
     return epochs * len(splits["train"]) * step + item * ((epochs + 1) * len(watched) + 2 * len(splits["test"]))
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path}: not JSON ({error}); delete it, and the same command makes it again") from error
 
 
 def fields_that_matter(section: Any) -> dict[str, Any]:
