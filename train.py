@@ -12,15 +12,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from kernels.tiles import TilesError
-from upperson.checkpoint import CheckpointError
 from upperson.command_line import parse_arguments
 from upperson.config import DataConfig
-from upperson.data import DataError
 from upperson.data.check import check_dataset, text
-from upperson.metrics import RetrievalError
-from upperson.model import BackboneError
-from upperson.run_folder import RunError
+from upperson.errors import USER_ERRORS
 from upperson.splits import read_splits
 from upperson.training import fit
 
@@ -37,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if actions.parse_known_args(argv)[0].check_data:
             return check_data(config.data)
         fit(config)
-    except (BackboneError, CheckpointError, DataError, RetrievalError, RunError, TilesError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interruption:

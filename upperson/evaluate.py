@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kernels.tiles import TilesError
-from upperson.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_model, write_atomically
+from upperson.checkpoint import Checkpoint, load_checkpoint, load_model, write_atomically
 from upperson.config import SELECTIONS, Config, DataConfig, Dataset
-from upperson.data import DataError, Sample, check_images, gallery
-from upperson.metrics import Retrieval, RetrievalError
-from upperson.model import BackboneError
-from upperson.report import METRICS
+from upperson.data import Sample, check_images, gallery
+from upperson.errors import USER_ERRORS
+from upperson.metrics import Retrieval
+from upperson.report import METRICS, aligned
 from upperson.retrieval import embed
 from upperson.run_folder import CONFIG, RESULTS, TABLE, RunError
 from upperson.splits import read_splits
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             parser.error(str(error))
         evaluate_checkpoint(checkpoint, config, options.checkpoint, options.split, options.output)
-    except (BackboneError, CheckpointError, DataError, RetrievalError, RunError, TilesError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -161,19 +160,13 @@ def summary(results: dict[str, Any]) -> str:
         (name, *(f"{found[key]:.2f}" for key in METRICS), f"{found['queries']:,}", f"{found['gallery']:,}")
         for name, found in (("text → image", results["text_to_image"]), ("image → text", results["image_to_text"]))
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ("-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:]))
-    aligned = [
-        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        for row in (header, rule, *rows)
-    ]
     return "\n".join(
         [
             f"* checkpoint: {results['checkpoint']}, {results['method']}, backbone {results['model']}",
             f"* trained on: {results['trained_on']}, {_selection(results)}",
             f"* evaluated on: {results['evaluated_on']}, {results['split']} split, {results['domain']}",
             "",
-            *(f"| {' | '.join(cells)} |" for cells in aligned),
+            *aligned(header, rows),
             "",
         ]
     )

@@ -163,6 +163,17 @@ def _footnote(results: dict[str, Any]) -> str:
     )
 
 
+def aligned(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table that a terminal shows well, too: the first column to the left, the others right."""
+    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for cells in (header, rule, *body):
+        others = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+        lines.append(f"| {' | '.join([cells[0].ljust(widths[0]), *others])} |")
+    return lines
+
+
 def as_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

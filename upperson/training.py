@@ -105,13 +105,7 @@ def fit(config: Config) -> RunResult:
 
 def measure(config: Config, model: UPPerson, test: list[Sample], run_dir: Path, precision: str) -> RunResult:
     """The results of a model that is not trained, and a checkpoint that says so."""
-    retrieval = evaluate(
-        model,
-        test,
-        batch_size=config.train.evaluate_batch_size,
-        workers=config.data.workers,
-        precision=precision,
-    )
+    retrieval = search(config, model, test, precision)
     results = {
         "method": config.model.title,
         "dataset": config.data.dataset,
@@ -129,6 +123,17 @@ def measure(config: Config, model: UPPerson, test: list[Sample], run_dir: Path, 
     }
     save_checkpoint(run_dir / run_folder.BEST, {}, config, results)
     return write_results(run_dir, results, test, retrieval)
+
+
+def search(config: Config, model: UPPerson, samples: list[Sample], precision: str) -> Retrieval:
+    """What the captions of `samples` find among their images, embedded as `config` says."""
+    return evaluate(
+        model,
+        samples,
+        batch_size=config.train.evaluate_batch_size,
+        workers=config.data.workers,
+        precision=precision,
+    )
 
 
 def write_results(run_dir: Path, results: dict[str, Any], test: list[Sample], retrieval: Retrieval) -> RunResult:
@@ -326,14 +331,7 @@ class Training:
         return write_results(self.run_dir, results, self.splits["test"], retrieval)
 
     def evaluate(self, split: str) -> Retrieval:
-        settings = self.config.train
-        return evaluate(
-            self.model,
-            self.splits[split],
-            batch_size=settings.evaluate_batch_size,
-            workers=self.config.data.workers,
-            precision=self.precision,
-        )
+        return search(self.config, self.model, self.splits[split], self.precision)
 
     def start_clock(self) -> None:
         """From here on, time is measured for `time_left`."""

@@ -15,15 +15,12 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from kernels.tiles import TilesError
-from upperson.checkpoint import CheckpointError, load_model, write_atomically
+from upperson.checkpoint import load_model, write_atomically
 from upperson.config import Config
-from upperson.data import DataError
-from upperson.metrics import RetrievalError
-from upperson.model import BackboneError
+from upperson.errors import USER_ERRORS
 from upperson.report import top_ten
 from upperson.retrieval import evaluate
-from upperson.run_folder import BEST, RunError
+from upperson.run_folder import BEST
 from upperson.splits import read_splits
 from upperson.tables import efficiency
 from upperson.tables.render import (
@@ -48,7 +45,7 @@ FULL_SIZE, FULL_SIZE_BATCH = "cuhk-pedes", 2  # whose model stands beside the em
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 1 after one line on what went wrong; wrong arguments exit with 2, as argparse does."""
     options = parse(argv)
-    setting = real_setting(options.data_root) if options.data_root else embedded_setting()
+    setting = options.setting
     dataset = options.dataset or next(iter(setting.people))
     runs = Runs(options.output / "runs", {"device": options.device, "workers": options.workers}, options.jobs)
     seeds = range(1, options.seeds + 1)
@@ -63,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 write_costs(setting, dataset, options)
             else:
                 write(number, tables[number], runs, seeds, options)
-    except (BackboneError, CheckpointError, DataError, RetrievalError, RunError, TilesError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except BrokenProcessPool:
@@ -101,7 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: expected at least 1, found {getattr(options, name)}")
     if options.workers is None:
         options.workers = 4 if options.data_root else 0
-    setting = real_setting(options.data_root) if options.data_root else embedded_setting()
+    options.setting = setting = real_setting(options.data_root) if options.data_root else embedded_setting()
     try:
         next(iter(setting.people.values())).replace(device=options.device, workers=options.workers)
     except ValueError as error:

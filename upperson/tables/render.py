@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from upperson.report import MAIN, METRICS, QUIET, SECOND, STYLE, as_png
+from upperson.report import MAIN, METRICS, QUIET, SECOND, STYLE, aligned, as_png
 from upperson.tables.efficiency import Cost
 
 ARROWS = {"text_to_image": "text → image", "image_to_text": "image → text"}
@@ -165,14 +165,3 @@ def bars(rows: Sequence[Measured], title: str) -> bytes:
 
 def label(number: str) -> str:
     return f"Figure {number.removeprefix('figure')}" if number.startswith("figure") else f"Table {number}"
-
-
-def aligned(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table that a terminal shows well, too: the first column to the left, the others right."""
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = []
-    for cells in (header, rule, *body):
-        others = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
-        lines.append(f"| {' | '.join([cells[0].ljust(widths[0]), *others])} |")
-    return lines

@@ -26,7 +26,11 @@ class Adapter(nn.Module):
         """The sublayer's input, and the sum x + residual (x where residual is None); all (B, N, C)."""
         if residual is not None:
             x = x + residual
-        return norm(x), x
+        return self.layer_norm(norm, x), x
+
+    def layer_norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        """The sublayer's input, from the residual stream alone."""
+        return norm(x)
 
     def finish(self, y: Tensor, out: Tensor) -> Tensor:
         """What is added to the residual stream, given the sublayer's input and output; all (B, N, C)."""
@@ -68,10 +72,9 @@ class LAdapter(Bottleneck):
 class SequentialLAdapter(Bottleneck):
     """After LayerNorm."""
 
-    def normalise(self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None,
-                  backend: str | None) -> tuple[Tensor, Tensor]:
-        y, x = super().normalise(norm, x, residual, backend)
-        return y + self.bottleneck(y), x
+    def layer_norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        y = norm(x)
+        return y + self.bottleneck(y)
 
 
 class ParallelAdapter(Bottleneck):
@@ -96,11 +99,8 @@ class LayerNormTuning(Adapter):
         self.weight = nn.Parameter(norm.weight.detach().clone())
         self.bias = nn.Parameter(norm.bias.detach().clone())
 
-    def normalise(self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None,
-                  backend: str | None) -> tuple[Tensor, Tensor]:
-        if residual is not None:
-            x = x + residual
-        return F.layer_norm(x, norm.normalized_shape, self.weight, self.bias, norm.eps).to(x.dtype), x
+    def layer_norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        return F.layer_norm(x, norm.normalized_shape, self.weight, self.bias, norm.eps).to(x.dtype)
 
 
 FROZEN = Adapter()
