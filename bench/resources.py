@@ -35,6 +35,7 @@ from triton.compiler import ASTSource
 from kernels import tiles
 from kernels.adapter import device as adapter
 from kernels.attention import device as attention
+from kernels.quick_gelu import device as quick_gelu
 
 TARGETS = (80, 89, 90, 100)                                             # A100, RTX 40, H100 and H200, B200
 DTYPES = ("fp16", "bf16")
@@ -64,6 +65,7 @@ ATTENTION = {
 HEAD_WIDTH = 64
 PREFIXES = (2, 10, 14)
 ADAPTERS = ((512, 64), (768, 96), (1024, 128))                          # width, hidden width
+ACTIVATIONS = (2048, 3072, 4096)                                        # width of the MLP
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,10 @@ def cases(target: int) -> Iterator[Case]:
         yield Case("adapter parameter gradient", f"{width} → {hidden}", adapter.parameter_gradient_kernel,
                    dict(NEED_UP=True, NEED_COLUMN=True, NEED_DOWN=True, NEED_WEIGHT=False, **common), columns, wide,
                    padded)
+    for width, (mode, kernel) in product(ACTIVATIONS, (("forward", quick_gelu.forward_kernel),
+                                                       ("backward", quick_gelu.backward_kernel))):
+        yield Case(f"QuickGELU {mode}", str(width), kernel, dict(HAS_BIAS=True, ACC=tl.float32), quick_gelu.BLOCKS,
+                   dict(p_bias="fp32"), 1.0)
 
 
 def attention_needed(mode: str, call: Attention, prefix: int) -> float:

@@ -2,11 +2,13 @@
 
 prefix_attention    multi-head attention with a learned prefix scaled by a learnable λ
 layernorm_adapter   LayerNorm with a bottleneck adapter in parallel, optionally after a residual addition
+quick_gelu          the activation of OpenAI's CLIP with the bias before it, backward from its input alone
 
 PrefixAttention and LayerNormAdapter are the same as modules that own their parameters.
 """
 
 from kernels.adapter import LayerNormAdapter, layernorm_adapter
 from kernels.attention import PrefixAttention, prefix_attention
+from kernels.quick_gelu import quick_gelu
 
-__all__ = ["LayerNormAdapter", "PrefixAttention", "layernorm_adapter", "prefix_attention"]
+__all__ = ["LayerNormAdapter", "PrefixAttention", "layernorm_adapter", "prefix_attention", "quick_gelu"]

@@ -15,6 +15,7 @@ RESOURCES = Path(__file__).parents[1] / "bench" / "resources.py"
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}                    # KB a program may have
 PREFIXES = (2, 10, 14)
 ATTENTION = ("image", "image L/14", "text", "text, short", "text, packed")
+ACTIVATIONS = ("2048", "3072", "4096")
 ADAPTERS = ("512 → 64", "768 → 96", "1024 → 128")
 PADDED = {                                                              # elements computed over elements needed
     ("attention forward", "image"): 1.16, ("attention backward", "image"): 1.62,
@@ -47,17 +48,23 @@ def test_production_shapes_compile_without_spills(target, rows):
     assert compiled >= {(f"adapter {mode}", f"{name}{residual}") for mode in ("forward", "input gradient")
                         for name in ADAPTERS for residual in ("", ", residual")}
     assert compiled >= {("adapter parameter gradient", name) for name in ADAPTERS}
+    assert compiled >= {(f"QuickGELU {mode}", width) for mode in ("forward", "backward") for width in ACTIVATIONS}
     for row in rows:
         assert row["stack"] == 0, row
         assert row["shared"] <= SHARED_MEMORY[target] * 1024, row
         assert 0 < row["occupancy"] <= 1, row
+        if row["kernel"].startswith("QuickGELU"):
+            assert row["shared"] <= 4096 and row["occupancy"] >= 0.5, row
+            continue
         kind = row["kernel"] if row["kernel"].startswith("attention") else "adapter"
         assert 1 <= row["padded"] <= PADDED[kind, row["shape"].split(", P")[0].removesuffix(", residual")], row
 
 
 def test_products_of_64_rows_run_on_the_unit_made_for_them(rows):
     for row in rows:
-        if row["target"] in (90, 100):
+        if row["kernel"].startswith("QuickGELU"):
+            assert row["matrix"] == "", row
+        elif row["target"] in (90, 100):
             assert {90: "wgmma", 100: "tcgen05"}[row["target"]] in row["matrix"], row
             assert row["off_unit"] == 0, row
         else:

@@ -13,6 +13,7 @@ from operators import DEVICE, EXACT
 from test_model import TINY_CLIP, build, inputs, stirred
 
 from upperson import PRESETS, ModelConfig, UPPerson
+from upperson.model.block import Stream
 from upperson.model.petl import ADAPTERS, LOW_RANK, PREFIXES
 from upperson.objective import Objective
 
@@ -137,7 +138,8 @@ def test_each_computes_its_formula(tiny, variant, causal):
     x = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
     direction = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     wanted = [x, *block.trained().values()]
-    ours, expected = block(x), written_out(block, x, causal, variant)
+    ours = block(Stream(0.25 * x, 0.75 * x)).total()
+    expected = written_out(block, x, causal, variant)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     for a, b in zip(*(torch.autograd.grad((out * direction).sum(), wanted) for out in (ours, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -149,7 +151,7 @@ def test_gradients_are_those_of_finite_differences(tiny, variant):
     block = adapted(replace(tiny, **variant)).image_blocks[0]
     x = torch.randn(1, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_()
     parameters = list(block.trained().values())
-    assert torch.autograd.gradcheck(lambda *_: block(x), [x, *parameters], fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *_: block(Stream(x)).total(), [x, *parameters], fast_mode=True)
 
 
 @pytest.mark.parametrize("variant", [

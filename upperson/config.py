@@ -78,6 +78,15 @@ class ModelConfig(Checked):
     backend: Literal["auto", "triton", "torch"] = option(
         "auto", "fused kernels or plain PyTorch; auto: kernels on a GPU, PyTorch elsewhere", changes_results=False
     )
+    skip_unread: bool = option(
+        True, "in the last block compute only the token that becomes the embedding", changes_results=False, added=True
+    )
+    pack_captions: bool = option(
+        True, "run captions one behind the other, without padding", changes_results=False, added=True
+    )
+    low_rank_gradients: bool = option(
+        True, "gradients of LoRA's factors without that of the whole weight", changes_results=False, added=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,6 +135,12 @@ class DataConfig(Checked):
     embedded_seed: int = option(0, "seed that an embedded set is drawn from", at_least=0)
     mask_captions: bool = option(True, "mask 15 % of the caption tokens in training")
     check_images: bool = option(True, "open every image once before training", changes_results=False)
+    image_cache: Path | None = option(
+        None,
+        "folder for decoded and resized images, as uint8; made once, read by every later run; none: decode each time",
+        changes_results=False,
+        added=True,
+    )
     workers: int = option(
         4, "processes that load images; 0: none besides the main one", at_least=0, changes_results=False
     )
@@ -155,6 +170,7 @@ class TrainConfig(Checked):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "autocast; parameters stay float32; auto: bf16 on a GPU, fp32 on a CPU"
     )
+    compile: bool = option(False, "torch.compile the blocks of both towers", changes_results=False, added=True)
     device: str = option("auto", "auto, cpu, cuda or cuda:N", changes_results=False)
     seed: int = option(1, "seed of initial values, data order, augmentation", at_least=0, below=2**63)
     selection: Literal["val", "best-on-test"] = option(

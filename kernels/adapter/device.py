@@ -26,27 +26,13 @@ from torch import Tensor
 
 from kernels import tiles
 from kernels.backend import accumulator, capability, float32_precision
+from kernels.rows import TRITON_DTYPES, as_rows, load_tile, store_tile
 
 COUNTS = ["T", "rows_per_share"]        # change from batch to batch
 MAX_SHARES = 32     # partial sums of the parameter gradients
-TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 # ---------------------------------------------------------------------------------------- shared pieces
-
-
-@triton.jit
-def load_tile(p_base, o_row, stride_row, o_column, rows, columns):
-    """A tile of a (rows, columns) matrix, zero outside of it."""
-    m_tile = (o_row[:, None] < rows) & (o_column[None, :] < columns)
-    return tl.load(p_base + o_row[:, None].to(tl.int64) * stride_row + o_column[None, :], mask=m_tile, other=0.0)
-
-
-@triton.jit
-def store_tile(p_base, b_tile, o_row, stride_row, o_column, rows, columns):
-    m_tile = (o_row[:, None] < rows) & (o_column[None, :] < columns)
-    p_tile = p_base + o_row[:, None].to(tl.int64) * stride_row + o_column[None, :]
-    tl.store(p_tile, b_tile.to(p_base.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
@@ -224,12 +210,6 @@ def parameter_gradient_kernel(
 
 
 # ---------------------------------------------------------------------------------------- launchers
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    """(..., C) as (T, C) with neighbouring columns adjacent in memory; copies only where it must."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, down_weight: Tensor,

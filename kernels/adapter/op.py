@@ -1,7 +1,10 @@
 """layernorm_adapter as PyTorch operators: what runs, what it returns without running, how it differentiates."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.adapter import device
 from kernels.backend import accumulator
@@ -63,3 +66,20 @@ def differentiate(ctx, dy, dtotal, *_):
 
 
 forward.register_autograd(differentiate, setup_context=save_for_backward)
+
+
+# ---------------------------------------------------------------------------------------- for torch's flop counter
+
+
+@register_flop_formula(torch.ops.upperson.layernorm_adapter)
+def forward_flops(x, residual, weight, bias, down_weight, *_, **__):
+    """Down and up."""
+    return 4 * math.prod(x) * down_weight[0]
+
+
+@register_flop_formula(torch.ops.upperson.layernorm_adapter_backward)
+def backward_flops(dy, dtotal, x, weight, down_weight, up_weight, up_bias, scale, mean, rstd, hidden, needs, **__):
+    """Those of the gradients that are asked for; dh stands before three of them."""
+    need_x, _, _, need_down, need_down_bias, need_up, _, need_scale = needs
+    products = (need_x or need_down or need_down_bias, need_x, need_down, need_up or need_scale)
+    return 2 * math.prod(x) * down_weight[0] * sum(products)

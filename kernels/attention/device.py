@@ -40,10 +40,10 @@ from torch import Tensor
 
 from kernels import tiles
 from kernels.backend import accumulator, capability, float32_precision
+from kernels.rows import TRITON_DTYPES
 
 COUNTS = ["N", "P", "T"]        # change from batch to batch, and no code is better for knowing more about them
 LOG2_E = tl.constexpr(1.4426950408889634)
-TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 # ---------------------------------------------------------------------------------------- shared pieces

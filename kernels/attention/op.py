@@ -2,6 +2,8 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.attention import device
 from kernels.backend import accumulator
@@ -54,3 +56,25 @@ def differentiate(ctx, grad, _grad_lse):
 
 
 forward.register_autograd(differentiate, setup_context=save_for_backward)
+
+
+# ---------------------------------------------------------------------------------------- for torch's flop counter
+
+
+@register_flop_formula(torch.ops.upperson.prefix_attention, get_raw=True)
+def forward_flops(qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, *_, **__):
+    """Two products of queries and columns; causal or not, as PyTorch counts its own attention."""
+    *_, heads, width = qkv.shape
+    if cu_seqlens is None:
+        lengths = [qkv.shape[1]] * qkv.shape[0]
+    elif isinstance(cu_seqlens, FakeTensor):                            # no values to read: at most so many
+        lengths = [max_seqlen] * (cu_seqlens.shape[0] - 1)
+    else:
+        lengths = cu_seqlens.diff().tolist()
+    return 4 * heads * width * sum(length * (length + prefix_key.shape[0]) for length in lengths)
+
+
+@register_flop_formula(torch.ops.upperson.prefix_attention_backward, get_raw=True)
+def backward_flops(grad, qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, *_, **__):
+    """Five products: the weights once more, and the gradients of values, weights, queries and keys."""
+    return 5 * forward_flops(qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen) // 2

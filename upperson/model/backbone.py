@@ -146,6 +146,10 @@ def require_transformers(name: str, clip: nn.Module) -> None:
     if not isinstance(clip, open_clip.CLIP) and (not isinstance(text, TextTransformer) or text.cls_emb is not None):
         raise BackboneError(f"{name}: the text tower is not open_clip's own text transformer with an end token, which "
                             "UP-Person adapts")
+    pool_type, _ = pooling(clip)
+    if pool_type not in ("argmax", "eos", "first", "last"):
+        raise BackboneError(f"{name}: the text tower has pool type {pool_type!r}; expected argmax, eos, first or last, "
+                            "one token that stands for the caption")
     for tower, transformer in (("image", clip.visual.transformer), ("text", text.transformer)):
         kind = type(transformer.resblocks[0])
         if kind is not ResidualAttentionBlock:

@@ -1,18 +1,38 @@
 """One transformer block of either tower: open_clip's frozen layers around the trained modules."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 
-from kernels import prefix_attention
+from kernels import prefix_attention, quick_gelu
+from upperson.model.attention import attend_once, pad
 from upperson.model.petl import FROZEN, Adapter, LoRA, Prefix
 
 MODULES = ("prefix", "lora", "adapter_attn", "adapter_mlp")
 
 
+class Stream(NamedTuple):
+    """The residual stream between two blocks, as x + update: the next LayerNorm adds them on its way."""
+
+    x: Tensor  # (B, N, C), or (T, C) packed
+    update: Tensor | None = None  # the same shape; None: zero
+
+    def total(self) -> Tensor:
+        return self.x if self.update is None else self.x + self.update
+
+
+class Sequences(NamedTuple):
+    """Where the sequences of a packed (T, C) lie; see kernels.prefix_attention."""
+
+    cu_seqlens: Tensor
+    longest: int
+
+
 class Block(nn.Module):
-    """Takes the place of an open_clip ResidualAttentionBlock, whose layers it keeps.
+    """Takes the place of an open_clip ResidualAttentionBlock, whose layers it keeps, within UPPerson.
 
         y = LN₁(x) + adapter_attn(x)
         x = x + out_proj(prefix_attention(in_proj(y)))          low-rank updates on in_proj's keys and values
@@ -20,15 +40,21 @@ class Block(nn.Module):
 
     with L-Adapters; the others stand elsewhere, see petl/adapters.py. The trained modules are None until `set_modules`
     puts them in. With `adapted` False the block computes what open_clip's own does.
+
+    `attention` and `activation` are the operators, kernels.prefix_attention and, where the model has QuickGELU,
+    kernels.quick_gelu; else open_clip's activation runs.
     """
 
-    def __init__(self, frozen: ResidualAttentionBlock, causal: bool, backend: str | None):
+    def __init__(self, frozen: ResidualAttentionBlock, causal: bool, backend: str | None, low_rank_gradients: bool):
         super().__init__()
         self.ln_1, self.attn, self.ls_1 = frozen.ln_1, frozen.attn, frozen.ls_1
         self.ln_2, self.mlp, self.ls_2 = frozen.ln_2, frozen.mlp, frozen.ls_2
         self.causal = causal
         self.backend = backend
+        self.low_rank_gradients = low_rank_gradients
         self.adapted = True
+        self.attention = prefix_attention
+        self.activation = quick_gelu if isinstance(frozen.mlp.gelu, QuickGELU) else None
         self.set_modules()
 
     def set_modules(self, prefix: Prefix | None = None, lora: LoRA | None = None, adapter_attn: Adapter | None = None,
@@ -44,38 +70,81 @@ class Block(nn.Module):
         """The parameters of the trained modules, by name within the block."""
         return parameters_of(self.trained_modules())
 
-    def get_weight_dtype(self) -> torch.dtype:
-        """open_clip asks its first block for the dtype of the token embeddings."""
-        return self.mlp.c_fc.weight.dtype
+    def forward(self, stream: Stream, sequences: Sequences | None = None, read: Tensor | None = None) -> Stream:
+        """The stream behind the block.
 
-    def forward(self, x: Tensor, k_x: None = None, v_x: None = None, attn_mask: Tensor | None = None) -> Tensor:
-        """x and the result: (B, N, C). The other arguments are open_clip's; causality is a property of the block."""
+        `read`: where only one token of each sequence is read afterwards, which one it is: (B,) int64, positions, or
+        rows of a packed stream. Only these tokens are then computed, and the stream that leaves is (B, C).
+        """
+        x, update = stream
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         at_attention, at_mlp = self.active(self.adapter_attn), self.active(self.adapter_mlp)
-        y, x = at_attention.normalise(self.ln_1, x, None, self.backend)
-        attended = at_attention.finish(y, self.ls_1(self.attend(y)))
+        if update is None:
+            y, x = at_attention.normalise(self.ln_1, x, None, self.backend)
+        else:
+            y, x = at_attention.normalise(self.ln_1, update, x, self.backend)
+        if read is None:
+            attended = self.attend(y, sequences)
+        else:
+            attended = self.attend_once(y, sequences, read)
+            x, y = rows_of(x, read), rows_of(y, read)
+        attended = at_attention.finish(y, self.ls_1(self.attn.out_proj(attended)))
         y, x = at_mlp.normalise(self.ln_2, attended, x, self.backend)
-        return x + at_mlp.finish(y, self.ls_2(self.mlp(y)))
+        return Stream(x, at_mlp.finish(y, self.ls_2(self.feed_forward(y))))
 
     def active(self, adapter: Adapter | None) -> Adapter:
         return FROZEN if adapter is None or not self.adapted else adapter
 
-    def attend(self, y: Tensor) -> Tensor:
-        """The attention's output for its normalised input, both (B, N, C)."""
+    def attend(self, y: Tensor, sequences: Sequences | None) -> Tensor:
+        """What the heads read, side by side, for the normalised input y: both (B, N, C), or packed (T, C)."""
         heads = self.attn.num_heads
-        weight, target = self.attn.in_proj_weight, "weights"
-        if self.lora is not None and self.adapted:
-            weight = self.lora(weight)
-        qkv = F.linear(y, weight, self.attn.in_proj_bias).unflatten(-1, (3, heads, -1))
+        qkv = self.project(y).unflatten(-1, (3, heads, -1))
+        key, value, scale, target = self.prefix_columns(qkv)
+        cu_seqlens, longest = (None, None) if sequences is None else sequences
+        return self.attention(qkv, key, value, scale, causal=self.causal, scale_target=target, cu_seqlens=cu_seqlens,
+                              max_seqlen=longest, backend=self.backend).flatten(-2)
+
+    def attend_once(self, y: Tensor, sequences: Sequences | None, read: Tensor) -> Tensor:
+        """The same for the tokens `read` alone, (B, C)."""
+        heads, width = self.attn.num_heads, self.attn.embed_dim
+        query = F.linear(rows_of(y, read), self.attn.in_proj_weight[:width], self.attn.in_proj_bias[:width])
+        key_value = self.project(y, width).unflatten(-1, (2, heads, -1))
+        visible = None
+        if sequences is not None:                                           # their last tokens, which see all others
+            key_value, visible = pad(key_value, *sequences)
+        elif self.causal:
+            visible = torch.arange(y.shape[1], device=y.device) <= read[:, None]
+        prefix_key, prefix_value, scale, target = self.prefix_columns(key_value)
+        query = query.unflatten(-1, (heads, -1))
+        return attend_once(query, *key_value.unbind(2), prefix_key, prefix_value, scale,
+                           scale_target=target, visible=visible).flatten(-2)
+
+    def project(self, y: Tensor, first: int = 0) -> Tensor:
+        """Queries, keys and values, or what stands from row `first` of their packed weight on."""
+        weight, bias = self.attn.in_proj_weight[first:], self.attn.in_proj_bias[first:]
+        if self.lora is None or not self.adapted:
+            return F.linear(y, weight, bias)
+        return self.lora.linear(y, weight, bias, self.low_rank_gradients)
+
+    def prefix_columns(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor, str]:
+        """Keys and values of the prefix, (P, heads, head width), λ, and what it multiplies. `like`: (…, heads, D)."""
         if self.prefix is not None and self.adapted:
-            key, value, scale = self.prefix(heads)
-            target = self.prefix.target
-        else:
-            key = value = qkv.new_empty(0, heads, qkv.shape[-1])
-            scale = qkv.new_ones(())
-        out = prefix_attention(qkv, key, value, scale, causal=self.causal, scale_target=target, backend=self.backend)
-        return self.attn.out_proj(out.flatten(-2))
+            return *self.prefix(self.attn.num_heads), self.prefix.target
+        key = value = like.new_empty(0, *like.shape[-2:])
+        return key, value, like.new_ones(()), "weights"
+
+    def feed_forward(self, y: Tensor) -> Tensor:
+        """The MLP."""
+        if self.activation is None:
+            return self.mlp(y)
+        hidden = self.activation(F.linear(y, self.mlp.c_fc.weight), self.mlp.c_fc.bias, backend=self.backend)
+        return self.mlp.c_proj(hidden)
+
+
+def rows_of(x: Tensor, read: Tensor) -> Tensor:
+    """One token of each sequence, (B, C), of (B, N, C) or packed (T, C)."""
+    return x[read] if x.dim() == 2 else x[torch.arange(len(x), device=x.device), read]
 
 
 def parameters_of(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:

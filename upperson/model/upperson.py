@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import open_clip
 import torch
-from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from upperson.config import ModelConfig
+from upperson.model.attention import pad
 from upperson.model.backbone import BackboneError, build_clip, fit_image_size, pooling, require_transformers, text_tower
-from upperson.model.block import MODULES, Block, parameters_of
+from upperson.model.block import MODULES, Block, Sequences, Stream, parameters_of, rows_of
+from upperson.model.captions import PackedCaptions, pack_captions
 from upperson.model.petl import ADAPTERS, LOW_RANK, PREFIXES
 
 
@@ -38,8 +40,9 @@ class UPPerson(nn.Module):
         text = text_tower(self.clip)
         self.text_causal = text.attn_mask is not None
         backend = None if config.backend == "auto" else config.backend
-        self.image_blocks = replace_blocks(self.clip.visual.transformer, causal=False, backend=backend)
-        self.text_blocks = replace_blocks(text.transformer, causal=self.text_causal, backend=backend)
+        options = dict(backend=backend, low_rank_gradients=config.low_rank_gradients)
+        self.image_blocks = replace_blocks(self.clip.visual.transformer, causal=False, **options)
+        self.text_blocks = replace_blocks(text.transformer, causal=self.text_causal, **options)
         if config.method == "up-person":
             self.set_modules(config, self.new_modules(config))
         elif config.method == "full":
@@ -52,51 +55,93 @@ class UPPerson(nn.Module):
         self.image_mean = tuple(preprocessing.get("mean", open_clip.OPENAI_DATASET_MEAN))
         self.image_std = tuple(preprocessing.get("std", open_clip.OPENAI_DATASET_STD))
 
+    # -------------------------------------------------------------------------------- images
+
     def encode_image(self, images: Tensor) -> Tensor:
         """Embeddings (B, E), not normalised, of images (B, 3, H, W), normalised by image_mean and image_std."""
-        return self.clip.encode_image(images)
+        visual = self.clip.visual
+        if self.config.skip_unread and visual.attn_pool is None and visual.pool_type == "tok":
+            class_token = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+            pooled = visual.ln_post(self.image_stream(images, class_token))
+        else:
+            pooled, _ = visual._pool(self.image_stream(images))
+        return pooled if visual.proj is None else pooled @ visual.proj
 
     def encode_image_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """encode_image's result, and all tokens of the image normalised and projected alike, (B, N, E)."""
         visual = self.clip.visual
-        found = visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC",
-                                             output_extra_tokens=True)
-        tokens = torch.cat([found["image_intermediates_prefix"][0], found["image_intermediates"][0]], dim=1)
-        return found["image_features"], tokens @ visual.proj
+        x = self.image_stream(images)
+        return visual._pool(x)[0] @ visual.proj, visual.ln_post(x) @ visual.proj
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Embeddings (B, E), not normalised, of token ids (B, context_length), int64.
+    def image_stream(self, images: Tensor, read: Tensor | None = None) -> Tensor:
+        """What the image tower's last block leaves: of all tokens (B, N, C), or of those at `read` (B,), (B, C)."""
+        return run(self.image_blocks, self.clip.visual._embeds(images), None, read)
 
-        What open_clip's encode_text computes, without the padding behind the longest caption of the batch: no
-        token before it sees it. Under torch.compile the padding stays, as a graph cannot depend on the tokens.
+    # -------------------------------------------------------------------------------- captions
+
+    def encode_text(self, captions: Tensor | PackedCaptions) -> Tensor:
+        """Embeddings (B, E), not normalised, of token ids (B, context_length), int64, or of packed captions.
+
+        Token ids go through `pack_captions` first.
         """
-        x = self.text_states(tokens)
-        return self.project_text(self.pool_text(x, tokens))
+        captions = self.pack_captions(captions)
+        if isinstance(captions, PackedCaptions):
+            read = captions.cu_seqlens[1:].long() - 1
+        else:
+            read = self.pooled_positions(captions)
+        if self.config.skip_unread:
+            return self.project_text(self.text_stream(captions, read))
+        return self.project_text(rows_of(self.text_stream(captions), read))
 
-    def encode_text_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """encode_text's result, and all tokens up to the longest caption's end projected alike, (B, L, E)."""
-        x = self.text_states(tokens)
-        return self.project_text(self.pool_text(x, tokens)), self.project_text(x)
+    def encode_text_tokens(self, captions: Tensor | PackedCaptions) -> tuple[Tensor, Tensor]:
+        """encode_text's result, and all tokens projected alike, (B, L, E), L at least the longest caption's."""
+        captions = self.pack_captions(captions)
+        x = self.text_stream(captions)
+        if isinstance(captions, PackedCaptions):
+            x, _ = pad(x, captions.cu_seqlens, captions.longest)
+            read = captions.cu_seqlens.diff().long() - 1
+        else:
+            read = self.pooled_positions(captions)
+        x = self.project_text(x)
+        return rows_of(x, read), x
 
-    def text_states(self, tokens: Tensor) -> Tensor:
-        """The normalised output of the text transformer, (B, L, C), of the first L tokens."""
-        text = text_tower(self.clip)
-        length = tokens.shape[1]
-        if self.text_causal and pooling(self.clip)[0] == "argmax" and not torch.compiler.is_compiling():
-            # The end token has the largest id.
-            length = int(tokens.argmax(1).max()) + 1
-        x = text.token_embedding(tokens[:, :length]) + text.positional_embedding[:length]
-        for block in self.text_blocks:
-            x = block(x)
-        return text.ln_final(x)
+    def pack_captions(self, captions: Tensor | PackedCaptions) -> Tensor | PackedCaptions:
+        """Token ids (B, L) as encode_text takes them: without padding, unless the tower sees it or the option is off.
 
-    def pool_text(self, x: Tensor, tokens: Tensor) -> Tensor:
+        Done on the CPU, before they are copied to a GPU, this spares waiting for them there. Under torch.compile they
+        stay as they are, since a graph cannot depend on them, and the padding is computed too, which changes nothing.
+        """
+        packable = self.text_causal and pooling(self.clip)[0] == "argmax" and self.config.pack_captions
+        if not packable or isinstance(captions, PackedCaptions) or torch.compiler.is_compiling():
+            return captions
+        return pack_captions(captions)
+
+    def text_stream(self, captions: Tensor | PackedCaptions, read: Tensor | None = None) -> Tensor:
+        """What the text tower's last block leaves: of all tokens, (B, L, C) or packed (T, C), or of those at `read`."""
+        text, sequences = text_tower(self.clip), None
+        if isinstance(captions, PackedCaptions):
+            x = text.token_embedding(captions.token_ids) + text.positional_embedding[captions.positions]
+            sequences = Sequences(captions.cu_seqlens, captions.longest)
+        else:
+            x = text.token_embedding(captions) + text.positional_embedding[: captions.shape[1]]
+        return run(self.text_blocks, x, sequences, read)
+
+    def pooled_positions(self, tokens: Tensor) -> Tensor:
+        """The position (B,) of the token that stands for each caption of (B, L)."""
         pool_type, end_id = pooling(self.clip)
-        return text_global_pool(x, tokens[:, : x.shape[1]], pool_type, end_id)
+        if pool_type == "argmax":                                           # the end token has the largest id
+            return tokens.argmax(1)
+        if pool_type == "eos":
+            return (tokens == end_id).int().argmax(1)
+        return torch.full_like(tokens[:, 0], {"first": 0, "last": tokens.shape[1] - 1}[pool_type])
 
     def project_text(self, x: Tensor) -> Tensor:
-        projection = text_tower(self.clip).text_projection
+        """The final LayerNorm and the projection of any tokens (…, C), (…, E)."""
+        text = text_tower(self.clip)
+        x, projection = text.ln_final(x), text.text_projection
         return projection(x) if isinstance(projection, nn.Module) else x @ projection
+
+    # -------------------------------------------------------------------------------- what is trained
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name: {image,text}.blocks.{i}.{prefix,lora,adapter_attn,adapter_mlp}.…
@@ -143,11 +188,19 @@ class UPPerson(nn.Module):
                 block.adapted = True
 
 
-def replace_blocks(transformer: nn.Module, causal: bool, backend: str | None) -> list[Block]:
-    """Replaces the blocks of an open_clip Transformer, and returns the new ones."""
+def replace_blocks(transformer: nn.Module, **options: Any) -> list[Block]:
+    """Replaces the blocks of an open_clip Transformer, and returns the new ones; `options` are those of Block."""
     for i, frozen in enumerate(transformer.resblocks):
-        transformer.resblocks[i] = Block(frozen, causal, backend)
+        transformer.resblocks[i] = Block(frozen, **options)
     return list(transformer.resblocks)
+
+
+def run(blocks: list[Block], x: Tensor, sequences: Sequences | None, read: Tensor | None) -> Tensor:
+    """The tokens behind the last of `blocks`; see Block.forward."""
+    stream = Stream(x)
+    for block in blocks[:-1]:
+        stream = block(stream, sequences)
+    return blocks[-1](stream, sequences, read).total()
 
 
 def new_modules(tower: str, blocks: list[Block], config: ModelConfig) -> dict[str, nn.Module]:

@@ -1,11 +1,13 @@
 """Low-rank updates of the key and the value projection of an attention: LoRA, DoRA, WoRA.
 
-All take the frozen packed weight [query; key; value], (3 C, C), and give it back with the last two thirds updated by
+All take a frozen packed weight whose last rows are [key; value], (…+ 2 C, C), and give it back with these updated by
 up · down, with down (r, C) and up (C, r), which starts at zero. The query is never changed.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from upperson.model.petl.initial import scalar, uniform_fan_in
 
@@ -32,25 +34,73 @@ class LoRA(nn.Module):
         self.value_down = uniform_fan_in(rank, width)
         self.value_up = nn.Parameter(torch.zeros(width, rank))
 
+    def of(self, part: str, *names: str) -> list[Tensor]:
+        return [getattr(self, f"{part}_{name}") for name in names]
+
     def forward(self, weight: Tensor) -> Tensor:
-        """The packed weight with its key and value thirds updated, (3 C, C), in its dtype also under autocast."""
+        """The packed weight with its key and value updated, in its shape and dtype, also under autocast."""
         with torch.autocast(weight.device.type, enabled=False):
-            query, key, value = weight.chunk(3)
-            return torch.cat([query, self.updated_key(key), self.updated_value(value)])
+            query, key, value = parts_of(weight)
+            return torch.cat([query, self.updated("key", key), self.updated("value", value)])
 
-    def updated_key(self, weight: Tensor) -> Tensor:
-        return weight + self.key_scale * self.key_up @ self.key_down
+    def updated(self, part: str, weight: Tensor) -> Tensor:
+        up, down, scale = self.of(part, "up", "down", "scale")
+        return weight + scale * up @ down
 
-    def updated_value(self, weight: Tensor) -> Tensor:
-        return weight + self.value_scale * self.value_up @ self.value_down
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor, low_rank_gradients: bool) -> Tensor:
+        """x (…, C) through the updated weight, (…, rows of weight). `bias` (rows,) and `weight` get no gradient."""
+        if not low_rank_gradients:
+            return F.linear(x, self(weight), bias)
+        return LowRankLinear.apply(x, weight, bias, *self.of("key", "down", "up", "scale"),
+                                   *self.of("value", "down", "up", "scale"))
+
+
+class LowRankLinear(torch.autograd.Function):
+    """x W'ᵀ + b with LoRA merged into W', and gradients of the factors that never form that of W'.
+
+    With G the gradient of the keys (or values), (T, C), that of W' is Gᵀ x, of 2 T C² operations; but
+
+        d up = s Gᵀ (x downᵀ)        d down = s (G up)ᵀ x        d s = Σ up ∘ Gᵀ (x downᵀ)
+
+    are products with r columns, 8 T C r operations in all. Under autocast x and W' are cast, as by F.linear.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, key_down, key_up, key_scale, value_down, value_up, value_scale):
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type) and dtype == torch.float32:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            query, key, value = parts_of(weight)
+            merged = torch.cat([query, torch.addmm(key, key_scale * key_up, key_down),
+                                torch.addmm(value, value_scale * value_up, value_down)])
+            x, merged = x.to(dtype), merged.to(dtype)
+            ctx.save_for_backward(x, merged, key_down, key_up, key_scale, value_down, value_up, value_scale)
+            return F.linear(x, merged, bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, merged, *factors = ctx.saved_tensors
+        width = merged.shape[1]
+        gradient, rows = gradient.reshape(-1, len(merged)), x.reshape(-1, width)
+        dx = (gradient @ merged).view(x.shape) if ctx.needs_input_grad[0] else None
+        lowered = rows @ torch.cat([factors[0], factors[3]]).to(x.dtype).t()                # (T, 2 r)
+        found = []
+        for part, (down, up, scale) in enumerate((factors[:3], factors[3:])):
+            g = gradient.narrow(1, len(merged) - (2 - part) * width, width)
+            rank = len(down)
+            d_up = (g.t() @ lowered[:, part * rank:(part + 1) * rank]).to(up.dtype)        # without s
+            d_down = ((g @ up.to(g.dtype)).t() @ rows).to(down.dtype)
+            found += [scale * d_down, scale * d_up, (up * d_up).sum()]
+        return dx, None, None, *found
 
 
 class DoRA(LoRA):
     """DoRA (arXiv 2402.09353, Eq. 5): magnitude and direction apart, m · (W + up · down) / |W + up · down|.
 
     The norm is that of each output's weights, a row; m (C,) starts as the norms of W. The gradient flows through the
-    norm as well; the paper's Sec. 4.3 treats it as a constant to save memory, which merging the weight once a step
-    does not need.
+    norm as well, so it needs that of the whole weight; the paper's Sec. 4.3 treats the norm as a constant instead.
     """
 
     def __init__(self, rank: int, weight: Tensor):
@@ -63,11 +113,13 @@ class DoRA(LoRA):
         self.key_magnitude = nn.Parameter(row_norms(key).squeeze(1))
         self.value_magnitude = nn.Parameter(row_norms(value).squeeze(1))
 
-    def updated_key(self, weight: Tensor) -> Tensor:
-        return with_magnitude(weight + self.key_up @ self.key_down, self.key_magnitude)
+    def updated(self, part: str, weight: Tensor) -> Tensor:
+        up, down, magnitude = self.of(part, "up", "down", "magnitude")
+        return with_magnitude(weight + up @ down, magnitude)
 
-    def updated_value(self, weight: Tensor) -> Tensor:
-        return with_magnitude(weight + self.value_up @ self.value_down, self.value_magnitude)
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor, low_rank_gradients: bool) -> Tensor:
+        """As LoRA's, with the gradient of the whole updated weight in any case."""
+        return F.linear(x, self(weight), bias)
 
 
 class WoRA(DoRA):
@@ -81,13 +133,15 @@ class WoRA(DoRA):
         self.key_alpha, self.key_beta = scalar(1), scalar(1)
         self.value_alpha, self.value_beta = scalar(1), scalar(1)
 
-    def updated_key(self, weight: Tensor) -> Tensor:
-        direction = self.key_beta * weight + self.key_alpha * self.key_up @ self.key_down
-        return with_magnitude(direction, self.key_magnitude)
+    def updated(self, part: str, weight: Tensor) -> Tensor:
+        up, down, magnitude, alpha, beta = self.of(part, "up", "down", "magnitude", "alpha", "beta")
+        return with_magnitude(beta * weight + alpha * up @ down, magnitude)
 
-    def updated_value(self, weight: Tensor) -> Tensor:
-        direction = self.value_beta * weight + self.value_alpha * self.value_up @ self.value_down
-        return with_magnitude(direction, self.value_magnitude)
+
+def parts_of(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What stands before keys and values, keys, and values, in a packed weight."""
+    width = weight.shape[1]
+    return weight.split([len(weight) - 2 * width, width, width])
 
 
 def row_norms(weight: Tensor) -> Tensor:

@@ -1,0 +1,313 @@
+"""What is not computed cannot change the result: each switch of ModelConfig, proven equal and counted."""
+
+import importlib
+import itertools
+import json
+from dataclasses import replace
+
+import open_clip
+import pytest
+import torch
+from test_model import TINY_CLIP, build, inputs, stirred
+from test_variants import VARIANTS
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels.attention import reference
+from upperson import ModelConfig
+from upperson.losses import sdm_loss
+from upperson.model import BackboneError, UPPerson
+from upperson.model.attention import attend_once, pad
+from upperson.model.captions import PackedCaptions, pack_captions
+from upperson.model.petl.low_rank import LoRA
+
+SWITCHES = ("skip_unread", "pack_captions", "low_rank_gradients")
+OFF = dict.fromkeys(SWITCHES, False)
+WHOLE = dict(prefix="salable", lora="lora", adapter_attn="l-parallel", adapter_mlp="l-parallel")
+NOTHING = dict(prefix="none", lora="none", adapter_attn="none", adapter_mlp="none")
+PERSON_IDS = torch.tensor([0, 1, 1, 2])
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """UP-Person on a CLIP of three blocks a tower."""
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY_CLIP))
+    return ModelConfig(model=str(path), pretrained="none", image_size=(48, 16), prefix_length=3, lora_rank=2,
+                       adapter_reduction=4, backend="torch")
+
+
+def identify(variant):
+    return "-".join(map(str, variant.values()))
+
+
+def results(config, captions=None):
+    """Features, loss and gradients of every trained parameter, in float64."""
+    model = stirred(build(config).double())
+    images, tokens = inputs(torch.float64)
+    features = model.encode_image(images), model.encode_text(tokens if captions is None else captions)
+    loss = sdm_loss(*features, PERSON_IDS)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.trained_parameters().items()}
+    return {"images": features[0], "captions": features[1], "loss": loss} | gradients
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if value is None:
+            assert found[name] is None, name
+            continue
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10 * float(value.detach().abs().max() + 1),
+                                   msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ------------------------------------------------------------------------------------ the same results
+
+
+@pytest.mark.parametrize("on", [*((switch,) for switch in SWITCHES), SWITCHES], ids="+".join)
+@pytest.mark.parametrize("variant", [WHOLE, dict(WHOLE, scale_target="logits"), *VARIANTS, dict(method="full")],
+                         ids=identify)
+def test_each_switch_changes_no_result(tiny, variant, on):
+    config = replace(tiny, **(NOTHING | variant), **OFF)
+    if variant == dict(prefix="none"):
+        pytest.skip("nothing is trained")
+    assert_equal(results(replace(config, **dict.fromkeys(on, True))), results(config))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_all_switches_together_with_the_kernels(tiny, backend):
+    """Each backend with everything on against PyTorch with everything off."""
+    everything = replace(tiny, backend=backend, **dict.fromkeys(SWITCHES, True))
+    assert_equal(results(everything), results(replace(tiny, **OFF)))
+
+
+def test_captions_that_are_packed_already(tiny):
+    _, tokens = inputs()
+    for skip_unread in (True, False):
+        config = replace(tiny, skip_unread=skip_unread)
+        assert_equal(results(config, pack_captions(tokens)), results(config))
+
+
+def test_towers_that_see_padding_are_not_packed(tiny):
+    """A text tower without the causal mask: its padding is part of what it computes."""
+    images, tokens = inputs(torch.float64)
+    text = dict(TINY_CLIP["text_cfg"], no_causal_mask=True)
+    features = []
+    for switches in (OFF, dict.fromkeys(SWITCHES, True)):
+        torch.manual_seed(0)
+        clip = open_clip.CustomTextCLIP(**dict(TINY_CLIP, text_cfg=text)).double().eval()
+        expected = clip.encode_text(tokens)
+        model = UPPerson(replace(tiny, **switches), clip).double()
+        assert model.pack_captions(tokens) is tokens
+        with model.zero_shot():
+            torch.testing.assert_close(model.encode_text(tokens), expected)
+        features.append(stirred(model).encode_text(tokens))
+    torch.testing.assert_close(*features)
+
+
+@pytest.mark.parametrize("pool_type", ["first", "last", "argmax", "eos"])
+@pytest.mark.parametrize("skip_unread", [False, True])
+def test_every_pooling_of_the_text_tower(tiny, pool_type, skip_unread):
+    torch.manual_seed(0)
+    text = dict(TINY_CLIP["text_cfg"], pool_type=pool_type, eos_id=49407)
+    clip = open_clip.CustomTextCLIP(**dict(TINY_CLIP, text_cfg=text)).double().eval()
+    _, tokens = inputs()
+    with torch.no_grad():
+        expected = clip.encode_text(tokens)
+        model = UPPerson(replace(tiny, skip_unread=skip_unread, method="zero-shot"), clip).double()
+        torch.testing.assert_close(model.encode_text(tokens), expected)
+
+
+def test_a_pooling_without_a_token_is_refused(tiny):
+    text = dict(TINY_CLIP["text_cfg"], pool_type="none")
+    with pytest.raises(BackboneError, match="pool type 'none'.*expected argmax, eos, first or last"):
+        UPPerson(tiny, open_clip.CustomTextCLIP(**dict(TINY_CLIP, text_cfg=text)))
+
+
+@pytest.mark.parametrize("vision", [dict(pool_type="avg"), dict(attentional_pool=True, attn_pooler_heads=2)],
+                         ids=["average", "attention"])
+def test_image_towers_that_read_all_tokens(tiny, vision):
+    clip = open_clip.CLIP(**dict(TINY_CLIP, vision_cfg=TINY_CLIP["vision_cfg"] | vision)).double().eval()
+    images, _ = inputs(torch.float64)
+    with torch.no_grad():
+        model = UPPerson(replace(tiny, image_size=(32, 32), skip_unread=True), clip).double()
+        images = images[:, :, :32].repeat(1, 1, 1, 2)
+        with model.zero_shot():
+            frozen = model.encode_image(images)
+        reference = open_clip.CLIP(**dict(TINY_CLIP, vision_cfg=TINY_CLIP["vision_cfg"] | vision)).double().eval()
+        names = reference.state_dict().keys()
+        reference.load_state_dict({name: value for name, value in model.clip.state_dict().items() if name in names})
+        torch.testing.assert_close(frozen, reference.encode_image(images))
+
+
+# ------------------------------------------------------------------------------------ the pieces
+
+
+def test_packing_by_hand():
+    tokens = torch.tensor([[49406, 5, 49407, 0, 0], [49406, 49407, 0, 0, 0], [49406, 7, 8, 9, 49407]])
+    packed = pack_captions(tokens)
+    assert packed.token_ids.tolist() == [49406, 5, 49407, 49406, 49407, 49406, 7, 8, 9, 49407]
+    assert packed.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 4]
+    assert packed.cu_seqlens.tolist() == [0, 3, 5, 10] and packed.cu_seqlens.dtype == torch.int32
+    assert packed.longest == 5 and len(packed) == 3
+    moved = packed.to("cpu", non_blocking=True)
+    assert isinstance(moved, PackedCaptions) and torch.equal(moved.token_ids, packed.token_ids)
+
+    padded, present = pad(packed.positions.double()[:, None], packed.cu_seqlens, packed.longest)
+    assert padded.squeeze(-1).tolist() == [[0, 1, 2, 0, 0], [0, 1, 0, 0, 0], [0, 1, 2, 3, 4]]
+    assert present.tolist() == [[True] * 3 + [False] * 2, [True] * 2 + [False] * 3, [True] * 5]
+
+
+@pytest.mark.parametrize("target", ["weights", "logits"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_one_query_of_the_definition(prefix, causal, target):
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, 6, 3, 2, 8, dtype=torch.float64, generator=generator).requires_grad_()
+    key, value = (torch.randn(prefix, 2, 8, dtype=torch.float64, generator=generator).requires_grad_()
+                  for _ in range(2))
+    scale = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    read, samples = torch.tensor([5, 0, 2]), torch.arange(3)
+    visible = torch.arange(6) <= read[:, None] if causal else None
+    query, keys, values = qkv.unbind(2)
+    found = attend_once(query[samples, read], keys, values, key, value, scale, scale_target=target, visible=visible)
+    expected = reference.explicit(qkv, key, value, scale, causal, target)[samples, read]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(out.sin().sum(), [qkv, key, value, scale], allow_unused=True)
+                 for out in (found, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def random_lora(rows):
+    torch.manual_seed(0)
+    lora = LoRA(3, torch.empty(24, 8)).double()
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    return lora, torch.randn(rows, 8).double(), torch.randn(rows).double()
+
+
+@pytest.mark.parametrize("rows", [24, 16], ids=["query, key, value", "key, value"])
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (0, 8)], ids=str)
+def test_low_rank_gradients_are_those_of_the_merged_weight(rows, shape):
+    lora, weight, bias = random_lora(rows)
+    x = torch.randn(shape).double().requires_grad_()
+    found, expected = (lora.linear(x, weight, bias, switch) for switch in (True, False))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    wanted = [x, *lora.parameters()]
+    for a, b in zip(*(torch.autograd.grad(y.sin().sum(), wanted) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_low_rank_gradients_by_finite_differences():
+    lora, weight, bias = random_lora(24)
+    x = torch.randn(4, 8).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, *_: lora.linear(x, weight, bias, True), (x, *lora.parameters()))
+
+
+def test_low_rank_gradients_have_no_second_derivative_rather_than_a_wrong_one():
+    lora, weight, bias = random_lora(24)
+    x = torch.randn(4, 8).double().requires_grad_()
+    first, = torch.autograd.grad(lora.linear(x, weight, bias, True).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_low_rank_gradients_under_autocast_come_close_to_the_merged_ones():
+    lora, weight, bias = random_lora(24)
+    lora, weight, bias = lora.float(), weight.float(), bias.float()
+    x = torch.randn(64, 8)
+    gradients = []
+    for switch in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = lora.linear(x, weight, bias, switch)
+        assert y.dtype == torch.bfloat16
+        gradients.append(torch.autograd.grad(y.float().square().sum(), list(lora.parameters())))
+    for parameter, a, b in zip(lora.parameters(), *gradients, strict=True):
+        assert a.dtype == parameter.dtype == torch.float32
+        assert float((a - b).norm() / b.norm()) < 0.03
+
+
+# ------------------------------------------------------------------------------------ fewer operations
+
+
+def count(config, **switches):
+    """FLOPs of forward and backward of both towers, by torch's counter."""
+    model = build(replace(config, **switches))
+    images, tokens = inputs()
+    with FlopCounterMode(display=False) as counter:
+        sdm_loss(model.encode_image(images), model.encode_text(tokens), PERSON_IDS).backward()
+    return counter.get_total_flops()
+
+
+def test_each_switch_saves_what_it_promises(tiny):
+    """By hand: width 32, images of 13 tokens, 4 captions of 12 (packed: 4, 6, 10, 11), rank 2, 2 heads of 16."""
+    tiny = replace(tiny, **(NOTHING | dict(lora="lora")))
+    off = count(tiny, **OFF)
+    pairs, width, rank = 4, 32, 2
+    rows = pairs * (13 + 12)
+    blocks = 3
+
+    whole = 2 * rows * width * 3 * width                            # Gᵀ x, (3 C, C)
+    merge_backward = 2 * 2 * 2 * 2 * width * width * rank           # of up · down: two towers, two parts, two factors
+    low_rank = 2 * rows * (2 * rank) * width + 2 * 3 * 2 * rows * rank * width
+    assert off - count(tiny, **OFF | dict(low_rank_gradients=True)) == blocks * (whole + merge_backward - low_rank)
+
+    packed_rows = 4 + 6 + 10 + 11
+    assert count(tiny, **OFF | dict(pack_captions=True)) < off
+    linear = 2 * width * (3 * width + width + 2 * 4 * width)        # of one token through in_proj, out_proj, MLP
+    saved = off - count(tiny, **OFF | dict(pack_captions=True))
+    # Forward, and backward for the tokens (not in the first block's in_proj, whose input nobody trains) and for the
+    # weight that LoRA updates; attention is at most the longest caption's.
+    tokens = 48 - packed_rows
+    expected = tokens * (blocks * 2 * linear - 2 * width * 3 * width + blocks * 2 * width * 3 * width)
+    attention = blocks * (4 + 10) * 2 * 16 * pairs * (12**2 - 11**2)
+    assert saved == expected + attention
+
+    skipped = off - count(tiny, **OFF | dict(skip_unread=True))
+    assert skipped > 0.2 * off                                      # of three blocks, most of one
+
+
+def test_nothing_is_computed_below_the_first_trained_parameter(tiny):
+    """Adapters in the last block alone: backward ends there, whatever the switches."""
+    reached = []
+    for values in itertools.product((False, True), repeat=3):
+        switches = dict(zip(SWITCHES, values, strict=True))
+        model = build(replace(tiny, **(NOTHING | dict(adapter_mlp="l-parallel", depth_adapter=2)), **switches))
+        images, tokens = inputs()
+        for block in (*model.image_blocks, *model.text_blocks):
+            block.attn.out_proj.register_full_backward_hook(lambda *_: reached.append(1))
+        with FlopCounterMode(display=False) as forward:
+            loss = sdm_loss(model.encode_image(images), model.encode_text(tokens), PERSON_IDS)
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+        assert not reached
+        assert backward.get_total_flops() < 0.5 * forward.get_total_flops()
+
+
+def test_the_first_block_needs_no_gradient_of_its_input(tiny):
+    """LoRA in the first block: its factors' gradients, but none of what stands before."""
+    config = replace(tiny, **(NOTHING | dict(lora="lora", depth_lora=1)))
+    model = build(config)
+    images, _ = inputs()
+    lengths = []
+    model.image_blocks[0].lora.linear, linear = (
+        lambda y, *rest: lengths.append(y.requires_grad) or linear(y, *rest)), model.image_blocks[0].lora.linear
+    model.encode_image(images).sum().backward()
+    assert lengths == [False]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_kernels_are_counted_as_pytorchs_own(tiny, causal):
+    """The formulas for torch's flop counter, which a counter knows that was made after the kernels were imported."""
+    importlib.import_module("kernels.adapter.op")
+    importlib.import_module("kernels.attention.op")
+    counts = []
+    for backend in ("torch", "triton"):
+        model = build(replace(tiny, backend=backend, **OFF))
+        images, tokens = inputs()
+        with FlopCounterMode(display=False) as counter:
+            (model.encode_text(tokens) if causal else model.encode_image(images)).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]

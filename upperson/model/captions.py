@@ -1,0 +1,41 @@
+"""Captions one behind the other, without padding: what the text tower computes when nothing is computed in vain."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedCaptions:
+    """S captions of T tokens in all, each from its start token to its end token."""
+
+    token_ids: Tensor  # (T,) int64
+    positions: Tensor  # (T,) int64, of each token in its caption
+    cu_seqlens: Tensor  # (S + 1,) int32: caption i is tokens cu_seqlens[i] to cu_seqlens[i + 1]
+    longest: int  # tokens of the longest caption
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedCaptions":
+        tensors = (self.token_ids, self.positions, self.cu_seqlens)
+        return PackedCaptions(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors), self.longest)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """As of tensors: their memory is not used again before `stream` is done with it."""
+        for tensor in (self.token_ids, self.positions, self.cu_seqlens):
+            tensor.record_stream(stream)
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+
+def pack_captions(tokens: Tensor) -> PackedCaptions:
+    """Packs padded captions (S, L) int64. The end token is the one with the largest id, as everywhere in CLIP.
+
+    On a GPU this waits for the tokens; on the CPU, before they are copied, it does not.
+    """
+    ends = tokens.argmax(1)
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    kept = positions <= ends[:, None]
+    cu_seqlens = torch.zeros(len(tokens) + 1, dtype=torch.int32, device=tokens.device)
+    cu_seqlens[1:] = (ends + 1).cumsum(0)
+    return PackedCaptions(tokens[kept], positions[kept], cu_seqlens, int(ends.max()) + 1)
