@@ -321,3 +321,28 @@ def test_another_vocabulary_is_refused(tiny, tmp_path):
     path.write_text(json.dumps(TINY_CLIP | dict(text_cfg=TINY_CLIP["text_cfg"] | dict(vocab_size=1000))))
     with pytest.raises(BackboneError, match="the vocabulary has 1000 tokens.*CLIP's own tokenizer, of 49408"):
         UPPerson(replace(tiny, model=str(path)))
+
+
+def test_compiled_blocks_share_their_graphs(tiny):
+    """First, middle and last of each tower; batches and captions of any length, evaluation too, without a fallback."""
+    model, eager = (stirred(build(tiny)).to(torch.float64) for _ in range(2))
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    model.compile_blocks(backend=counter, fullgraph=True)
+    for batch in (4, 3, 4, 2):
+        images, tokens = inputs(torch.float64, batch)
+        gradients = []
+        for each in (model, eager):
+            each.zero_grad()
+            sdm_loss(each.encode_image(images), each.encode_text(tokens), torch.arange(batch) // 2).backward()
+            gradients.append([p.grad for p in each.trained_parameters().values()])
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    trained = counter.frame_count
+    assert trained <= 3 * 6                                             # sizes: the first, any but the batch's, any
+    with torch.inference_mode():
+        torch.testing.assert_close(model.encode_text(tokens), eager.encode_text(tokens))
+        with model.zero_shot(), eager.zero_shot():
+            torch.testing.assert_close(model.encode_image(images), eager.encode_image(images))
+    assert counter.frame_count <= trained + 6
+    assert model.trained_parameters().keys() == eager.trained_parameters().keys()

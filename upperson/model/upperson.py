@@ -15,6 +15,8 @@ from upperson.model.block import MODULES, Block, Sequences, Stream, parameters_o
 from upperson.model.captions import PackedCaptions, pack_captions
 from upperson.model.petl import ADAPTERS, LOW_RANK, PREFIXES
 
+GRAPHS = 64  # of a block, each for a kind of input; some 20 are met in a training with its evaluations
+
 
 class UPPerson(nn.Module):
     """CLIP adapted to text-based person retrieval by S-Prefix, LoRA and L-Adapter (arXiv 2504.10084), or by a variant.
@@ -175,6 +177,16 @@ class UPPerson(nn.Module):
         """The parameters of CLIP that its features depend on: all but the temperature of its own loss."""
         return {name: parameter for name, parameter in self.clip.named_parameters()
                 if name not in ("logit_scale", "logit_bias")}
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Puts every block through torch.compile, from its next call on; `options` are those of torch.compile.
+
+        Blocks of a kind share a graph: the first, the last and those between, of each tower, with gradients and
+        without, for a first and for any later batch size. PyTorch allows one function fewer kinds by default.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+        for block in self.blocks().values():
+            block.compile(**options)
 
     @contextmanager
     def zero_shot(self) -> Iterator[None]:
