@@ -1,5 +1,7 @@
 """Multi-head attention with a salable prefix (UP-Person, arXiv 2504.10084, Sec. III and Eq. 15)."""
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +41,8 @@ def prefix_attention(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, pref
         causal: token i of a sequence sees its tokens 0 … i only.
         cu_seqlens: (S + 1,), int32: sequence i holds the tokens cu_seqlens[i] to cu_seqlens[i + 1] of a packed qkv, and
             sees no others. Begins with 0, never falls, ends with T; sequences may be empty. Its values are checked
-            where that costs nothing, on the CPU; elsewhere, tokens that belong to no sequence come out undefined.
+            where that costs nothing, on the CPU or without max_seqlen; elsewhere, tokens that belong to no sequence
+            come out undefined.
         max_seqlen: tokens of the longest sequence, or more. Without it cu_seqlens is asked, which waits for the GPU.
         backend: None (Triton on CUDA or under TRITON_INTERPRET=1, else PyTorch), "triton" or "torch".
 
@@ -102,16 +105,18 @@ def longest_sequence(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | N
     require_device(name, "cu_seqlens", cu_seqlens, "qkv", qkv)
     if max_seqlen is not None and max_seqlen < 0:
         raise ValueError(f"{name}: max_seqlen must be at least 0, not {max_seqlen}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        marks = cu_seqlens.tolist()
-        if marks[0] != 0 or marks[-1] != qkv.shape[0] or marks != sorted(marks):
-            raise ValueError(f"{name}: cu_seqlens must begin with 0, never fall and end with T = {qkv.shape[0]}, "
-                             f"but is {marks if len(marks) < 10 else [*marks[:4], '…', *marks[-4:]]}")
-        if max_seqlen is not None and max_seqlen < max(cu_seqlens.diff().tolist(), default=0):
-            raise ValueError(f"{name}: max_seqlen is {max_seqlen}, but the longest sequence of cu_seqlens has "
-                             f"{int(cu_seqlens.diff().max())} tokens")
+    if max_seqlen is not None and (cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling()):
+        return max_seqlen
+    marks = cu_seqlens.tolist()
+    longest = max((end - begin for begin, end in itertools.pairwise(marks)), default=0)
+    if marks[0] != 0 or marks[-1] != qkv.shape[0] or marks != sorted(marks):
+        raise ValueError(f"{name}: cu_seqlens must begin with 0, never fall and end with T = {qkv.shape[0]}, "
+                         f"but is {marks if len(marks) < 10 else [*marks[:4], '…', *marks[-4:]]}")
     if max_seqlen is None:
-        max_seqlen = max(cu_seqlens.diff().tolist(), default=0)
+        return longest
+    if max_seqlen < longest:
+        raise ValueError(f"{name}: max_seqlen is {max_seqlen}, but the longest sequence of cu_seqlens has {longest} "
+                         "tokens")
     return max_seqlen
 
 

@@ -1,8 +1,11 @@
 """prefix_attention as PyTorch operators: what runs, what it returns without running, how it differentiates."""
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.attention import device
@@ -70,7 +73,9 @@ def forward_flops(qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_s
     elif isinstance(cu_seqlens, FakeTensor):                            # no values to read: at most so many
         lengths = [max_seqlen] * (cu_seqlens.shape[0] - 1)
     else:
-        lengths = cu_seqlens.diff().tolist()
+        with no_dispatch():                                             # real marks among tensors without memory
+            marks = cu_seqlens.tolist()
+        lengths = [end - begin for begin, end in itertools.pairwise(marks)]
     return 4 * heads * width * sum(length * (length + prefix_key.shape[0]) for length in lengths)
 
 

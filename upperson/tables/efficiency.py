@@ -95,9 +95,6 @@ def measure(config: Config, batch_size: int) -> Cost:
 
     seconds = shortest(lambda: search(model, batch["captions"][:1], gallery, precision), device)
     costs["query_seconds"] = 1000 / QUERIES * seconds
-    # The counter knows PyTorch's own operators; the kernels compute the same.
-    for block in model.blocks().values():
-        block.backend = "torch"
     if parameters:
         costs["step_gflops"] = flops(step) / batch_size
     with autocast(device, precision):  # with gradients: the counter follows the modules through them
