@@ -5,6 +5,7 @@ python train.py --preset cuhk-pedes --data-root DIR            a real data set w
 python train.py --check-data --dataset NAME --data-root DIR    looks a data set through and does not train
 python train.py --resume runs/embedded-1                       continues a run that was stopped
 python train.py --help                                         every option
+torchrun --nproc-per-node 8 train.py --preset cuhk-pedes …     the same on 8 GPUs, each with its share of the batch
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from upperson.command_line import parse_arguments
 from upperson.config import DataConfig
 from upperson.data.check import check_dataset, text
+from upperson.distributed import ALONE, Group
 from upperson.errors import USER_ERRORS
 from upperson.splits import read_splits
 from upperson.training import fit
@@ -28,15 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="read the data set and open every image, report what is in it and what is wrong with it, and stop",
     )
     config = parse_arguments(argv, parents=[actions])
+    group = ALONE
     try:
+        group = Group.of_environment()
         if actions.parse_known_args(argv)[0].check_data:
             return check_data(config.data)
         fit(config)
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {group.prefix}{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interruption:
-        print(str(interruption) or "stopped", file=sys.stderr)
+        if group.is_main:
+            print(str(interruption) or "stopped", file=sys.stderr)
         return 130
     return 0
 

@@ -1,6 +1,9 @@
 """Readers, checks, transforms and loaders, on small JPEG files made here."""
 
+import importlib
 import json
+import multiprocessing
+import os
 import random
 import re
 import traceback
@@ -28,8 +31,10 @@ from upperson.data import (
     mask_caption,
     queries,
     read_dataset,
+    share_of,
     train_loader,
 )
+from upperson.data.augmentation import RandomAugmentation
 from upperson.data.loaders import _stable_seed
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -355,72 +360,32 @@ class Stripes:
         return Image.fromarray(np.broadcast_to(columns[None, :, None], (96, 32, 3)).astype(np.uint8))
 
 
-def transformed(image: Image.Image, size: tuple[int, int], seed: int, train: bool = True) -> torch.Tensor:
-    torch.manual_seed(seed)
-    return image_transform(size, MEAN, STD, train=train)(image)
+def transformed(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    return image_transform(size, MEAN, STD)(image)
 
 
 def denormalised(image: torch.Tensor) -> torch.Tensor:
     return image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
 
 
-def erased(image: torch.Tensor) -> torch.Tensor:
-    """[H, W] bool: pixels that hold CLIP's mean as normalised values."""
-    return (image == torch.tensor(MEAN)[:, None, None]).all(0)
-
-
 class TestTransforms:
-    @pytest.mark.parametrize("train", [True, False])
     @pytest.mark.parametrize("size", [(384, 128), (192, 64), (32, 16)])
-    def test_shape(self, size, train):
-        image = transformed(Image.new("RGB", (50, 70)), size, 0, train)
+    def test_shape(self, size):
+        image = transformed(Image.new("RGB", (50, 70)), size)
         assert type(image) is torch.Tensor and image.shape == (3, *size) and image.dtype == torch.float32
 
-    def test_evaluation_is_resize_and_normalise(self):
+    def test_resize_and_normalise(self):
         pixels = np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)
         image = Image.fromarray(pixels)
         resized = np.asarray(image.resize((64, 192), Image.Resampling.BILINEAR), dtype=np.float32) / 255
         expected = torch.from_numpy((resized - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1)
-        torch.testing.assert_close(transformed(image, (192, 64), 0, train=False), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(transformed(image, (192, 64)), expected, rtol=0, atol=1e-5)
 
     def test_downscaling_is_antialiased(self):
         columns = np.arange(640) % 10 // 9 * 255  # one white column in ten: mean 25.5
         image = Image.fromarray(np.broadcast_to(columns[None, :, None], (192, 640, 3)).astype(np.uint8))
-        out = denormalised(transformed(image, (192, 64), 0, train=False))[:, :, 2:-2]
+        out = denormalised(transformed(image, (192, 64)))[:, :, 2:-2]
         assert (out - 0.1).abs().max() < 0.01
-
-    def test_flip(self):
-        """A picture that is white on the left half: flipped in half of the draws."""
-        pixels = np.zeros((192, 64, 3), dtype=np.uint8)
-        pixels[:, :32] = 255
-        images = [transformed(Image.fromarray(pixels), (192, 64), seed) for seed in range(200)]
-        flipped = sum(bool(image[..., :32].mean() < image[..., 32:].mean()) for image in images)
-        assert 75 <= flipped <= 125  # 3.5 standard deviations
-
-    @pytest.mark.parametrize(("size", "border"), [((384, 128), 10), ((192, 64), 5)])
-    def test_pad_and_crop(self, size, border):
-        """Of a white picture, what is black is a border of at most 10 pixels at height 384, on any side."""
-        white = Image.new("RGB", (size[1], size[0]), (255, 255, 255))
-        borders = []
-        for seed in range(100):
-            image = transformed(white, size, seed)
-            content = (denormalised(image) > 0.5).any(0) | erased(image)
-            rows, columns = content.any(1).nonzero().flatten(), content.any(0).nonzero().flatten()
-            borders.append([rows[0], size[0] - 1 - rows[-1], columns[0], size[1] - 1 - columns[-1]])
-        assert torch.tensor(borders).max(0).values.tolist() == [border] * 4
-
-    def test_erasing(self):
-        """Half of the pictures have a rectangle of 2 to 40 % that holds the mean after normalising."""
-        white = Image.new("RGB", (64, 192), (255, 255, 255))
-        areas = []
-        for seed in range(300):
-            region = erased(transformed(white, (192, 64), seed))
-            if region.any():
-                rows, columns = region.any(1).sum(), region.any(0).sum()
-                assert region.sum() == rows * columns
-                areas.append(region.float().mean().item())
-        assert 120 <= len(areas) <= 180  # 3.5 standard deviations
-        assert 0.018 < min(areas) < 0.05 and 0.35 < max(areas) < 0.41
 
 
 def masked_copy(caption: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -530,9 +495,7 @@ def loader(samples, tokenizer):
 
     def make(pairs=samples, **options):
         defaults = {"batch_size": 3, "seed": 1, "mask_captions": True, "workers": 0, "epoch": 0}
-        return train_loader(
-            pairs, tokenizer=tokenizer, image_size=(96, 32), mean=MEAN, std=STD, **(defaults | options)
-        )
+        return train_loader(pairs, tokenizer=tokenizer, image_size=(96, 32), **(defaults | options))
 
     return make
 
@@ -549,8 +512,9 @@ class TestTrainLoader:
         batches = list(loader())
         assert len(loader()) == len(batches) == 4
         for batch, count in zip(batches, [3, 3, 3, 2], strict=True):
-            assert list(batch) == ["images", "captions", "person_ids"]
-            assert batch["images"].shape == (count, 3, 96, 32) and batch["images"].dtype == torch.float32
+            assert list(batch) == ["images", "augmentation", "captions", "person_ids"]
+            assert batch["images"].shape == (count, 3, 96, 32) and batch["images"].dtype == torch.uint8
+            assert batch["augmentation"].shape == (count, 7) and batch["augmentation"].dtype == torch.int64
             assert batch["captions"].shape == (count, 77) and batch["captions"].dtype == torch.int64
             assert batch["person_ids"].shape == (count,) and batch["person_ids"].dtype == torch.int64
         person_ids = torch.cat([batch["person_ids"] for batch in batches]).tolist()
@@ -565,22 +529,20 @@ class TestTrainLoader:
                 assert samples[seen[-1]].person_id == person_id
         assert sorted(seen) == list(range(11)) and seen != list(range(11))
 
-    def test_an_image_keeps_its_caption(self, tokenizer):
+    def test_an_image_keeps_its_caption(self, loader, tokenizer):
         """Pictures of one brightness each, which the caption tells."""
         pairs = [Sample(Plain(40 * i), f"{i}", i, i) for i in range(6)]
         numbers = tokenizer([pair.caption for pair in pairs])
-        options = {"tokenizer": tokenizer, "image_size": (96, 32), "mean": MEAN, "std": STD, "batch_size": 6}
-        (batch,) = train_loader(pairs, seed=0, mask_captions=False, workers=0, epoch=0, **options)
-        for image, caption, person in zip(*batch.values(), strict=True):
+        (batch,) = loader(pairs, batch_size=6, mask_captions=False)
+        for image, _, caption, person in zip(*batch.values(), strict=True):
             assert torch.equal(caption, numbers[person])
-            # Border and erased region differ, but most pixels have the picture's own value.
-            assert ((denormalised(image) - 40 * person / 255).abs() < 0.002).float().mean() > 0.4
+            assert (image == 40 * person).all()
 
     def test_labels_belong_to_the_masked_captions(self, loader):
         for masks in (True, False):
             for plain, batch in zip(loader(mask_captions=masks), loader(mask_captions=masks, mask_labels=True),
                                     strict=True):
-                assert set(plain) == {"images", "captions", "person_ids"}
+                assert set(plain) == {"images", "augmentation", "captions", "person_ids"}
                 assert all(torch.equal(plain[name], batch[name]) for name in plain)
                 masked, labels = batch["masked_captions"], batch["mask_labels"]
                 assert torch.equal(masked, batch["captions"]) is masks
@@ -601,11 +563,18 @@ class TestTrainLoader:
 
     @pytest.mark.parametrize("what", ["seed", "epoch"])
     def test_augmentation_differs(self, samples, loader, what):
-        """Not the order alone: one image, eight times, with few chances of looking the same."""
+        """Not the order alone: one image, eight times, with few chances of the same treatment."""
         pairs = [samples[0], samples[0]]
-        images = [batch["images"] for number in range(4) for batch in loader(pairs, **{what: number})]
-        flat = torch.cat(images).flatten(1)
-        assert len(flat) == 8 and len(flat.unique(dim=0)) >= 6
+        drawn = torch.cat([batch["augmentation"] for number in range(4) for batch in loader(pairs, **{what: number})])
+        assert len(drawn) == 8 and len(drawn.unique(dim=0)) >= 6
+
+    def test_what_is_drawn_is_a_function_of_seed_epoch_and_index(self, loader):
+        """Drawn from torch's generator as it is after seeding by SHA-256."""
+        (batch,) = loader(batch_size=11, seed=4, epoch=2)
+        order = torch.randperm(11, generator=torch.Generator().manual_seed(_stable_seed("order", 4, 2)))
+        for index, found in zip(order.tolist(), batch["augmentation"], strict=True):
+            torch.manual_seed(_stable_seed("image", 4, 2, index))
+            assert torch.equal(found, RandomAugmentation((96, 32)).draw())
 
     def test_seeds_are_the_same_in_every_process(self):
         """Unlike those of hash(): this is SHA-256 of the text ('image', 1, 2, 3), first 8 bytes."""
@@ -618,6 +587,12 @@ class TestTrainLoader:
             loader_.batch_sampler.set_epoch(1)
         second = list(alone)
         assert same(second, list(shared)) and same(second, list(loader(epoch=1)))
+
+    def test_signals_to_the_group_of_a_training_spare_its_loaders(self, loader):
+        batches = iter(loader(workers=2))
+        next(batches)
+        groups = {os.getpgid(process.pid) for process in multiprocessing.active_children()}
+        assert len(groups) == 2 and os.getpgrp() not in groups
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_resumes_in_the_middle(self, loader, workers):
@@ -664,12 +639,55 @@ class TestTrainLoader:
         traceback.clear_frames(caught.tb)  # they keep the worker processes, which else take 5 s each to end
 
     def test_bad_arguments(self, samples, loader):
+        with pytest.raises(ValueError, match="rank: expected 0 to 1, as world_size is 2, found 2"):
+            loader(rank=2, world_size=2)
         with pytest.raises(ValueError, match="batch_size: expected at least 2, .* found 1"):
             loader(batch_size=1)
         with pytest.raises(ValueError, match="first_batch: expected 0 to 4, .* found 5"):
             loader(first_batch=5)
         with pytest.raises(DataError, match="at least 2 pairs of image and caption, found 1"):
             loader(samples[:1])
+
+
+class TestShares:
+    """A batch shared between processes."""
+
+    @pytest.mark.parametrize("world_size", range(1, 6))
+    @pytest.mark.parametrize("total", [0, 1, 2, 5, 64, 127, 128])
+    def test_as_tensor_split(self, total, world_size):
+        expected = [part.tolist() for part in torch.arange(total).tensor_split(world_size)]
+        assert [list(share_of(total, rank, world_size)) for rank in range(world_size)] == expected
+
+    @pytest.mark.parametrize(("rank", "world_size"), [(-1, 2), (2, 2), (0, 0)])
+    def test_no_such_rank(self, rank, world_size):
+        with pytest.raises(ValueError, match=f"rank: expected 0 to .* world_size is {world_size}, found {rank}"):
+            share_of(8, rank, world_size)
+
+    @pytest.mark.parametrize("world_size", range(1, 6))
+    @pytest.mark.parametrize(("batch_size", "first_batch"), [(2, 0), (3, 0), (4, 1), (8, 0), (11, 0)])
+    def test_together_they_are_the_batch(self, loader, world_size, batch_size, first_batch):
+        """Nothing is repeated or dropped, and the random choices are those of a single process."""
+        options = {"batch_size": batch_size, "first_batch": first_batch, "epoch": 1, "mask_labels": True}
+        whole = list(loader(**options))
+        shares = [list(loader(rank=rank, world_size=world_size, **options)) for rank in range(world_size)]
+        assert {len(share) for share in shares} == {len(whole)}
+        for batch, *parts in zip(whole, *shares, strict=True):
+            size = len(batch["person_ids"])
+            own = [part for rank, part in enumerate(parts) if share_of(size, rank, world_size)]
+            assert same([{name: torch.cat([part[name] for part in own]) for name in batch}], [batch])
+            for part in parts[len(own) :]:  # those without a share
+                assert same([part], [{name: tensor[:1] for name, tensor in batch.items()}])
+
+    def test_over_epochs(self, loader):
+        """With the same loader, as in training."""
+        loaders = [loader(rank=rank, world_size=2) for rank in range(2)]
+        for epoch in range(2):
+            whole = list(loader(epoch=epoch))
+            for each in loaders:
+                each.batch_sampler.set_epoch(epoch)
+            for batch, first, second in zip(whole, *loaders, strict=True):
+                assert len(first["person_ids"]) - len(second["person_ids"]) in (0, 1)
+                assert same([{name: torch.cat([first[name], second[name]]) for name in batch}], [batch])
 
 
 @dataclass(frozen=True)
@@ -690,7 +708,7 @@ class TestEvaluationLoaders:
         options = {"image_size": (96, 32), "mean": MEAN, "std": STD}
         batches = list(image_loader(images, **options, batch_size=4, workers=workers))
         assert [len(batch) for batch in batches] == [4, 2]
-        transform = image_transform(*options.values(), train=False)
+        transform = image_transform(*options.values())
         expected = torch.stack([transform(load_image(image)) for image in images])
         assert torch.equal(torch.cat(batches), expected)
 
@@ -713,3 +731,20 @@ class TestEvaluationLoaders:
         assert max(tokens["lengths"]) > 77
         ids = torch.cat(list(caption_loader(captions, tokenizer=tokenizer, batch_size=16)))
         assert torch.equal(ids, torch.from_numpy(tokens["token_ids"]))
+
+
+def test_loader_benchmark(tmp_path, monkeypatch, capsys):
+    """bench/loader.py, on few small images."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    benchmark = importlib.import_module("loader")
+    monkeypatch.setattr(benchmark, "IMAGE_SIZE", (48, 16))
+    file = tmp_path / "found.json"
+    monkeypatch.setattr("sys.argv", ["loader.py", "--images", "5", "--workers", "2", "--json", str(file)])
+    assert benchmark.main() == 0
+    found = json.loads(file.read_text())
+    assert [row["source"] for row in found["rows"]] == ["JPEG files", "decoded cache"]
+    for row in found["rows"]:
+        assert row["images"] == 5 and row["workers"] == 2
+        assert row["images_per_second_per_core"] * row["cores_for_target"] == pytest.approx(7000)
+        assert row["images_per_second"] == pytest.approx(2 * row["images_per_second_per_worker"])
+    assert found["augmentation"]["milliseconds"] > 0 and "decoded cache" in capsys.readouterr().out

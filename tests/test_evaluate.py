@@ -70,7 +70,7 @@ def by_hand(checkpoint, samples):
     """Cosine similarity of all captions (rows) and distinct images (columns), as numpy, and the images' samples."""
     model = load_model(checkpoint)
     images = list({sample.image_id: sample for sample in samples}.values())
-    transform = image_transform((48, 16), model.image_mean, model.image_std, train=False)
+    transform = image_transform((48, 16), model.image_mean, model.image_std)
     with torch.no_grad():
         seen = model.encode_image(torch.stack([transform(load_image(sample.image)) for sample in images]))
         read = model.encode_text(model.tokenizer([sample.caption for sample in samples]))

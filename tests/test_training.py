@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from upperson import training
 from upperson.checkpoint import CheckpointError, load_checkpoint, load_model, load_resume_state
 from upperson.config import FIELDS, PRESETS, TrainConfig
 from upperson.data import DataError
@@ -28,10 +27,12 @@ from upperson.interruption import Interruption
 from upperson.model import UPPerson
 from upperson.objective import Objective
 from upperson.optimization import build_optimizer, build_schedule
+from upperson.resources import random_states, set_random_states
 from upperson.retrieval import evaluate
 from upperson.run_folder import RunError
 from upperson.splits import read_splits
-from upperson.training import Training, fit
+from upperson.trainer import Training
+from upperson.training import fit
 
 TINY_CLIP = dict(
     embed_dim=16,
@@ -150,7 +151,7 @@ def test_steps_on_one_batch_bring_its_loss_down(config):
     config.train.run_dir.mkdir()
     splits, cpu = read_splits(config.data), torch.device("cpu")
     run = Training(config, UPPerson(config.model), splits, config.train.run_dir, cpu, "fp32", Interruption())
-    batch = next(iter(run.loader))
+    batch = next(iter(run.batches))
     losses = [run.step(batch)["loss"] for _ in range(60)]
     assert losses[-1] < 0.7 * losses[0]
 
@@ -158,15 +159,37 @@ def test_steps_on_one_batch_bring_its_loss_down(config):
 def test_every_epoch_shows_every_pair_in_another_order(config, monkeypatch):
     real, seen = Training.step, []
 
-    def step(run, batch):
+    def step(run, batch, pairs):
+        assert pairs == len(batch["person_ids"])
         seen.append(batch["person_ids"].tolist())
-        return real(run, batch)
+        return real(run, batch, pairs)
 
     monkeypatch.setattr(Training, "step", step)
     fit(config)
     first, second = sum(seen[:5], []), sum(seen[5:], [])
     assert first != second
     assert sorted(first) == sorted(second) == sorted(sample.person_id for sample in read_splits(config.data)["train"])
+
+
+def test_compiled_blocks_take_the_same_step(config):
+    """On the CPU as on a GPU. Evaluations are not compiled: they are the same to the bit."""
+    cpu, taken = torch.device("cpu"), []
+    for compiled in (False, True):
+        config = config.replace(compile=compiled, run_dir=config.train.run_dir.with_name(str(compiled)))
+        config.train.run_dir.mkdir()
+        torch.manual_seed(0)
+        model = UPPerson(config.model)
+        splits = read_splits(config.data)
+        run = Training(config, model, splits, config.train.run_dir, cpu, "fp32", Interruption())
+        before = run.evaluate("val").average_precision
+        measured = run.step(next(iter(run.batches)))
+        assert sum(block._compiled_call_impl is not None for block in model.blocks().values()) == 4 * compiled
+        taken.append((measured, model.trained_parameters(), before))
+    (eager, expected, before), (measured, parameters, again) = taken
+    assert measured == pytest.approx(eager, rel=1e-5) and torch.equal(before, again)
+    assert parameters.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(parameters[name], values, rtol=1e-5, atol=1e-5)
 
 
 def test_the_number_of_workers_changes_nothing(config, whole):
@@ -467,15 +490,41 @@ def test_resume_does_not_need_the_other_files(config, whole, monkeypatch):
 def test_random_states_come_back():
     import random
 
-    states = training.random_states()
+    states = random_states()
 
     def draw():
         return torch.rand(2).tolist(), random.random(), np.random.rand(2).tolist()
 
     first = draw()
     assert draw() != first
-    training.set_random_states(states)
+    set_random_states(states)
     assert draw() == first
+
+
+TRAINS = """
+import os, pathlib, sys, time
+from upperson.run_folder import MetricsLog
+log = MetricsLog(pathlib.Path(sys.argv[1]), tensorboard=False)
+if os.fork():
+    print(flush=True)
+time.sleep(30)
+"""
+
+
+def test_one_process_at_a_time_trains_in_a_folder(config, whole):
+    """A child of the one that does, as data loaders are, does not keep the lock when that is killed."""
+    run_dir = config.train.run_dir
+    shutil.copytree(whole, run_dir)
+    other = subprocess.Popen([sys.executable, "-c", TRAINS, run_dir], stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"\n"
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    with pytest.raises(RunError, match=f"{run_dir} is being trained by another process"):
+        fit(config.replace(resume=True))
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+    other.kill()
+    other.wait()
+    fit(config.replace(resume=True))
+    assert_same_run(whole, run_dir)
 
 
 # ------------------------------------------------------------------------------------ what goes wrong
@@ -628,6 +677,21 @@ def test_without_a_validation_split_the_last_epoch_is_selected(config, tmp_path)
     assert "no validation split" in (result.run_dir / "results.md").read_text()
     splits = {line["split"] for line in log_of(result.run_dir) if line["kind"] == "evaluation"}
     assert splits == {"test"}
+
+
+@pytest.mark.filterwarnings("ignore:CUHK-PEDES")
+def test_an_image_cache_changes_nothing(config, tmp_path):
+    """A run that finds it does not read the files any more, but for those in the picture of the top ten."""
+    root = cuhk_pedes(tmp_path / "data", train=6, test=3)
+    config = config.replace(dataset="cuhk-pedes", data_root=root, batch_size=3)
+    plain = fit(config).run_dir
+    cached = config.replace(image_cache=tmp_path / "cache", run_dir=tmp_path / "cached")
+    assert_same_run(plain, fit(cached).run_dir)
+    for image in (root / "imgs" / "CUHK01" / f"{index}.jpg" for index in range(6)):
+        stamp = image.stat()
+        image.write_bytes(bytes(stamp.st_size))
+        os.utime(image, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert_same_run(plain, fit(cached.replace(run_dir=tmp_path / "again")).run_dir)
 
 
 @pytest.mark.filterwarnings("ignore:CUHK-PEDES")

@@ -19,10 +19,10 @@ from upperson.data import Sample, check_images, gallery
 from upperson.errors import USER_ERRORS
 from upperson.metrics import Retrieval
 from upperson.report import METRICS, aligned
+from upperson.resources import resources
 from upperson.retrieval import embed
 from upperson.run_folder import CONFIG, RESULTS, TABLE, RunError
 from upperson.splits import read_splits
-from upperson.training import resources
 
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = "queries-text-to-image.jsonl", "queries-image-to-text.jsonl"
 SIMILARITY_DECIMALS = 6  # what float32 holds of a cosine

@@ -1,4 +1,4 @@
-"""Stopping a run at a point from which it can go on."""
+"""Stopping a run at a point from which it can go on; all its processes stop at the same one."""
 
 import os
 import signal
@@ -6,14 +6,25 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
+from upperson.distributed import ALONE, Group
+
 Batch = TypeVar("Batch")
 
 
 class Interruption:
-    """Within it, the first Ctrl-C or SIGTERM is a request to stop at a step's end; a second one acts as ever."""
+    """Within it, the first Ctrl-C or SIGTERM is a request to stop at a step's end; a second one acts as ever.
 
-    def __init__(self) -> None:
-        self.requested = False
+    A request may reach the processes of `group` at different steps, or one of them alone: they stop when all have
+    learnt of it, see `asked`.
+    """
+
+    def __init__(self, group: Group = ALONE) -> None:
+        self.group = group
+        self.requested = False  # of this process
+        self.agreed = False  # by all
         self.process = os.getpid()
         self.previous: dict[int, Any] = {}
 
@@ -31,16 +42,24 @@ class Interruption:
             return
         self.requested = True
         signal.signal(number, self.previous[number])
-        os.write(2, b"\nstopping as soon as this step or evaluation is done; once more: stop at once\n")
+        if self.group.is_main:
+            os.write(2, b"\nstopping as soon as this step or evaluation is done; once more: stop at once\n")
+
+    def asked(self, device: torch.device) -> Tensor:
+        """1 if any process was asked to stop, else 0: a scalar on `device`, the same on all. `agreed` is to be set to
+        it where all processes are at the same point.
+        """
+        return self.group.largest(torch.full((), float(self.requested), device=device))
 
     def pass_on(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches until a stop is requested."""
+        """The batches until a stop is agreed."""
         iterator = iter(batches)
-        while not self.requested:
+        while not self.agreed:
             try:
                 yield next(iterator)
             except StopIteration:
                 return
             except RuntimeError:  # Ctrl-C reaches the loader's processes as well, and may end them
-                if not self.requested:
+                if not self.requested or self.group.world_size > 1:
                     raise
+                self.agreed = True

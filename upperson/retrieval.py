@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from upperson.data import Sample, caption_loader, gallery, image_loader, queries
+from upperson.config import Config
+from upperson.data import ImageCache, Sample, caption_loader, gallery, image_loader, queries
+from upperson.distributed import ALONE, Group
 from upperson.metrics import Retrieval, retrieval_metrics
 from upperson.model import UPPerson
 
@@ -51,36 +53,39 @@ def embed(
     workers: int = 0,
     precision: str = "fp32",
     progress: bool = True,
+    group: Group = ALONE,
+    cache: ImageCache | None = None,
 ) -> Embeddings:
     """The captions of `samples` and their distinct images, embedded where the model is.
 
+    The processes of `group` embed a share each, and all get the whole. Image files come from `cache` if there is one.
     Raises DataError for an image that cannot be read.
     """
     images, image_person_ids = gallery(samples)
     captions, caption_person_ids = queries(samples)
     device = next(model.parameters()).device
+    own_images = image_loader(
+        group.own(images),
+        image_size=model.config.image_size,
+        mean=model.image_mean,
+        std=model.image_std,
+        batch_size=batch_size,
+        workers=workers,
+        cache=cache,
+    )
+    own_captions = caption_loader(group.own(captions), tokenizer=model.tokenizer, batch_size=batch_size)
+
+    def features(encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], name: str) -> Tensor:
+        shown = None if progress and group.is_main else True
+        bar = tqdm(batches, desc=f"embedding {name}", unit="batch", leave=False, disable=shown)
+        none = torch.empty(0, model.embedding_width, device=device)  # a share may be empty
+        return torch.cat([none, *(encode(batch.to(device, non_blocking=True)).float() for batch in bar)])
+
     with autocast(device, precision):
-        image_features = _embed(
-            model.encode_image,
-            image_loader(
-                images,
-                image_size=model.config.image_size,
-                mean=model.image_mean,
-                std=model.image_std,
-                batch_size=batch_size,
-                workers=workers,
-            ),
-            device,
-            "images",
-            progress,
-        )
-        text_features = _embed(
-            model.encode_text,
-            caption_loader(captions, tokenizer=model.tokenizer, batch_size=batch_size),
-            device,
-            "captions",
-            progress,
-        )
+        image_features = features(model.encode_image, own_images, "images")
+        text_features = features(model.encode_text, own_captions, "captions")
+    image_features = group.gather(image_features, len(images))
+    text_features = group.gather(text_features, len(captions))
     return Embeddings(image_features, text_features, image_person_ids, caption_person_ids)
 
 
@@ -92,8 +97,22 @@ def evaluate(model: UPPerson, samples: Sequence[Sample], **options: Any) -> Retr
     return embed(model, samples, **options).text_to_image()
 
 
-def _embed(
-    encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], device: torch.device, name: str, progress: bool
-) -> Tensor:
-    bar = tqdm(batches, desc=f"embedding {name}", unit="batch", leave=False, disable=None if progress else True)
-    return torch.cat([encode(batch.to(device, non_blocking=True)).float() for batch in bar])
+def search(
+    config: Config,
+    model: UPPerson,
+    samples: list[Sample],
+    precision: str,
+    group: Group = ALONE,
+    cache: ImageCache | None = None,
+) -> Retrieval:
+    """What the captions of `samples` find among their images, embedded as `config` says, and never compiled."""
+    with torch.compiler.set_stance("force_eager"):
+        return evaluate(
+            model,
+            samples,
+            batch_size=config.train.evaluate_batch_size,
+            workers=config.data.workers,
+            precision=precision,
+            group=group,
+            cache=cache,
+        )

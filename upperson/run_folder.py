@@ -1,14 +1,20 @@
 """The folder that a run writes to: its files, claiming and finding it, and the log of metrics."""
 
+import errno
 import itertools
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from upperson.checkpoint import CheckpointError, load_resume_state, write_atomically
 from upperson.config import Config
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 CONFIG, METRICS, RESUME = "config.json", "metrics.jsonl", "resume.safetensors"
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -71,17 +77,40 @@ def claim_folder(config: Config) -> Path:
     return run_dir
 
 
-class MetricsLog:
-    """metrics.jsonl, one object a line, and TensorBoard where that is wanted."""
+def lock(file: IO[bytes], run_dir: Path) -> None:
+    """Keeps other processes from training in `run_dir` until `file`, its log, is closed or this process ends, even by
+    SIGKILL. RunError if one does already.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, it does not outlive us in a child process
+    except (BlockingIOError, PermissionError):
+        raise RunError(f"{run_dir} is being trained by another process; wait for it, or stop it") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+            raise
 
-    def __init__(self, run_dir: Path, tensorboard: bool):
+
+class MetricsLog:
+    """metrics.jsonl, one object a line, and TensorBoard where that is wanted. Open, it locks the run folder.
+
+    With `writes=False`, in the processes that train along with the one that writes, nothing is opened or written.
+    """
+
+    def __init__(self, run_dir: Path, tensorboard: bool, writes: bool = True):
         self.path = run_dir / METRICS
-        self.file = open(self.path, "ab")  # noqa: SIM115 (open as long as the run)
+        self.file = None
+        if writes:
+            self.file = open(self.path, "ab")  # noqa: SIM115 (open as long as the run)
+            lock(self.file, run_dir)
         self.tensorboard_dir = run_dir / "tensorboard" if tensorboard else None
         self.writer = None
 
     def start(self, after: int, step: int = 0) -> None:
         """Goes on `after` so many bytes: drops what was written, or half written, after the state was saved."""
+        if self.file is None:
+            return
         if os.path.getsize(self.path) < after:
             raise RunError(f"{self.path} is shorter than when the run was saved ({after} bytes); it was changed since")
         self.file.truncate(after)
@@ -91,6 +120,8 @@ class MetricsLog:
             self.writer = SummaryWriter(str(self.tensorboard_dir), purge_step=step + 1)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
+        if self.file is None:
+            return
         record = {"kind": kind, "step": step, **values}
         finite = {
             name: value if not isinstance(value, float) or math.isfinite(value) else None
@@ -113,6 +144,7 @@ class MetricsLog:
         return os.fstat(self.file.fileno()).st_size
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         if self.writer is not None:
             self.writer.close()

@@ -6,7 +6,9 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from PIL import Image
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from upperson.data.samples import DataError, Drawing, Sample
@@ -31,6 +33,12 @@ def load_image(image: Path | Drawing) -> Image.Image:
         raise DataError(f"{image}: image is missing") from error
     except Exception as error:  # the decoders raise many types: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{image}: image is broken ({error})") from error
+
+
+def load_pixels(image: Path | Drawing, image_size: tuple[int, int]) -> torch.Tensor:
+    """[3, H, W] uint8: the image in `image_size` (height, width), bilinear and antialiased. Raises as `load_image`."""
+    resized = v2.functional.resize(load_image(image), image_size, v2.InterpolationMode.BILINEAR, antialias=True)
+    return v2.functional.pil_to_tensor(resized)
 
 
 def check_images(samples: Iterable[Sample], *, progress: bool = True) -> None:

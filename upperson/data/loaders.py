@@ -1,24 +1,28 @@
 """Batches for training, and images and captions in order for evaluation.
 
 In training, what an epoch shows is a function of (seed, epoch, index of the sample) alone: not of the number
-of workers, of the batch one starts at, or of the process's random state, which stays as it is. So a training
-that is resumed in the middle of an epoch continues as if it had never stopped.
+of workers, of the processes that share a batch, of the batch one starts at, or of the process's random state, which
+stays as it is. So a training that is resumed in the middle of an epoch continues as if it had never stopped.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
-from upperson.data.images import load_image
+from upperson.data.augmentation import RandomAugmentation, normalise
+from upperson.data.cache import ImageCache
+from upperson.data.images import load_pixels
 from upperson.data.samples import DataError, Drawing, Sample
-from upperson.data.transforms import image_transform, mask_caption
+from upperson.data.transforms import mask_caption
 
 Tokenizer = Callable[[list[str]], torch.Tensor]  # texts -> [texts, L] int64
-ImageTransform = Callable[[Image.Image], torch.Tensor]
+PixelLoader = Callable[[Path | Drawing], torch.Tensor]  # image -> [3, H, W] uint8
 
 
 def batches_per_epoch(pairs: int, batch_size: int) -> int:
@@ -26,13 +30,24 @@ def batches_per_epoch(pairs: int, batch_size: int) -> int:
     return pairs // batch_size + (pairs % batch_size > 1)
 
 
+def share_of(total: int, rank: int, world_size: int) -> range:
+    """Which of `total` things process `rank` of `world_size` has: a run of them, as torch.tensor_split cuts.
+
+    The runs follow each other and differ in length by one at most, the longer ones first. Raises ValueError for a
+    rank that is not there.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0 to {world_size - 1}, as world_size is {world_size}, found {rank}")
+    each, longer = divmod(total, world_size)
+    start = rank * each + min(rank, longer)
+    return range(start, start + each + (rank < longer))
+
+
 def train_loader(
     samples: Sequence[Sample],
     *,
     tokenizer: Tokenizer,
     image_size: tuple[int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
     batch_size: int,
     seed: int,
     mask_captions: bool,
@@ -40,8 +55,12 @@ def train_loader(
     epoch: int,
     first_batch: int = 0,
     mask_labels: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    cache: ImageCache | None = None,
 ) -> DataLoader:
-    """One epoch of {"images": [B, 3, H, W] float32, "captions": [B, L] int64, "person_ids": [B] int64}.
+    """One epoch of batches for `to_device`: {"images": [B, 3, H, W] uint8, resized alone; "augmentation": [B, 7] int64,
+    what is drawn for each (`upperson.data.augmentation.COLUMNS`); "captions": [B, L] int64; "person_ids": [B] int64}.
 
     With `mask_captions` the captions are masked, see `mask_caption`. With `mask_labels` there are "masked_captions",
     which are the captions themselves if those are masked, and "mask_labels" as well, both [B, L] int64.
@@ -50,16 +69,24 @@ def train_loader(
     before `first_batch` are skipped without being loaded. For a further epoch with the same worker processes
     call `loader.batch_sampler.set_epoch(epoch)`; a new loader gives the same batches.
 
-    Raises ValueError for a batch size below 2 or a `first_batch` beyond the epoch, and DataError for fewer
-    than two samples. An image that cannot be read raises DataError with its path when its batch is due.
+    Of every batch, process `rank` of `world_size` loads the part that is its `share_of` the batch. A process without
+    a share, as in a last batch of few pairs, loads the first pair of the batch instead, to have something to compute.
+
+    The captions are tokenised here, once. Images that are files come from `cache` if there is one.
+
+    Raises ValueError for a batch size below 2, a `first_batch` beyond the epoch, a rank that is not there or a cache
+    of another image size, and DataError for fewer than two samples. An image that cannot be read raises DataError
+    with its path when its batch is due.
     """
     if batch_size < 2:
         raise ValueError(f"batch_size: expected at least 2, as the loss compares pairs, found {batch_size}")
     if len(samples) < 2:
         raise DataError(f"training needs at least 2 pairs of image and caption, found {len(samples)}")
-    transform = image_transform(image_size, mean, std, train=True)
-    pairs = TrainingPairs(samples, transform, tokenizer, seed, mask_captions, mask_labels)
-    batches = EpochBatches(len(samples), batch_size, seed, epoch, first_batch)
+    pixels = _pixel_loader(image_size, cache)
+    pairs = TrainingPairs(
+        samples, pixels, RandomAugmentation(image_size), tokenizer, seed, mask_captions, mask_labels
+    )
+    batches = EpochBatches(len(samples), batch_size, seed, epoch, first_batch, rank, world_size)
     return _loader(pairs, workers, batch_sampler=batches, persistent_workers=workers > 0)
 
 
@@ -71,15 +98,28 @@ def image_loader(
     std: tuple[float, ...],
     batch_size: int,
     workers: int,
+    cache: ImageCache | None = None,
 ) -> DataLoader:
-    """Batches [B, 3, H, W] float32 of `images`, in order and without augmentation."""
-    transform = image_transform(image_size, mean, std, train=False)
-    return _loader(EvaluationImages(images, transform), workers, batch_size=batch_size)
+    """Batches [B, 3, H, W] float32 of `images`, in order and without augmentation.
+
+    Images that are files come from `cache` if there is one; ValueError if that is of another image size.
+    """
+    dataset = EvaluationImages(images, _pixel_loader(image_size, cache), mean, std)
+    return _loader(dataset, workers, batch_size=batch_size)
 
 
 def caption_loader(captions: Sequence[str], *, tokenizer: Tokenizer, batch_size: int) -> DataLoader:
     """Batches [B, L] int64 of the token ids of `captions`, in order; what exceeds L tokens is cut off."""
     return _loader(captions, workers=0, batch_size=batch_size, collate_fn=tokenizer)
+
+
+def _leave_process_group(_: int) -> None:
+    """Has Ctrl-C, and the signal by which torchrun stops a process with all its children, spare a loader's process.
+
+    The training that it loads for goes on to the end of a step. It notices by itself when that process has ended.
+    """
+    if hasattr(os, "setpgid"):  # not on Windows
+        os.setpgid(0, 0)
 
 
 def _loader(dataset: Dataset, workers: int, **options) -> DataLoader:
@@ -88,16 +128,35 @@ def _loader(dataset: Dataset, workers: int, **options) -> DataLoader:
         dataset,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_process_group,
         generator=torch.Generator(),
         **options,
     )
 
 
-class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index): the indices in random order, a function of seed and epoch."""
+def _pixel_loader(image_size: tuple[int, int], cache: ImageCache | None) -> PixelLoader:
+    if cache is None:
+        return partial(load_pixels, image_size=image_size)
+    if cache.image_size != tuple(image_size):
+        raise ValueError(f"cache: expected images of {tuple(image_size)} pixels, found those of {cache.image_size}")
+    return cache.load
 
-    def __init__(self, size: int, batch_size: int, seed: int, epoch: int, first_batch: int = 0):
-        self.size, self.batch_size, self.seed = size, batch_size, seed
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """One process's share of batches of (epoch, index): the indices in random order, a function of seed and epoch."""
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        first_batch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        share_of(batch_size, rank, world_size)  # raises ValueError if there is no such rank
+        self.size, self.batch_size, self.seed, self.rank, self.world_size = size, batch_size, seed, rank, world_size
         self.total = batches_per_epoch(size, batch_size)
         self.set_epoch(epoch, first_batch)
 
@@ -115,33 +174,41 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         order = torch.randperm(self.size, generator=_generator("order", self.seed, epoch)).tolist()
         for batch in range(self.first_batch, self.total):
             start = batch * self.batch_size
-            yield [(epoch, index) for index in order[start : start + self.batch_size]]
+            indices = order[start : start + self.batch_size]
+            share = share_of(len(indices), self.rank, self.world_size)
+            yield [(epoch, index) for index in indices[share.start : share.stop] or indices[:1]]
 
 
 class TrainingPairs(Dataset):
-    """(epoch, index) -> the augmented pair, whose random choices depend on seed, epoch and index alone."""
+    """(epoch, index) -> the pair and its augmentation; random choices depend on seed, epoch and index alone."""
 
     def __init__(
         self,
         samples: Sequence[Sample],
-        transform: ImageTransform,
+        pixels: PixelLoader,
+        augmentation: RandomAugmentation,
         tokenizer: Tokenizer,
         seed: int,
         mask_captions: bool,
         mask_labels: bool = False,
     ):
-        self.samples, self.transform, self.tokenizer = samples, transform, tokenizer
+        self.samples, self.pixels, self.augmentation = samples, pixels, augmentation
+        self.token_ids = _token_ids([sample.caption for sample in samples], tokenizer)
         self.seed, self.mask_captions, self.mask_labels = seed, mask_captions, mask_labels
 
     def __getitem__(self, position: tuple[int, int]) -> dict[str, torch.Tensor | int]:
         sample = self.samples[position[1]]
-        image = load_image(sample.image)
         with torch.random.fork_rng(devices=[]):
             # torchvision draws from this generator. torch.manual_seed would reseed the GPU as well.
             torch.default_generator.manual_seed(_stable_seed("image", self.seed, *position))
-            image = self.transform(image)
-        caption = self.tokenizer([sample.caption])[0]
-        pair = {"images": image, "captions": caption, "person_ids": sample.person_id}
+            augmentation = self.augmentation.draw()
+        caption = self.token_ids[position[1]].long()
+        pair = {
+            "images": self.pixels(sample.image),
+            "augmentation": augmentation,
+            "captions": caption,
+            "person_ids": sample.person_id,
+        }
         if self.mask_captions or self.mask_labels:
             masked, labels = mask_caption(caption, _generator("caption", self.seed, *position))
             if self.mask_captions:
@@ -152,16 +219,28 @@ class TrainingPairs(Dataset):
 
 
 class EvaluationImages(Dataset):
-    """index -> [3, H, W]."""
+    """index -> [3, H, W] float32."""
 
-    def __init__(self, images: Sequence[Path | Drawing], transform: ImageTransform):
-        self.images, self.transform = images, transform
+    def __init__(
+        self,
+        images: Sequence[Path | Drawing],
+        pixels: PixelLoader,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ):
+        self.images, self.pixels, self.mean, self.std = images, pixels, mean, std
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.transform(load_image(self.images[index]))
+        return normalise(self.pixels(self.images[index]), self.mean, self.std)
+
+
+def _token_ids(captions: Sequence[str], tokenizer: Tokenizer) -> torch.Tensor:
+    """[captions, L] int32, half the memory of int64. A bar appears if it takes long: 500,000 captions take 40 s."""
+    starts = tqdm(range(0, len(captions), 1000), desc="tokenizing captions", delay=2, leave=False, disable=None)
+    return torch.cat([tokenizer(captions[start : start + 1000]).to(torch.int32) for start in starts])
 
 
 def _generator(*key: str | int) -> torch.Generator:

@@ -1,7 +1,4 @@
-"""Augmentations of images and captions.
-
-The recipe is the one of the released UP-Person code (arXiv 2504.10084) and of its ancestors in this field.
-"""
+"""Images as evaluation sees them, and the masking of captions as the released UP-Person code does it."""
 
 import torch
 from torchvision.transforms import v2
@@ -15,30 +12,17 @@ NOT_MASKED = -100  # in labels: nothing to predict here; what torch's cross entr
 SELECTED, MASKED, REPLACED = 0.15, 0.8, 0.1  # of the tokens; of the selected ones; the rest stay as they are
 
 
-def image_transform(
-    image_size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], *, train: bool
-) -> v2.Compose:
+def image_transform(image_size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> v2.Compose:
     """RGB PIL image -> [3, H, W] float32, normalised with `mean` and `std`, which refer to values in [0, 1].
 
-    Both: bilinear resize to `image_size` (height, width), with the antialiasing that PIL images always get.
-    Training only: horizontal flip with probability 0.5; a black border and a random crop back to the size;
-    last, with probability 0.5, a random rectangle of 2 to 40 % of the area is filled with `mean`. That is the
-    mean taken as a normalised value, so not the average colour, but it is what the released code trains with.
-    The border is 10 pixels at height 384 and proportional to the height elsewhere.
-
-    Random choices come from torch's global generator, as in all of torchvision.
+    For evaluation: bilinear resize to `image_size` (height, width), with the antialiasing that PIL images always get.
     """
-    height, _ = image_size
-    augment = [v2.RandomHorizontalFlip(0.5), v2.RandomCrop(image_size, padding=round(10 * height / 384))]
-    erase = [v2.RandomErasing(p=0.5, scale=(0.02, 0.4), value=list(mean))]
     return v2.Compose(
         [
             v2.Resize(image_size, v2.InterpolationMode.BILINEAR, antialias=True),
-            *(augment if train else []),
             v2.ToImage(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(mean, std),
-            *(erase if train else []),
             v2.ToPureTensor(),
         ]
     )

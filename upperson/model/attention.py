@@ -1,6 +1,7 @@
 """Attention where one token of each sequence asks: what the last block of a tower needs."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -8,7 +9,8 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, p
                 prefix_scale: Tensor, *, scale_target: str, visible: Tensor | None) -> Tensor:
     """prefix_attention of a single query in each of S sequences.
 
-    A product of a matrix and a vector, which reads keys and values once whatever computes it: plain PyTorch.
+    Bound by reading keys and values once, whatever computes it: plain PyTorch, folded as in its backend (λ on the
+    weights is λ on the prefix values, λ on the logits is λ on the prefix keys).
 
     Args:
         query: (S, H, D).
@@ -18,22 +20,17 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, p
 
     Returns: (S, H, D).
     """
-    prefix_key, prefix_value, prefix_scale = (
-        tensor.to(query.dtype) for tensor in (prefix_key, prefix_value, prefix_scale))
-    query = query * query.shape[-1] ** -0.5
-    prefix_logits = torch.einsum("shd,phd->shp", query, prefix_key)
-    if scale_target == "logits":
-        prefix_logits = prefix_logits * prefix_scale
-    token_logits = torch.einsum("shd,snhd->shn", query, key)
-    if visible is not None:
-        token_logits = token_logits.masked_fill(~visible[:, None], float("-inf"))
-    logits = torch.cat([prefix_logits, token_logits], dim=-1)
-    weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(query.dtype)
-    prefix_weights, token_weights = weights.split([len(prefix_key), key.shape[1]], dim=-1)
     if scale_target == "weights":
-        prefix_weights = prefix_weights * prefix_scale
-    return (torch.einsum("shp,phd->shd", prefix_weights, prefix_value)
-            + torch.einsum("shn,snhd->shd", token_weights, value))
+        prefix_value = prefix_scale * prefix_value
+    else:
+        prefix_key = prefix_scale * prefix_key
+    key, value = (
+        torch.cat([prefix.to(query.dtype).expand(len(query), -1, -1, -1), tokens], dim=1).transpose(1, 2)
+        for prefix, tokens in ((prefix_key, key), (prefix_value, value))
+    )                                                                                   # (S, H, P + N, D) each
+    if visible is not None:
+        visible = F.pad(visible, (len(prefix_key), 0), value=True)[:, None, None]       # (S, 1, 1, P + N)
+    return F.scaled_dot_product_attention(query.unsqueeze(2), key, value, attn_mask=visible).squeeze(2)
 
 
 def pad(packed: Tensor, cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from upperson.checkpoint import load_model, write_atomically
 from upperson.config import Config
 from upperson.errors import USER_ERRORS
 from upperson.report import top_ten
+from upperson.resources import resources
 from upperson.retrieval import evaluate
 from upperson.run_folder import BEST
 from upperson.splits import read_splits
@@ -35,7 +36,6 @@ from upperson.tables.render import (
 )
 from upperson.tables.rows import Setting, Table, build_tables, embedded_setting, real_setting
 from upperson.tables.runs import Runs, distinct, seconds_of
-from upperson.training import resources
 
 NUMBERS = ("IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "figure6", "figure7")
 EMBEDDED_BATCH, REAL_BATCH = 64, 128  # of Table IV

@@ -20,9 +20,10 @@ from upperson.config import Config
 from upperson.model import UPPerson
 from upperson.objective import Objective
 from upperson.optimization import build_optimizer
+from upperson.resources import resources
+from upperson.results import count
 from upperson.retrieval import autocast
 from upperson.tables.rows import L_ADAPTER, NO_MODULES, Setting
-from upperson.training import count, resources
 
 QUERIES, GALLERY = 50, 3000  # of a search; its time is given for 1,000 queries
 REPETITIONS = 2

@@ -23,11 +23,13 @@ from upperson.config import Config, DataConfig
 from upperson.evaluate import evaluate_checkpoint
 from upperson.interruption import Interruption
 from upperson.model import UPPerson
+from upperson.resources import resources
 from upperson.retrieval import embed
 from upperson.run_folder import BEST, CONFIG, RESULTS, RunError
 from upperson.splits import read_splits
 from upperson.tables.rows import Row
-from upperson.training import Diverged, Training, fit, resources
+from upperson.trainer import Diverged, Training
+from upperson.training import fit
 
 DIVERGED = "diverged.json"
 EVALUATED = 128  # captions, with their images, that are embedded to see how long that takes
@@ -149,7 +151,7 @@ def seconds_of(config: Config) -> float:
     watched = splits.get("val", splits["test"])
     with TemporaryDirectory() as folder:
         training = Training(config, model, splits, Path(folder), device, precision, Interruption())
-        batches, seconds = iter(training.loader), []
+        batches, seconds = iter(training.batches), []
         for _ in range(min(3, len(training.loader))):  # the first pays for what is done once
             started = time.monotonic()
             batch = next(batches)

@@ -1,0 +1,232 @@
+"""Two processes compute what one does: losses, gradients, embeddings, trainings; and one that dies is reported."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import distributed_worker
+import pytest
+import torch
+from test_model import TINY_CLIP, inputs
+from test_training import assert_same_run, flags_of, log_of
+
+from upperson.checkpoint import load_checkpoint, load_resume_state
+from upperson.config import PRESETS, DataConfig, ModelConfig, TrainConfig
+from upperson.data import NOT_MASKED
+from upperson.distributed import ALONE, Group
+from upperson.resources import resources
+from upperson.run_folder import RunError
+from upperson.splits import read_splits
+from upperson.training import fit
+
+TESTS = Path(__file__).parent
+TRAIN_PY = TESTS.parent / "train.py"
+WORLD_SIZE = 2
+
+
+def start(rank, port, *command):
+    """One of two processes of a Python program, as torchrun starts it."""
+    variables = dict(WORLD_SIZE=WORLD_SIZE, RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                     OMP_NUM_THREADS=1)
+    return subprocess.Popen([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | {k: str(v) for k, v in variables.items()})
+
+
+def start_all(*command):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [start(rank, port, *command) for rank in range(WORLD_SIZE)]
+
+
+def finish_all(processes):
+    """What they print, rank by rank, when all have ended well."""
+    ended = [process.communicate(timeout=120) for process in processes]
+    for process, (_, errors) in zip(processes, ended, strict=True):
+        assert process.returncode == 0, errors
+    return [out for out, _ in ended]
+
+
+# ------------------------------------------------------------------------------------ losses, gradients, embeddings
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+    """What one process and each of two computed from the same inputs."""
+    folder = tmp_path_factory.mktemp("computed")
+    description = folder / "tiny.json"
+    description.write_text(json.dumps(TINY_CLIP))
+    config = ModelConfig(model=str(description), pretrained="none", image_size=(48, 16), prefix_length=3, lora_rank=2,
+                         adapter_reduction=4, backend="torch")
+    size = max(size for _, size in distributed_worker.CASES)
+    images, captions = (torch.cat([tensor, tensor.flip(-1) if tensor.is_floating_point() else tensor])[:size]
+                        for tensor in inputs(torch.float64))
+    labels = torch.full_like(captions, NOT_MASKED)
+    labels[:, 1] = captions[:, 1]  # one masked word in a caption, in one of them two, in another none
+    labels[2, 2], labels[4] = captions[2, 2], NOT_MASKED
+    masked = captions.where(labels == NOT_MASKED, 49405)
+    batch = dict(images=images, captions=captions, person_ids=torch.tensor(distributed_worker.PEOPLE[:size]),
+                 masked_captions=masked, mask_labels=labels)
+    samples = read_splits(DataConfig(embedded_identities=(2, 2, 5), embedded_views=3))["test"][:27]
+    torch.save((config, batch, samples), folder / "inputs.pt")
+    finish_all(start_all(TESTS / "distributed_worker.py", folder))
+    alone = distributed_worker.compute(config, batch, samples, ALONE)
+    return alone, [torch.load(folder / f"rank-{rank}.pt") for rank in range(WORLD_SIZE)]
+
+
+@pytest.mark.parametrize(("losses", "size"), distributed_worker.CASES)
+def test_losses_and_gradients_are_those_of_one_process(computed, losses, size):
+    alone, together = computed
+    expected = alone[losses, size]
+    assert expected["loss"] != 0 and sum(values.abs().max() > 1e-6 for values in expected.values()) > 20
+    for found in (process[losses, size] for process in together):
+        assert found.keys() == expected.keys()
+        for name, values in expected.items():
+            torch.testing.assert_close(found[name], values, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_embeddings_are_those_of_one_process(computed):
+    alone, together = computed
+    counts = [count for kind, count in alone if kind == "embed"]
+    assert counts == [27, 1]  # shares of 14 and 13, and of 1 and 0
+    for count in counts:
+        for found in (process["embed", count] for process in together):
+            assert len(found["captions"]) == count
+            for name, features in alone["embed", count].items():
+                torch.testing.assert_close(found[name], features, rtol=1e-5, atol=1e-6)
+    assert torch.equal(together[0]["embed", 27]["images"], together[1]["embed", 27]["images"])
+
+
+# ------------------------------------------------------------------------------------ trainings
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Two epochs of seven batches of 11 pairs and one of 3, with a tiny random CLIP and heads to train along."""
+    folder = tmp_path_factory.mktemp("trained")
+    description = folder / "tiny.json"
+    description.write_text(json.dumps(TINY_CLIP))
+    return PRESETS["embedded"].replace(
+        model=str(description), pretrained="none", image_size=(48, 16), backend="torch", device="cpu",
+        losses="sdm+id+mlm", embedded_identities=(20, 3, 4), embedded_views=2, batch_size=11, epochs=2, warmup_epochs=1,
+        learning_rate=0.01, log_every=1, save_every=1, workers=0, run_dir=folder / "together",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def together(config):
+    """The folder of that run of two processes, started by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}"]
+    ended = subprocess.run([*command, TRAIN_PY, *map(str, flags_of(config))], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                           text=True, capture_output=True, timeout=120)  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("zero-shot CLIP   val") == ended.stdout.count("epoch 2/2") == 1, ended.stdout
+    return config.train.run_dir
+
+
+def test_a_training_of_two_processes_is_that_of_one(config, together):
+    alone = fit(config.replace(run_dir=together.with_name("alone"))).run_dir
+    assert sorted(path.name for path in together.iterdir()) == sorted(path.name for path in alone.iterdir())
+    assert list(together.parent.glob("*.safetensors")) == [] and not (together / "runs").exists()
+    found, expected = log_of(together), log_of(alone)
+    assert [(line["kind"], line["step"]) for line in found] == [(line["kind"], line["step"]) for line in expected]
+    for line, other in zip(found, expected, strict=True):
+        for name, value in line.items():
+            if name.startswith(("loss", "gradient")):
+                assert value == pytest.approx(other[name], rel=1e-5), (line, other)
+    for name, value in load_checkpoint(alone / "last.safetensors").parameters.items():
+        torch.testing.assert_close(load_checkpoint(together / "last.safetensors").parameters[name], value,
+                                   rtol=1e-3, atol=1e-5)
+
+
+def wait_for(processes, run_dir, step):
+    """Until that step stands in metrics.jsonl."""
+    log, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
+    while not (log.exists() and f'{{"kind": "step", "step": {step},' in log.read_text()):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.001)
+
+
+def test_a_process_that_dies_ends_the_job_and_the_run_goes_on(config, together, tmp_path):
+    """First the second process is killed, then, when the run has been taken up again, the one that writes."""
+    config = config.replace(run_dir=tmp_path / "run")
+    run_dir = config.train.run_dir
+    for killed, step, flags in ((1, 5, flags_of(config)), (0, 11, ["--resume", run_dir])):
+        processes = start_all(TRAIN_PY, *flags)
+        wait_for(processes, run_dir, step)
+        processes[killed].kill()
+        _, errors = processes[1 - killed].communicate(timeout=60)
+        processes[killed].communicate()
+        assert processes[1 - killed].returncode == 1
+        assert re.fullmatch(
+            f"error: process {1 - killed} of 2: lost contact with another one [(].*Connection .* by peer.*[)] in "
+            "epoch [12], after step [0-9]+; what was saved "
+            f"in {re.escape(str(run_dir))} is good, continue with --resume {re.escape(str(run_dir))}",
+            errors.strip().splitlines()[-1],
+        ), errors
+        assert not (run_dir / "results.json").exists()
+    out, silence = finish_all(start_all(TRAIN_PY, "--resume", run_dir))
+    assert "continuing in epoch 2 after step" in out and silence == ""
+    assert_same_run(together, run_dir)
+
+
+def test_ctrl_c_at_one_process_stops_both_at_the_same_step(config, together, tmp_path):
+    config = config.replace(run_dir=tmp_path / "run")
+    run_dir = config.train.run_dir
+    processes = start_all(TRAIN_PY, *flags_of(config))
+    wait_for(processes, run_dir, 2)
+    processes[1].send_signal(signal.SIGINT)
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [130, 130]
+    assert f"all is saved; continue with --resume {run_dir}" in errors[0]
+    last = log_of(run_dir)[-1]["step"]
+    assert load_resume_state(run_dir / "resume.safetensors")[0]["progress"]["step"] == last < 16
+    fit(config.replace(resume=True))  # and one process can go on
+    assert log_of(run_dir)[-1]["kind"] == "result"
+
+
+# ------------------------------------------------------------------------------------ the group, and what it refuses
+
+
+def test_one_process_is_the_whole_group():
+    assert Group.of_environment({}) == Group.of_environment({"WORLD_SIZE": "1", "RANK": "0"}) == ALONE
+    assert ALONE.is_main and ALONE.prefix == "" and list(ALONE.share_of(3)) == ALONE.own([0, 1, 2]) == [0, 1, 2]
+    x = torch.ones(2, requires_grad=True)
+    assert ALONE.gather(x, 2) is ALONE.total(x) is ALONE.largest(x) is ALONE.broadcast(x) is x
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_group_of_torchrun():
+    variables = dict(WORLD_SIZE="8", RANK="5", LOCAL_RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1234")
+    group = Group.of_environment(variables)
+    assert group == Group(rank=5, world_size=8, local_rank=1) and not group.is_main
+    assert [group.share_of(total) for total in (16, 6, 3)] == [range(10, 12), range(5, 6), range(3, 3)]
+    del variables["RANK"], variables["MASTER_PORT"]
+    with pytest.raises(RunError, match="WORLD_SIZE is 8 .* RANK, MASTER_PORT .* start with torchrun"):
+        Group.of_environment(variables)
+
+
+def test_devices_of_a_group(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    second, third = Group(5, 8, 1), Group(6, 8, 2)
+    for name in ("auto", "cuda"):
+        assert resources(TrainConfig(device=name), second) == (torch.device("cuda:1"), "bf16")
+    assert resources(TrainConfig(device="cpu"), second)[0] == torch.device("cpu")
+    assert resources(TrainConfig(device="cuda:1")) == (torch.device("cuda:1"), "bf16")
+    with pytest.raises(RunError, match="cuda:0 is one GPU for 8 processes; --device cuda gives each its own"):
+        resources(TrainConfig(device="cuda:0"), second)
+    with pytest.raises(RunError, match="cuda:2 is not there; PyTorch sees 2"):
+        resources(TrainConfig(device="cuda"), third)
+
+
+def test_a_batch_that_is_too_small_for_the_group(config, monkeypatch):
+    monkeypatch.setattr(Group, "of_environment", lambda: Group(0, 12, 0))
+    with pytest.raises(RunError, match="batch_size: 11 pairs leave some of 12 processes without any"):
+        fit(config)

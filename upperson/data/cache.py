@@ -1,0 +1,211 @@
+"""Images decoded and resized once for all, in a file that every later run reads instead of the image files.
+
+A cache is two files in a folder: `384x128-0123456789abcdef.npy` with the pixels, [images, 3, H, W] uint8, which are
+mapped into memory, and beside it `.json`, the index, whose rows name an image and the size and the time stamp that its
+file had. The name is a hash of the index, so it never gets another content, and data sets and image sizes share a
+folder. The index is written last: pixels without it count for nothing.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from upperson.data.images import load_pixels
+from upperson.data.samples import DataError, Drawing
+
+FORMAT = 1  # of the index; another one is not read
+CHUNK = 256  # images that are decoded at once, which bounds what waits in memory to be written
+OWN_FILE = re.compile(r"\.?(?P<name>\d+x\d+-[0-9a-f]{16})\.(npy|json)(?P<temporary>\.[0-9a-f]{8}\.tmp)?")
+
+Stamp = tuple[int, int]  # an image file's size in bytes and its modification time in ns
+
+
+class ImageCache:
+    """The pixels of a data set's image files, at one size. It can be pickled; each process maps the file itself."""
+
+    def __init__(self, image_size: tuple[int, int], rows: dict[Path, int], file: Path | None):
+        self.image_size, self.rows, self.file = tuple(image_size), rows, file
+        self._pixels: np.ndarray | None = None
+
+    @classmethod
+    def open(
+        cls, images: Iterable[Path | Drawing], image_size: tuple[int, int], folder: Path, *, progress: bool = True
+    ) -> "ImageCache":
+        """The cache in `folder` that holds all of `images` as they now are; it is made if there is none.
+
+        What has to be made is decoded in threads, at `image_size` (height, width); images that another cache of the
+        folder holds unchanged are copied from there. Caches whose images are all in the new one are removed, so no
+        image should be changed while a training reads it. Processes that want to write one folder wait for each
+        other; one that is killed leaves nothing that is taken for a cache. Drawings are left out: every process keeps
+        their pixels anyway, see `load_image`.
+
+        Raises DataError with the path of an image that is missing or broken, and OSError naming the file if it
+        cannot be written; where the space does not suffice, that says how much is needed.
+        """
+        paths = {image: os.path.abspath(image) for image in images if isinstance(image, Path)}
+        if not paths:
+            return cls(image_size, {}, None)
+        files = {path: image for image, path in paths.items()}
+        stamps = _stamps(files)
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        stored = _find(_stored(folder, image_size), stamps)
+        if stored is None:
+            with FileLock(folder / ".lock"):
+                known = _stored(folder, image_size)
+                stored = _find(known, stamps) or _build(folder, image_size, files, stamps, known, progress)
+        row_of = {path: row for row, path in enumerate(stored.stamps)}
+        cache = cls(image_size, {image: row_of[path] for image, path in paths.items()}, stored.file)
+        cache._pixels = stored.pixels
+        return cache
+
+    def __getitem__(self, image: Path) -> torch.Tensor:
+        """[3, H, W] uint8, as `load_pixels` gives it. KeyError for an image that the cache was not opened with."""
+        if image not in self.rows:
+            raise KeyError(f"{image}: expected one of the {len(self.rows)} images that the cache was opened with")
+        if self._pixels is None:
+            self._pixels = np.load(self.file, mmap_mode="r")
+        return torch.from_numpy(np.array(self._pixels[self.rows[image]]))
+
+    def load(self, image: Path | Drawing) -> torch.Tensor:
+        """[3, H, W] uint8: a file from the cache, a drawing as it is drawn."""
+        return self[image] if isinstance(image, Path) else load_pixels(image, self.image_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pixels": None}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A whole cache."""
+
+    file: Path
+    stamps: dict[str, Stamp]  # by absolute path, in the order of the rows
+    pixels: np.ndarray
+
+
+def _stamps(files: dict[str, Path]) -> dict[str, Stamp]:
+    def stamp(image: Path) -> Stamp:
+        try:
+            status = image.stat()
+        except FileNotFoundError as error:
+            raise DataError(f"{image}: image is missing") from error
+        return status.st_size, status.st_mtime_ns
+
+    with ThreadPoolExecutor() as threads:  # a network file system takes its time for each
+        return dict(zip(files, threads.map(stamp, files.values()), strict=True))
+
+
+def _stored(folder: Path, image_size: tuple[int, int]) -> list[Stored]:
+    """The whole caches of this image size; what is cut off or otherwise not as it was written is passed over."""
+    height, width = image_size
+    found = []
+    for index in sorted(folder.glob(f"{height}x{width}-*.json")):
+        with suppress(OSError, EOFError, ValueError, LookupError, TypeError):
+            content = json.loads(index.read_text())
+            if content["format"] == FORMAT:
+                file = index.with_suffix(".npy")
+                stamps = {path: tuple(stamp) for path, stamp in content["images"].items()}
+                pixels = np.load(file, mmap_mode="r")
+                if pixels.shape == (len(stamps), 3, height, width):
+                    found.append(Stored(file, stamps, pixels))
+    return found
+
+
+def _find(caches: Sequence[Stored], stamps: dict[str, Stamp]) -> Stored | None:
+    return next((cache for cache in caches if stamps.items() <= cache.stamps.items()), None)
+
+
+def _build(
+    folder: Path,
+    image_size: tuple[int, int],
+    files: dict[str, Path],
+    stamps: dict[str, Stamp],
+    known: Sequence[Stored],
+    progress: bool,
+) -> Stored:
+    height, width = image_size
+    index = json.dumps({"format": FORMAT, "image_size": image_size, "images": stamps}).encode()
+    file = folder / f"{height}x{width}-{hashlib.sha256(index).hexdigest()[:16]}.npy"
+    _remove_leftovers(folder)
+    _check_space(file, len(files) * 3 * height * width + len(index))
+    unchanged = {
+        path: cache.pixels[row]
+        for cache in known
+        for row, (path, stamp) in enumerate(cache.stamps.items())
+        if stamps.get(path) == stamp
+    }
+
+    def pixels(path: str) -> np.ndarray:
+        return unchanged[path] if path in unchanged else load_pixels(files[path], image_size).numpy()
+
+    paths = list(files)
+    with (
+        _appearing_whole(file) as opened,
+        ThreadPoolExecutor() as threads,
+        tqdm(total=len(paths), desc="caching images", unit="image", disable=not progress) as bar,
+    ):
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), 3, height, width)}
+        np.lib.format.write_array_header_1_0(opened, header)
+        for start in range(0, len(paths), CHUNK):
+            for image in threads.map(pixels, paths[start : start + CHUNK]):
+                opened.write(image.tobytes())
+                bar.update()
+    with _appearing_whole(file.with_suffix(".json")) as opened:
+        opened.write(index)
+    for cache in known:
+        if cache.file != file and cache.stamps.keys() <= stamps.keys():
+            cache.file.with_suffix(".json").unlink(missing_ok=True)
+            cache.file.unlink(missing_ok=True)
+    return Stored(file, stamps, np.load(file, mmap_mode="r"))
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What a killed process left behind. Only for the process that holds the lock: nobody else writes then."""
+    for path in folder.iterdir():
+        own = OWN_FILE.fullmatch(path.name)
+        if own and (own["temporary"] or not (folder / f"{own['name']}.json").exists()):
+            path.unlink()
+
+
+def _check_space(file: Path, needed: int) -> None:
+    free = shutil.disk_usage(file.parent).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{file} needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; the image cache can be in "
+            "another folder, or be left out",
+        )
+
+
+@contextmanager
+def _appearing_whole(file: Path) -> Iterator[BinaryIO]:
+    """A file that is there when all of it is written, and not at all if anything fails. OSError names it."""
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as opened:
+            yield opened
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(temporary, file)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{file} could not be written ({error.strerror})") from error
+        raise

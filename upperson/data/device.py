@@ -1,0 +1,66 @@
+"""Batches of the training loader on the device that computes, augmented there."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upperson.data.augmentation import augment
+
+Batch = dict[str, Any]
+
+
+def to_device(
+    batch: Batch,
+    device: torch.device,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    pack: Callable[[Tensor], Any] = lambda captions: captions,
+) -> Batch:
+    """A batch of `train_loader` on `device`, its images augmented and normalised there: [B, 3, H, W] float32.
+
+    "augmentation" is used up; all else is moved as it is, the captions after `pack`, such as UPPerson.pack_captions.
+    Copies from pinned memory do not wait for the device.
+    """
+    batch = batch | {"captions": pack(batch["captions"])}
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    moved["images"] = augment(moved["images"], moved.pop("augmentation"), mean, std)
+    return moved
+
+
+class DeviceBatches:
+    """The batches of `loader` as `to_device` gives them, on a GPU one ahead of the batch that is computed with.
+
+    `options` are those of `to_device` after the device. On a GPU the next batch is copied and augmented on a stream of
+    its own, and it is asked of the loader before the current one is handed out.
+    """
+
+    def __init__(self, loader: Iterable[Batch], device: torch.device, *options: Any):
+        self.loader, self.device, self.options = loader, torch.device(device), options
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.device.type != "cuda":
+            for batch in self.loader:
+                yield to_device(batch, self.device, *self.options)
+            return
+        stream = torch.cuda.Stream(self.device)
+        ahead = None
+        for batch in self.loader:
+            started = self._start(batch, stream)
+            if ahead is not None:
+                yield self._hand_out(*ahead)
+            ahead = started
+        if ahead is not None:
+            yield self._hand_out(*ahead)
+
+    def _start(self, batch: Batch, stream: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            return to_device(batch, self.device, *self.options), stream.record_event()
+
+    def _hand_out(self, batch: Batch, ready: torch.cuda.Event) -> Batch:
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(ready)  # not for the stream, which already works on the batch after this one
+        for tensor in batch.values():
+            tensor.record_stream(current)
+        return batch
