@@ -37,13 +37,6 @@ def small(monkeypatch):
     monkeypatch.setitem(adapter.SHAPES, "text + residual", adapter.Shape(length=5, width=32, hidden=4, residual=True))
 
 
-@pytest.fixture
-def step():
-    """bench/step.py, which needs the model and so open_clip."""
-    pytest.importorskip("open_clip")
-    return importlib.import_module("step")
-
-
 def run_main(module, monkeypatch, *arguments) -> int:
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     return module.main()
@@ -117,19 +110,6 @@ def test_bad_options(module, arguments, message, monkeypatch, capsys):
         run_main(module, monkeypatch, *arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
-
-
-@needs_no_gpu
-def test_training_step(step, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "step.json"
-    assert run_main(step, monkeypatch, "--batch", "2", "--seconds", "0.01", "--json", path) == 0
-    (row,) = json.loads(path.read_text())["rows"]
-    assert row["backend"] == "torch" and row["batch"] == 2
-    assert row["images_per_second"] == pytest.approx(2e3 / row["milliseconds"])
-    assert 0 < row["loss"] < 100
-    with pytest.raises(SystemExit):
-        run_main(step, monkeypatch, "--batch", "1")
-    assert "--batch: expected at least 2" in capsys.readouterr().err
 
 
 def test_cpu_comparisons_run_when_asked_alone():

@@ -1,0 +1,174 @@
+"""The ways through a training step that step.py and counting.py compare: both towers, SDM loss, backward, Adam.
+
+    plain               what the released code does, in eager PyTorch: captions padded to 77 tokens, softmax
+                        attention that holds its weights, LoRA merged into a weight whose whole gradient is formed,
+                        QuickGELU and adapters operator by operator, all tokens through the last block
+    full fine-tuning    all of CLIP trained, captions padded, this project's attention without prefix
+    ours                the configuration's defaults: fused operators where there is a GPU, nothing that is not read
+
+All paths of one method start from the same weights and see the same batches.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels.attention.reference import explicit
+from upperson.config import PRESETS, ModelConfig
+from upperson.losses import sdm_loss
+from upperson.model import UPPerson
+from upperson.optimization import build_optimizer
+from upperson.retrieval import autocast
+
+NOTHING_SPARED: dict[str, Any] = dict(skip_unread=False, pack_captions=False, low_rank_gradients=False)
+
+
+@dataclass(frozen=True)
+class Path:
+    """How a step is computed: what of the model's configuration is changed, and what of the model."""
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    plain: bool = False                                                 # the released code's operators
+    compiled: bool = False                                              # the blocks, by torch.compile
+
+    @property
+    def method(self) -> str:
+        return self.changes.get("method", "up-person")
+
+
+PLAIN = NOTHING_SPARED | {"backend": "torch"}
+TIMED = {
+    "plain": Path(PLAIN, plain=True),
+    "plain, compiled": Path(PLAIN, plain=True, compiled=True),
+    "full fine-tuning": Path(NOTHING_SPARED | {"method": "full"}),
+    "ours": Path(),
+    "ours, compiled": Path(compiled=True),
+}
+# What each switch brings: counted, not timed.
+WITHOUT = {
+    "ours, all tokens in the last block": Path({"skip_unread": False}),
+    "ours, captions padded": Path({"pack_captions": False}),
+    "ours, gradients of whole weights": Path({"low_rank_gradients": False}),
+}
+COUNTED = {name: path for name, path in TIMED.items() if not path.compiled} | WITHOUT
+
+
+def full_size() -> ModelConfig:
+    """The model of the CUHK-PEDES preset with random weights: ViT-B/16 at 384×128."""
+    return replace(PRESETS["cuhk-pedes"].model, pretrained="none")
+
+
+def small() -> ModelConfig:
+    """The embedded model, for machines without a GPU."""
+    return PRESETS["embedded"].model
+
+
+def build(path: Path, config: ModelConfig) -> UPPerson:
+    """The model of a path, on the CPU. Factors that start at zero are random, as errors behind a zero do not show."""
+    torch.manual_seed(0)
+    model = UPPerson(replace(config, **path.changes))
+    generator = torch.Generator().manual_seed(0)
+    for module in model.trained_modules().values():
+        for parameter in module.parameters():
+            if parameter.dim() == 2 and not parameter.any():
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+    if path.plain:
+        for block in model.blocks().values():
+            block.attention = explicit_attention
+            block.activation = None                                     # open_clip's own QuickGELU
+    return model
+
+
+def explicit_attention(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: Tensor, *, causal: bool,
+                       scale_target: str, **_: Any) -> Tensor:
+    """kernels.prefix_attention by its definition. Under autocast too all stays in the dtype of qkv, as in the released
+    code; autocast would hold the weights in float32 as well."""
+    with torch.autocast(qkv.device.type, enabled=False):
+        return explicit(qkv, prefix_key, prefix_value, prefix_scale, causal, scale_target)
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pairs: images (B, 3, H, W), token ids (B, L), person ids (B,) with two pairs a person."""
+
+    images: Tensor
+    tokens: Tensor
+    person_ids: Tensor
+
+
+# Words a caption, as CUHK-PEDES has them: 23.5 on average (Li et al., arXiv 1702.05729, Sec. 3.2).
+WORDS, DEVIATION, FEWEST = 23.5, 7.5, 8
+
+
+def random_batches(config: ModelConfig, tokenizer: Callable, context_length: int, size: int,
+                   number: int) -> list[Batch]:
+    """Batches of noise and of captions of unequal length, normally distributed: its quantiles, in random order."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(number * size, generator=generator)
+    words = WORDS + DEVIATION * torch.special.ndtri((order + 0.5) / len(order))
+    words = words.round().clamp(FEWEST, context_length - 2).int().tolist()
+    tokens = tokenizer([" ".join(["coat"] * number_of_words) for number_of_words in words])
+    return [Batch(torch.randn(size, 3, *config.image_size, generator=generator), part, torch.arange(size) // 2)
+            for part in tokens.split(size)]
+
+
+def fill(batches: Sequence[Batch]) -> float:
+    """The share of the token places that captions fill, start and end tokens included."""
+    tokens = torch.cat([batch.tokens for batch in batches])
+    return (tokens != 0).float().mean().item()
+
+
+# ---------------------------------------------------------------------------------------- the step
+
+
+def prepare(model: UPPerson, batches: Sequence[Batch], device: torch.device) -> list[tuple[Any, ...]]:
+    """Images, captions and person ids as a training gets them from its loader: packed where the model packs."""
+    return [(batch.images.to(device), model.pack_captions(batch.tokens).to(device), batch.person_ids.to(device))
+            for batch in batches]
+
+
+class Step:
+    """One optimizer step after the other, as upperson.training takes them, on prepared batches in turn.
+
+    A call returns the loss before the step, (), on the device.
+    """
+
+    def __init__(self, model: UPPerson, batches: Sequence[tuple[Any, ...]], precision: str):
+        self.model, self.batches, self.precision, self.taken = model, batches, precision, 0
+        settings = PRESETS["cuhk-pedes"].train
+        if model.config.method == "full":
+            settings = replace(settings, learning_rate=1e-5)
+        self.temperature = settings.temperature
+        self.optimizer = build_optimizer(model.trained_parameters(), settings)
+
+    def image_features(self) -> Tensor:
+        images, _, _ = self.batch
+        with autocast(images.device, self.precision):
+            return self.model.encode_image(images)
+
+    def text_features(self) -> Tensor:
+        images, captions, _ = self.batch
+        with autocast(images.device, self.precision):
+            return self.model.encode_text(captions)
+
+    def loss(self) -> Tensor:
+        """Forward alone."""
+        return sdm_loss(self.image_features(), self.text_features(), self.batch[2], temperature=self.temperature)
+
+    @property
+    def batch(self) -> tuple[Any, ...]:
+        return self.batches[self.taken % len(self.batches)]
+
+    def __call__(self) -> Tensor:
+        loss = self.loss()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.taken += 1
+        return loss.detach()
