@@ -134,7 +134,8 @@ def prepare(model: UPPerson, batches: Sequence[Batch], device: torch.device) -> 
 
 
 class Step:
-    """One optimizer step after the other, as upperson.training takes them, on prepared batches in turn.
+    """One optimizer step after the other on prepared batches in turn: those of upperson.trainer without what surrounds
+    the towers there, which is loading, augmenting, and reading loss and gradient norm.
 
     A call returns the loss before the step, (), on the device.
     """

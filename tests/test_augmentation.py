@@ -215,14 +215,14 @@ class TestToDevice:
 
     def test_one_ahead_on_a_stream_of_its_own(self, monkeypatch):
         """The order of events on a GPU, without one."""
-        happened = []
+        happened, last = [], {}
 
         class Stream:
             def __init__(self, name):
                 self.name = name
 
             def record_event(self):
-                return happened[-1]
+                return last["moved"]
 
             def wait_event(self, event):
                 happened.append(f"wait for {event}")
@@ -232,7 +232,8 @@ class TestToDevice:
                 happened.append(f"used on {stream.name}")
 
         def fake_to_device(batch, *_):
-            happened.append(f"batch {batch}")
+            last["moved"] = f"batch {batch}"                            # by the one thread that fetches
+            happened.append(last["moved"])
             return {"images": Moved()}
 
         monkeypatch.setattr("upperson.data.device.to_device", fake_to_device)
@@ -241,10 +242,22 @@ class TestToDevice:
         monkeypatch.setattr("torch.cuda.stream", lambda stream: happened.append(f"on {stream.name}") or nullcontext())
         for _ in DeviceBatches([1, 2, 3], torch.device("cuda"), MEAN, STD):
             happened.append("step")
-        steps = [["on side", "batch 1"]]
-        for current, following in ((1, ["on side", "batch 2"]), (2, ["on side", "batch 3"]), (3, [])):
-            steps.append([*following, f"wait for batch {current}", "used on current", "step"])
-        assert happened == sum(steps, [])
+        # A thread fetches, so that of two neighbours in this list of orders nothing more can be said.
+        assert happened.count("step") == happened.count("used on current") == happened.count("on side") == 3
+        moved, waited = ([happened.index(f"{what} {batch}") for batch in (1, 2, 3)]
+                         for what in ("batch", "wait for batch"))
+        steps = [position for position, what in enumerate(happened) if what == "step"]
+        assert moved == sorted(moved) and waited == sorted(waited)
+        assert all(m < w < step for m, w, step in zip(moved, waited, steps, strict=True))
+        assert moved[2] > waited[0]                                    # no more than one ahead
+
+    def test_what_the_loader_raises_comes_through(self, monkeypatch):
+        """From the thread, too."""
+        monkeypatch.setattr("torch.cuda.Stream", lambda device: None)
+        batches = DeviceBatches(iter(()), torch.device("cuda"), MEAN, STD)
+        batches.stream, batches.loader = object(), (1 / 0 for _ in range(3))
+        with pytest.raises(ZeroDivisionError):
+            next(iter(batches))
 
     def test_no_batches(self):
         assert list(DeviceBatches([], torch.device("cpu"), MEAN, STD)) == []

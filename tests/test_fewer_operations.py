@@ -16,7 +16,7 @@ from kernels.attention import reference
 from upperson import ModelConfig
 from upperson.losses import sdm_loss
 from upperson.model import BackboneError, UPPerson
-from upperson.model.attention import attend_once, pad
+from upperson.model.attention import attend_once
 from upperson.model.captions import PackedCaptions, pack_captions
 from upperson.model.petl.low_rank import LoRA
 
@@ -153,9 +153,12 @@ def test_packing_by_hand():
     moved = packed.to("cpu", non_blocking=True)
     assert isinstance(moved, PackedCaptions) and torch.equal(moved.token_ids, packed.token_ids)
 
-    padded, present = pad(packed.positions.double()[:, None], packed.cu_seqlens, packed.longest)
+    padded, sequence, position = reference.unpack(packed.positions.double()[:, None], packed.cu_seqlens, packed.longest)
     assert padded.squeeze(-1).tolist() == [[0, 1, 2, 0, 0], [0, 1, 0, 0, 0], [0, 1, 2, 3, 4]]
-    assert present.tolist() == [[True] * 3 + [False] * 2, [True] * 2 + [False] * 3, [True] * 5]
+    assert sequence.tolist() == [0] * 3 + [1] * 2 + [2] * 5 and position.tolist() == packed.positions.tolist()
+
+    nothing = pack_captions(tokens[:0])
+    assert len(nothing) == nothing.longest == len(nothing.token_ids) == 0
 
 
 @pytest.mark.parametrize("target", ["weights", "logits"])
@@ -212,6 +215,26 @@ def test_low_rank_gradients_have_no_second_derivative_rather_than_a_wrong_one():
     first, = torch.autograd.grad(lora.linear(x, weight, bias, True).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+def test_low_rank_gradients_leave_trained_weights_theirs():
+    """Who unfreezes the projection beside LoRA gets all gradients, by way of the merged weight."""
+    lora, weight, bias = random_lora(24)
+    x = torch.randn(4, 8).double()
+    wanted = [weight.requires_grad_(), bias.requires_grad_(), *lora.parameters()]
+    for a, b in zip(*(torch.autograd.grad(lora.linear(x, weight, bias, switch).sin().sum(), wanted)
+                      for switch in (True, False)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_low_rank_gradients_with_a_backbone_in_half_precision():
+    lora, weight, bias = random_lora(24)
+    lora, weight, bias, x = lora.float(), weight.bfloat16(), bias.bfloat16(), torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (lora.linear(x, weight, bias, switch) for switch in (True, False))
+    torch.testing.assert_close(found, expected)
+    found.float().sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in lora.parameters())
 
 
 def test_low_rank_gradients_under_autocast_come_close_to_the_merged_ones():

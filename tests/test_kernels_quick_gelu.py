@@ -9,7 +9,7 @@ from operators import DEVICE, DTYPES, EXACT, GPU, SLACK, assert_within_budget, r
 from kernels import quick_gelu
 from kernels.quick_gelu import reference
 
-SHAPES = [(1, 1), (5, 7), (3, 4, 24), (0, 8), (2, 0, 8), (6, 1023), (6, 1024), (5, 1025), (1, 3072)]
+SHAPES = [(1, 1), (7,), (5, 7), (3, 4, 24), (0, 8), (2, 0, 8), (6, 1023), (6, 1024), (5, 1025), (1, 3072)]
 
 
 def fused(x, bias=None):

@@ -192,6 +192,23 @@ def test_compiled_blocks_take_the_same_step(config):
         torch.testing.assert_close(parameters[name], values, rtol=1e-5, atol=1e-5)
 
 
+def test_a_state_from_another_device_continues_with_this_ones_optimizer(config):
+    """On a GPU Adam is fused; what a GPU saved must not fuse it here, nor the other way round."""
+    config.train.run_dir.mkdir()
+    splits, cpu = read_splits(config.data), torch.device("cpu")
+    run = Training(config, UPPerson(config.model), splits, config.train.run_dir, cpu, "fp32", Interruption())
+    run.log.start(after=0)
+    run.step(next(iter(run.batches)))
+    run.save_state()
+    state, _ = load_resume_state(config.train.run_dir / "resume.safetensors")
+    for group in state["optimizer"]["param_groups"]:
+        assert group["fused"] is None
+        group["fused"] = True
+    run.load_state(state)
+    assert [group["fused"] for group in run.optimizer.param_groups] == [None] * len(run.optimizer.param_groups)
+    run.step(next(iter(run.batches)))
+
+
 def test_the_number_of_workers_changes_nothing(config, whole):
     fit(config.replace(workers=2))
     assert_same_run(whole, config.train.run_dir)

@@ -23,7 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from upperson.data import share_of
 from upperson.run_folder import RunError
 
-TIMEOUT = timedelta(minutes=30)  # one process may decode a data set for the others; a dead one is noticed at once
+# One process may decode a data set for the others. That one of them has died is noticed much earlier: by gloo, or by
+# torchrun, which then ends all.
+TIMEOUT = timedelta(minutes=30)
 # What PyTorch's errors say where another process has ended or does not answer.
 LOST_CONTACT = re.compile(r"gloo|NCCL|TCPStore|Connection (closed|reset) by peer|Broken pipe")
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

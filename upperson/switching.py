@@ -18,6 +18,7 @@ from upperson.model.block import parameters_of
 
 ORIGINAL = "original"
 BACKBONE = ("model", "pretrained", "image_size")                        # the fields that say what is adapted
+COMPUTED = ("backend", "skip_unread", "pack_captions", "low_rank_gradients")     # how it computes, not what
 
 
 class Adaptations:
@@ -66,7 +67,7 @@ class Adaptations:
             with torch.random.fork_rng(devices=[]):                     # initial values, about to be replaced
                 modules = self.model.new_modules(config)
         copy_parameters(checkpoint.parameters, parameters_of(modules), str(path))
-        self._adaptations[name] = replace(config, backend=own.backend), modules
+        self._adaptations[name] = replace(config, **{field: getattr(own, field) for field in COMPUTED}), modules
 
     def use(self, name: str) -> None:
         """Puts an adaptation in use. CheckpointError lists the names where this is none of them."""

@@ -282,6 +282,8 @@ class Training:
         self.log.start(self.progress.log_bytes, self.progress.step)
         copy_parameters(state["parameters"], self.parameters, str(self.run_dir / run_folder.RESUME))
         self.best = state["best"]
+        for saved, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+            saved["fused"] = own["fused"]  # of this device, which need not be the one where the state was saved
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])

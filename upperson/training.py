@@ -38,7 +38,7 @@ def fit(config: Config) -> RunResult:
     if config.train.batch_size < group.world_size:
         raise RunError(f"batch_size: {config.train.batch_size} pairs leave some of {group.world_size} processes "
                        "without any; raise --batch-size or start fewer processes")
-    with process_group(group, device), contact(lambda: "before anything was saved; its own message says why it ended"):
+    with contact(lambda: "before anything was saved; its own message says why it ended"), process_group(group, device):
         return _fit(config, group, device, precision)
 
 

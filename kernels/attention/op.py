@@ -4,8 +4,6 @@ import itertools
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._mode_utils import no_dispatch
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.attention import device
@@ -67,6 +65,9 @@ forward.register_autograd(differentiate, setup_context=save_for_backward)
 @register_flop_formula(torch.ops.upperson.prefix_attention, get_raw=True)
 def forward_flops(qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, *_, **__):
     """Two products of queries and columns; causal or not, as PyTorch counts its own attention."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.utils._mode_utils import no_dispatch
+
     *_, heads, width = qkv.shape
     if cu_seqlens is None:
         lengths = [qkv.shape[1]] * qkv.shape[0]

@@ -65,10 +65,16 @@ def folded(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: 
 def packed(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: Tensor, cu_seqlens: Tensor,
            max_seqlen: int, causal: bool, scale_target: str) -> Tensor:
     """`folded` of each sequence of a packed (T, 3, H, D): padded to the longest one, and packed again."""
-    token = torch.arange(qkv.shape[0], device=qkv.device)
-    sequence = torch.bucketize(token, cu_seqlens[1:], right=True)                       # (T,): the one it belongs to
-    position = token - cu_seqlens[sequence]
-    padded = qkv.new_zeros(cu_seqlens.shape[0] - 1, max_seqlen, *qkv.shape[1:])
-    padded = padded.index_put((sequence, position), qkv)
+    padded, sequence, position = unpack(qkv, cu_seqlens, max_seqlen)
     out = folded(padded, prefix_key, prefix_value, prefix_scale, causal, scale_target, cu_seqlens.diff())
     return out[sequence, position]
+
+
+def unpack(packed: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed rows (T, …) as (S, max_seqlen, …), with zeros behind shorter sequences; and each row's sequence and its
+    position there, (T,)."""
+    row = torch.arange(packed.shape[0], device=packed.device)
+    sequence = torch.bucketize(row, cu_seqlens[1:], right=True)
+    position = row - cu_seqlens[sequence]
+    padded = packed.new_zeros(cu_seqlens.shape[0] - 1, max_seqlen, *packed.shape[1:])
+    return padded.index_put((sequence, position), packed), sequence, position

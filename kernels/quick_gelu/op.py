@@ -34,7 +34,7 @@ def differentiate(ctx, dy):
     x, bias = ctx.saved_tensors
     dx = backward(dy, x, bias)
     need_x, need_bias = ctx.needs_input_grad
-    return dx if need_x else None, dx.flatten(0, -2).sum(0).to(bias.dtype) if need_bias else None
+    return dx if need_x else None, dx.reshape(-1, dx.shape[-1]).sum(0, dtype=bias.dtype) if need_bias else None
 
 
 forward.register_autograd(differentiate, setup_context=save_for_backward)

@@ -49,10 +49,10 @@ class ImageCache:
         """The cache in `folder` that holds all of `images` as they now are; it is made if there is none.
 
         What has to be made is decoded in threads, at `image_size` (height, width); images that another cache of the
-        folder holds unchanged are copied from there. Caches whose images are all in the new one are removed, so no
-        image should be changed while a training reads it. Processes that want to write one folder wait for each
-        other; one that is killed leaves nothing that is taken for a cache. Drawings are left out: every process keeps
-        their pixels anyway, see `load_image`.
+        folder holds unchanged are copied from there. That cache stays, since a training may be reading it; it can be
+        deleted when none does. Processes that want to write one folder wait for each other; one that is killed leaves
+        nothing that is taken for a cache. Drawings are left out: every process keeps their pixels anyway, see
+        `load_image`.
 
         Raises DataError with the path of an image that is missing or broken, and OSError naming the file if it
         cannot be written; where the space does not suffice, that says how much is needed.
@@ -168,10 +168,6 @@ def _build(
                 bar.update()
     with _appearing_whole(file.with_suffix(".json")) as opened:
         opened.write(index)
-    for cache in known:
-        if cache.file != file and cache.stamps.keys() <= stamps.keys():
-            cache.file.with_suffix(".json").unlink(missing_ok=True)
-            cache.file.unlink(missing_ok=True)
     return Stored(file, stamps, np.load(file, mmap_mode="r"))
 
 

@@ -1,6 +1,7 @@
 """Batches of the training loader on the device that computes, augmented there."""
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -32,31 +33,32 @@ def to_device(
 class DeviceBatches:
     """The batches of `loader` as `to_device` gives them, on a GPU one ahead of the batch that is computed with.
 
-    `options` are those of `to_device` after the device. On a GPU the next batch is copied and augmented on a stream of
-    its own, and it is asked of the loader before the current one is handed out.
+    `options` are those of `to_device` after the device. On a GPU a thread fetches the next batch, and has it copied and
+    augmented on a stream of its own, while the caller waits for the results of the current one.
     """
 
     def __init__(self, loader: Iterable[Batch], device: torch.device, *options: Any):
         self.loader, self.device, self.options = loader, torch.device(device), options
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.device.type != "cuda":
+        if self.stream is None:
             for batch in self.loader:
                 yield to_device(batch, self.device, *self.options)
             return
-        stream = torch.cuda.Stream(self.device)
-        ahead = None
-        for batch in self.loader:
-            started = self._start(batch, stream)
-            if ahead is not None:
-                yield self._hand_out(*ahead)
-            ahead = started
-        if ahead is not None:
-            yield self._hand_out(*ahead)
+        batches = iter(self.loader)
+        with ThreadPoolExecutor(1) as thread:
+            ahead = thread.submit(self._fetch, batches)
+            while (fetched := ahead.result()) is not None:
+                ahead = thread.submit(self._fetch, batches)
+                yield self._hand_out(*fetched)
 
-    def _start(self, batch: Batch, stream: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
-        with torch.cuda.stream(stream):
-            return to_device(batch, self.device, *self.options), stream.record_event()
+    def _fetch(self, batches: Iterator[Batch]) -> tuple[Batch, torch.cuda.Event] | None:
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        with torch.cuda.stream(self.stream):
+            return to_device(batch, self.device, *self.options), self.stream.record_event()
 
     def _hand_out(self, batch: Batch, ready: torch.cuda.Event) -> Batch:
         current = torch.cuda.current_stream(self.device)

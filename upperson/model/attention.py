@@ -31,12 +31,3 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, p
     if visible is not None:
         visible = F.pad(visible, (len(prefix_key), 0), value=True)[:, None, None]       # (S, 1, 1, P + N)
     return F.scaled_dot_product_attention(query.unsqueeze(2), key, value, attn_mask=visible).squeeze(2)
-
-
-def pad(packed: Tensor, cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """Packed rows (T, …) as (S, longest, …), zeros behind shorter sequences; and where rows are, (S, longest) bool."""
-    row = torch.arange(len(packed), device=packed.device)
-    sequence = torch.bucketize(row, cu_seqlens[1:], right=True)
-    padded = packed.new_zeros(len(cu_seqlens) - 1, longest, *packed.shape[1:])
-    padded = padded.index_put((sequence, row - cu_seqlens[sequence]), packed)
-    return padded, torch.arange(longest, device=packed.device) < cu_seqlens.diff()[:, None]

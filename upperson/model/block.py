@@ -8,7 +8,8 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 
 from kernels import prefix_attention, quick_gelu
-from upperson.model.attention import attend_once, pad
+from kernels.attention.reference import unpack
+from upperson.model.attention import attend_once
 from upperson.model.petl import FROZEN, Adapter, LoRA, Prefix
 
 MODULES = ("prefix", "lora", "adapter_attn", "adapter_mlp")
@@ -73,12 +74,13 @@ class Block(nn.Module):
     def forward(self, stream: Stream, sequences: Sequences | None = None, read: Tensor | None = None) -> Stream:
         """The stream behind the block.
 
-        `read`: where only one token of each sequence is read afterwards, which one it is: (B,) int64, positions, or
-        rows of a packed stream. Only these tokens are then computed, and the stream that leaves is (B, C).
+        `read`: where only one token of each sequence is read afterwards, which one it is, (B,) int64: a position, or of
+        packed sequences the row of the last token. Only these are then computed, and the stream that leaves is (B, C).
         """
         x, update = stream
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, update = x.to(dtype), update if update is None else update.to(dtype)
         at_attention, at_mlp = self.active(self.adapter_attn), self.active(self.adapter_mlp)
         if update is None:
             y, x = at_attention.normalise(self.ln_1, x, None, self.backend)
@@ -87,8 +89,8 @@ class Block(nn.Module):
         if read is None:
             attended = self.attend(y, sequences)
         else:
-            attended = self.attend_once(y, sequences, read)
-            x, y = rows_of(x, read), rows_of(y, read)
+            tokens, x, y = y, rows_of(x, read), rows_of(y, read)
+            attended = self.attend_from(y, tokens, sequences, read)
         attended = at_attention.finish(y, self.ls_1(self.attn.out_proj(attended)))
         y, x = at_mlp.normalise(self.ln_2, attended, x, self.backend)
         return Stream(x, at_mlp.finish(y, self.ls_2(self.feed_forward(y))))
@@ -105,16 +107,17 @@ class Block(nn.Module):
         return self.attention(qkv, key, value, scale, causal=self.causal, scale_target=target, cu_seqlens=cu_seqlens,
                               max_seqlen=longest, backend=self.backend).flatten(-2)
 
-    def attend_once(self, y: Tensor, sequences: Sequences | None, read: Tensor) -> Tensor:
-        """The same for the tokens `read` alone, (B, C)."""
+    def attend_from(self, y: Tensor, tokens: Tensor, sequences: Sequences | None, read: Tensor) -> Tensor:
+        """The same for those at `read` alone, y (B, C), among all `tokens`, (B, N, C) or packed (T, C)."""
         heads, width = self.attn.num_heads, self.attn.embed_dim
-        query = F.linear(rows_of(y, read), self.attn.in_proj_weight[:width], self.attn.in_proj_bias[:width])
-        key_value = self.project(y, width).unflatten(-1, (2, heads, -1))
+        query = F.linear(y, self.attn.in_proj_weight[:width], self.attn.in_proj_bias[:width])
+        key_value = self.project(tokens, width).unflatten(-1, (2, heads, -1))
         visible = None
         if sequences is not None:                                           # their last tokens, which see all others
-            key_value, visible = pad(key_value, *sequences)
+            key_value, *_ = unpack(key_value, *sequences)
+            visible = torch.arange(sequences.longest, device=y.device) < sequences.cu_seqlens.diff()[:, None]
         elif self.causal:
-            visible = torch.arange(y.shape[1], device=y.device) <= read[:, None]
+            visible = torch.arange(tokens.shape[1], device=y.device) <= read[:, None]
         prefix_key, prefix_value, scale, target = self.prefix_columns(key_value)
         query = query.unflatten(-1, (heads, -1))
         return attend_once(query, *key_value.unbind(2), prefix_key, prefix_value, scale,

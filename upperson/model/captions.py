@@ -38,4 +38,5 @@ def pack_captions(tokens: Tensor) -> PackedCaptions:
     kept = positions <= ends[:, None]
     cu_seqlens = torch.zeros(len(tokens) + 1, dtype=torch.int32, device=tokens.device)
     cu_seqlens[1:] = (ends + 1).cumsum(0)
-    return PackedCaptions(tokens[kept], positions[kept], cu_seqlens, int(ends.max()) + 1)
+    longest = int(ends.max()) + 1 if len(tokens) else 0
+    return PackedCaptions(tokens[kept], positions[kept], cu_seqlens, longest)

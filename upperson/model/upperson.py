@@ -8,8 +8,8 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from kernels.attention.reference import unpack
 from upperson.config import ModelConfig
-from upperson.model.attention import pad
 from upperson.model.backbone import BackboneError, build_clip, fit_image_size, pooling, require_transformers, text_tower
 from upperson.model.block import MODULES, Block, Sequences, Stream, parameters_of, rows_of
 from upperson.model.captions import PackedCaptions, pack_captions
@@ -100,7 +100,7 @@ class UPPerson(nn.Module):
         captions = self.pack_captions(captions)
         x = self.text_stream(captions)
         if isinstance(captions, PackedCaptions):
-            x, _ = pad(x, captions.cu_seqlens, captions.longest)
+            x, *_ = unpack(x, captions.cu_seqlens, captions.longest)
             read = captions.cu_seqlens.diff().long() - 1
         else:
             read = self.pooled_positions(captions)

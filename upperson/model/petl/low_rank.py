@@ -48,8 +48,8 @@ class LoRA(nn.Module):
         return weight + scale * up @ down
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor, low_rank_gradients: bool) -> Tensor:
-        """x (…, C) through the updated weight, (…, rows of weight). `bias` (rows,) and `weight` get no gradient."""
-        if not low_rank_gradients:
+        """x (…, C) through the updated weight, (…, rows of weight), with `bias` (rows,)."""
+        if not low_rank_gradients or weight.requires_grad or bias.requires_grad:
             return F.linear(x, self(weight), bias)
         return LowRankLinear.apply(x, weight, bias, *self.of("key", "down", "up", "scale"),
                                    *self.of("value", "down", "up", "scale"))
@@ -62,7 +62,8 @@ class LowRankLinear(torch.autograd.Function):
 
         d up = s Gᵀ (x downᵀ)        d down = s (G up)ᵀ x        d s = Σ up ∘ Gᵀ (x downᵀ)
 
-    are products with r columns, 8 T C r operations in all. Under autocast x and W' are cast, as by F.linear.
+    are products with r columns, 8 T C r operations in all. Under autocast x and W' are cast, as by F.linear. W and b
+    are frozen.
     """
 
     @staticmethod
@@ -72,8 +73,8 @@ class LowRankLinear(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             query, key, value = parts_of(weight)
-            merged = torch.cat([query, torch.addmm(key, key_scale * key_up, key_down),
-                                torch.addmm(value, value_scale * value_up, value_down)])
+            merged = torch.cat([query, key + key_scale * key_up @ key_down,
+                                value + value_scale * value_up @ value_down])
             x, merged = x.to(dtype), merged.to(dtype)
             ctx.save_for_backward(x, merged, key_down, key_up, key_scale, value_down, value_up, value_scale)
             return F.linear(x, merged, bias.to(dtype))
@@ -85,6 +86,8 @@ class LowRankLinear(torch.autograd.Function):
         width = merged.shape[1]
         gradient, rows = gradient.reshape(-1, len(merged)), x.reshape(-1, width)
         dx = (gradient @ merged).view(x.shape) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[3:]):
+            return dx, *[None] * 8
         lowered = rows @ torch.cat([factors[0], factors[3]]).to(x.dtype).t()                # (T, 2 r)
         found = []
         for part, (down, up, scale) in enumerate((factors[:3], factors[3:])):
