@@ -167,7 +167,7 @@ def test_a_process_that_dies_ends_the_job_and_the_run_goes_on(config, together, 
         assert processes[1 - killed].returncode == 1
         assert re.fullmatch(
             f"error: process {1 - killed} of 2: lost contact with another one [(].*Connection .* by peer.*[)] in "
-            "epoch [12], after step [0-9]+; what was saved "
+            "epoch [12], after step [0-9]+; see its message; what was saved "
             f"in {re.escape(str(run_dir))} is good, continue with --resume {re.escape(str(run_dir))}",
             errors.strip().splitlines()[-1],
         ), errors
@@ -209,8 +209,10 @@ def test_a_group_of_torchrun():
     assert group == Group(rank=5, world_size=8, local_rank=1) and not group.is_main
     assert [group.share_of(total) for total in (16, 6, 3)] == [range(10, 12), range(5, 6), range(3, 3)]
     del variables["RANK"], variables["MASTER_PORT"]
-    with pytest.raises(RunError, match="WORLD_SIZE is 8 .* RANK, MASTER_PORT .* start with torchrun"):
+    with pytest.raises(RunError, match="WORLD_SIZE is 8 .* RANK, MASTER_PORT.* start with torchrun"):
         Group.of_environment(variables)
+    with pytest.raises(RunError, match="WORLD_SIZE is many .* RANK, MASTER_PORT, WORLD_SIZE; start with torchrun"):
+        Group.of_environment(variables | {"WORLD_SIZE": "many"})
 
 
 def test_devices_of_a_group(monkeypatch):

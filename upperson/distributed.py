@@ -44,12 +44,14 @@ class Group:
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> "Group":
         """What torchrun says in the environment; without it, this process alone. RunError if half of it is there."""
-        if int(environment.get("WORLD_SIZE", 1)) == 1:
+        if environment.get("WORLD_SIZE", "1") == "1":
             return cls()
-        missing = [name for name in TORCHRUN if name not in environment]
-        if missing:
-            raise RunError(f"WORLD_SIZE is {environment['WORLD_SIZE']} in the environment, but {', '.join(missing)} is "
-                           "not there; start with torchrun --nproc-per-node N train.py, or unset WORLD_SIZE")
+        wrong = [name for name in TORCHRUN if name not in environment]
+        wrong += [name for name in TORCHRUN[:3] if not environment.get(name, "0").isdecimal()]
+        if wrong:
+            raise RunError(f"WORLD_SIZE is {environment['WORLD_SIZE']} in the environment, but missing there or no "
+                           f"number: {', '.join(wrong)}; start with torchrun --nproc-per-node N train.py, or unset "
+                           "WORLD_SIZE")
         return cls(*(int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
     @property

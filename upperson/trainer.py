@@ -246,8 +246,8 @@ class Training:
 
     def position(self) -> str:
         """Where the run stands, and what becomes of it if it ends here."""
-        return (f"in epoch {self.progress.epoch}, after step {self.progress.step}; what was saved in {self.run_dir} is "
-                f"good, continue with --resume {self.run_dir}")
+        return (f"in epoch {self.progress.epoch}, after step {self.progress.step}; see its message; what was saved in "
+                f"{self.run_dir} is good, continue with --resume {self.run_dir}")
 
     def stop(self) -> None:
         self.save_state()

@@ -7,7 +7,7 @@ import torch
 
 from kernels.backend import resolve
 from upperson.config import Config
-from upperson.data import ImageCache, Sample, check_images
+from upperson.data import DataError, ImageCache, Sample, check_images
 from upperson.distributed import Group, contact, process_group
 from upperson.interruption import Interruption
 from upperson.model import UPPerson
@@ -88,8 +88,12 @@ def read_images(config: Config, samples: list[Sample], group: Group) -> ImageCac
         return None
     if not group.is_main:  # the first process makes it for all
         group.wait()
-    images = (sample.image for sample in samples)
-    cache = ImageCache.open(images, config.model.image_size, config.data.image_cache, progress=group.is_main)
+    images = [sample.image for sample in samples]
+    try:
+        cache = ImageCache.open(images, config.model.image_size, config.data.image_cache, progress=group.is_main)
+    except DataError:
+        check_images(samples)  # names more than the first
+        raise
     if group.is_main:
         group.wait()
     return cache

@@ -63,10 +63,9 @@ class ImageCache:
         files = {path: image for image, path in paths.items()}
         stamps = _stamps(files)
         folder = Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
         stored = _find(_stored(folder, image_size), stamps)
         if stored is None:
-            with FileLock(folder / ".lock"):
+            with _locked(folder):
                 known = _stored(folder, image_size)
                 stored = _find(known, stamps) or _build(folder, image_size, files, stamps, known, progress)
         row_of = {path: row for row, path in enumerate(stored.stamps)}
@@ -109,6 +108,23 @@ def _stamps(files: dict[str, Path]) -> dict[str, Stamp]:
 
     with ThreadPoolExecutor() as threads:  # a network file system takes its time for each
         return dict(zip(files, threads.map(stamp, files.values()), strict=True))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The folder, made if need be, for one process at a time."""
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise OSError(
+            error.errno, f"image_cache: {folder} is not a folder that can be written ({error.strerror})"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _stored(folder: Path, image_size: tuple[int, int]) -> list[Stored]:
@@ -184,7 +200,7 @@ def _check_space(file: Path, needed: int) -> None:
     if needed > free:
         raise OSError(
             errno.ENOSPC,
-            f"{file} needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; the image cache can be in "
+            f"{file} needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there; the image cache can be in "
             "another folder, or be left out",
         )
 
