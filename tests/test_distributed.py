@@ -143,7 +143,7 @@ def test_a_training_of_two_processes_is_that_of_one(config, together):
                 assert value == pytest.approx(other[name], rel=bound), (line, other)
     for name, value in load_checkpoint(alone / "last.safetensors").parameters.items():
         torch.testing.assert_close(load_checkpoint(together / "last.safetensors").parameters[name], value,
-                                   rtol=1e-3, atol=1e-5)
+                                   rtol=1e-2, atol=5e-4)                # Adam magnifies what rounding leaves of 0
 
 
 def wait_for(processes, run_dir, step):
