@@ -17,6 +17,13 @@ def require_float(operator: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{operator}: {name} must be a floating-point tensor, not {tensor.dtype}")
 
 
+def require_rows(operator: str, name: str, tensor: Tensor) -> None:
+    require_tensor(operator, name, tensor)
+    if tensor.dim() == 0 or tensor.shape[-1] == 0:
+        raise ValueError(f"{operator}: {name} must be (..., C) with C ≥ 1, not {tuple(tensor.shape)}")
+    require_float(operator, name, tensor)
+
+
 def require_shape(operator: str, name: str, tensor: Tensor, shape: tuple) -> None:
     """`shape` holds sizes, or a letter where any size will do."""
     require_tensor(operator, name, tensor)

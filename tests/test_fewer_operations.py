@@ -2,18 +2,16 @@
 
 import importlib
 import itertools
-import json
 from dataclasses import replace
 
 import open_clip
 import pytest
 import torch
-from test_model import TINY_CLIP, build, inputs, stirred
-from test_variants import VARIANTS
+from test_model import TINY_CLIP, build, inputs, stirred, tiny_config
+from test_variants import NOTHING, VARIANTS
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.attention import reference
-from upperson import ModelConfig
 from upperson.losses import sdm_loss
 from upperson.model import BackboneError, UPPerson
 from upperson.model.attention import attend_once
@@ -23,17 +21,12 @@ from upperson.model.petl.low_rank import LoRA
 SWITCHES = ("skip_unread", "pack_captions", "low_rank_gradients")
 OFF = dict.fromkeys(SWITCHES, False)
 WHOLE = dict(prefix="salable", lora="lora", adapter_attn="l-parallel", adapter_mlp="l-parallel")
-NOTHING = dict(prefix="none", lora="none", adapter_attn="none", adapter_mlp="none")
 PERSON_IDS = torch.tensor([0, 1, 1, 2])
 
 
 @pytest.fixture
 def tiny(tmp_path):
-    """UP-Person on a CLIP of three blocks a tower."""
-    path = tmp_path / "tiny.json"
-    path.write_text(json.dumps(TINY_CLIP))
-    return ModelConfig(model=str(path), pretrained="none", image_size=(48, 16), prefix_length=3, lora_rank=2,
-                       adapter_reduction=4, backend="torch")
+    return tiny_config(tmp_path)
 
 
 def identify(variant):

@@ -23,13 +23,17 @@ TINY_CLIP = dict(
 )
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    """A ModelConfig of a tiny random CLIP."""
-    path = tmp_path / "tiny.json"
+def tiny_config(folder):
+    """UP-Person on a tiny random CLIP, whose description is written to `folder`."""
+    path = folder / "tiny.json"
     path.write_text(json.dumps(TINY_CLIP))
     return ModelConfig(model=str(path), pretrained="none", image_size=(48, 16), prefix_length=3, lora_rank=2,
                        adapter_reduction=4, backend="torch")
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return tiny_config(tmp_path)
 
 
 def stirred(model, seed=0, scale=0.3):

@@ -11,9 +11,8 @@ from kernels.checks import (
     refuse_forward_mode,
     require_device,
     require_dtype,
-    require_float,
+    require_rows,
     require_shape,
-    require_tensor,
 )
 
 MAX_HIDDEN_WIDTH = 256
@@ -46,10 +45,7 @@ def layernorm_adapter(x: Tensor, weight: Tensor, bias: Tensor, down_weight: Tens
         RuntimeError: the backend cannot run on this machine.
     """
     name = "layernorm_adapter"
-    require_tensor(name, "x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{name}: x must be (..., C) with C ≥ 1, not {tuple(x.shape)}")
-    require_float(name, "x", x)
+    require_rows(name, "x", x)
     width = x.shape[-1]
     require_shape(name, "weight", weight, (width,))
     require_shape(name, "bias", bias, (width,))

@@ -7,9 +7,8 @@ from kernels.checks import (
     refuse_forward_mode,
     require_device,
     require_dtype,
-    require_float,
+    require_rows,
     require_shape,
-    require_tensor,
 )
 from kernels.quick_gelu import reference
 
@@ -32,10 +31,7 @@ def quick_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = N
         RuntimeError: the backend cannot run on this machine.
     """
     name = "quick_gelu"
-    require_tensor(name, "x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{name}: x must be (..., C) with C ≥ 1, not {tuple(x.shape)}")
-    require_float(name, "x", x)
+    require_rows(name, "x", x)
     tensors = [x]
     if bias is not None:
         require_shape(name, "bias", bias, (x.shape[-1],))

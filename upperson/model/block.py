@@ -82,10 +82,7 @@ class Block(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, update = x.to(dtype), update if update is None else update.to(dtype)
         at_attention, at_mlp = self.active(self.adapter_attn), self.active(self.adapter_mlp)
-        if update is None:
-            y, x = at_attention.normalise(self.ln_1, x, None, self.backend)
-        else:
-            y, x = at_attention.normalise(self.ln_1, update, x, self.backend)
+        y, x = at_attention.normalise(self.ln_1, x, update, self.backend)
         if read is None:
             attended = self.attend(y, sequences)
         else:

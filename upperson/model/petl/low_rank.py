@@ -40,7 +40,8 @@ class LoRA(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The packed weight with its key and value updated, in its shape and dtype, also under autocast."""
         with torch.autocast(weight.device.type, enabled=False):
-            query, key, value = parts_of(weight)
+            width = weight.shape[1]
+            query, key, value = weight.split([len(weight) - 2 * width, width, width])
             return torch.cat([query, self.updated("key", key), self.updated("value", value)])
 
     def updated(self, part: str, weight: Tensor) -> Tensor:
@@ -51,30 +52,29 @@ class LoRA(nn.Module):
         """x (…, C) through the updated weight, (…, rows of weight), with `bias` (rows,)."""
         if not low_rank_gradients or weight.requires_grad or bias.requires_grad:
             return F.linear(x, self(weight), bias)
-        return LowRankLinear.apply(x, weight, bias, *self.of("key", "down", "up", "scale"),
+        with torch.no_grad():
+            merged = self(weight)
+        return LowRankLinear.apply(x, merged, bias, *self.of("key", "down", "up", "scale"),
                                    *self.of("value", "down", "up", "scale"))
 
 
 class LowRankLinear(torch.autograd.Function):
-    """x W'ᵀ + b with LoRA merged into W', and gradients of the factors that never form that of W'.
+    """x W'ᵀ + b with LoRA already merged into W', and gradients of its factors that never form that of W'.
 
     With G the gradient of the keys (or values), (T, C), that of W' is Gᵀ x, of 2 T C² operations; but
 
         d up = s Gᵀ (x downᵀ)        d down = s (G up)ᵀ x        d s = Σ up ∘ Gᵀ (x downᵀ)
 
-    are products with r columns, 8 T C r operations in all. Under autocast x and W' are cast, as by F.linear. W and b
-    are frozen.
+    are products with r columns, 8 T C r operations in all. Under autocast x and W' are cast, as by F.linear. W' and b
+    get no gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, key_down, key_up, key_scale, value_down, value_up, value_scale):
+    def forward(ctx, x, merged, bias, key_down, key_up, key_scale, value_down, value_up, value_scale):
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type) and dtype == torch.float32:
             dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
-            query, key, value = parts_of(weight)
-            merged = torch.cat([query, key + key_scale * key_up @ key_down,
-                                value + value_scale * value_up @ value_down])
             x, merged = x.to(dtype), merged.to(dtype)
             ctx.save_for_backward(x, merged, key_down, key_up, key_scale, value_down, value_up, value_scale)
             return F.linear(x, merged, bias.to(dtype))
@@ -139,12 +139,6 @@ class WoRA(DoRA):
     def updated(self, part: str, weight: Tensor) -> Tensor:
         up, down, magnitude, alpha, beta = self.of(part, "up", "down", "magnitude", "alpha", "beta")
         return with_magnitude(beta * weight + alpha * up @ down, magnitude)
-
-
-def parts_of(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What stands before keys and values, keys, and values, in a packed weight."""
-    width = weight.shape[1]
-    return weight.split([len(weight) - 2 * width, width, width])
 
 
 def row_norms(weight: Tensor) -> Tensor:
