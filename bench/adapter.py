@@ -4,9 +4,10 @@
     python bench/adapter.py --json --sweep     also bench/results/adapter-<device>.json and .png
     python bench/adapter.py --shape image --batch 32 --json adapter.json
 
-Each shape comes alone and fused with the addition of a residual before it. Gradients are made as in UP-Person: of
-the input, the adapter and its scale, while LayerNorm's own parameters are frozen. Parameters are float32 beside
-16-bit activations, as under autocast. Candidates are first compared with the definition in float64.
+Each shape comes alone and fused with the addition of a residual before it; the image's also with an adapter that has
+a LayerNorm of its own. Gradients are made as in training: of the input, the adapter with its LayerNorm, and
+its scale, while LayerNorm's own parameters are frozen. Parameters are float32 beside 16-bit activations, as under
+autocast. Candidates are first compared with the definition in float64.
 """
 
 import sys
@@ -36,6 +37,7 @@ class Shape:
     width: int
     hidden: int
     residual: bool
+    own_norm: bool = False
 
     def flops(self, batch: int, mode: str) -> float:
         """Useful operations: two products forward; backward, two for each of those."""
@@ -44,11 +46,13 @@ class Shape:
 
     def bytes(self, batch: int, mode: str, element: int) -> float:
         """Each activation read or written once: x, y; then dy, x, dx. A residual adds itself and the sum; then the
-        gradient of the sum. Mean and deviation of a row, in float32, are written and read."""
+        gradient of the sum. With a LayerNorm of its own the adapter has been added to the sum, which comes back with a
+        gradient in any case; backward still reads the sum before that. Mean and deviation of a row, in float32, are
+        written and read."""
         rows = batch * self.length
         tensor, statistics = rows * self.width * element, 8 * rows
-        forward = (4 if self.residual else 2) * tensor + statistics
-        backward = (4 if self.residual else 3) * tensor + statistics
+        forward = (2 + 2 * self.residual + self.own_norm) * tensor + statistics
+        backward = (3 + (self.residual or self.own_norm)) * tensor + statistics
         return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
 
 
@@ -58,19 +62,22 @@ SHAPES = {
                                         ("text", 77, 512, 64),
                                         ("image-L/14", 244, 1024, 128))
     for residual in (False, True)
-}
+} | {"image, own norm": Shape(193, 768, 96, residual=True, own_norm=True)}
 
 
 # ---------------------------------------------------------------------------------------- candidates
 
 
 def definition(x: Tensor, residual: Tensor | None, *parameters: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    y, total = reference.plain(x, residual, *parameters, EPS)
-    return y if residual is None else (y, total)
+    *parameters, norm_weight, norm_bias = (*parameters, None, None)[:9]
+    y, stream = reference.plain(x, residual, *parameters, norm_weight, norm_bias, EPS)
+    return y if residual is None and norm_weight is None else (y, stream)
 
 
 def public(x: Tensor, residual: Tensor | None, *parameters: Tensor, backend: str) -> Tensor | tuple[Tensor, Tensor]:
-    return layernorm_adapter(x, *parameters, eps=EPS, residual=residual, backend=backend)
+    *parameters, norm_weight, norm_bias = (*parameters, None, None)[:9]
+    return layernorm_adapter(x, *parameters, eps=EPS, residual=residual, norm_weight=norm_weight, norm_bias=norm_bias,
+                             backend=backend)
 
 
 def layernorm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor,
@@ -123,19 +130,21 @@ def at(function: Callable, shape: Shape) -> Function:
 
 
 def inputs(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """x, residual if any, γ, β (both frozen), down weight and bias, up weight and bias, scale; output gradients."""
+    """x, residual if any, γ, β (both frozen), down weight and bias, up weight and bias, scale, γ' and β' if any; output
+    gradients."""
     def randn(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(size, device=device, dtype=dtype)
 
     width, hidden = shape.width, shape.hidden
     activations = [randn(batch, shape.length, width, dtype=dtype) for _ in range(1 + shape.residual)]
     adapter = [randn(hidden, width) * width**-0.5, randn(hidden), randn(width, hidden) * hidden**-0.5, randn(width),
-               torch.tensor(1.0, device=device)]
+               torch.tensor(1.0, device=device), *(randn(width) for _ in range(2 * shape.own_norm))]
     tensors = [*activations, randn(width), randn(width), *adapter]
     trained = [*activations, *adapter]
     for tensor in trained:
         tensor.requires_grad_()
-    return tensors, [randn(batch, shape.length, width, dtype=dtype) for _ in activations]
+    outputs = 2 if shape.residual or shape.own_norm else 1
+    return tensors, [randn(batch, shape.length, width, dtype=dtype) for _ in range(outputs)]
 
 
 def case(name: str, shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, deadline: float) -> Case:
@@ -143,7 +152,8 @@ def case(name: str, shape: Shape, batch: int, dtype: torch.dtype, device: torch.
     return Case(
         shape=name,
         title=f"{name}: {batch} × {shape.length} rows, {shape.width} → {shape.hidden}, {dtype_name}"
-              + (", after a residual addition" if shape.residual else ""),
+              + (", after a residual addition" if shape.residual else "")
+              + (", the adapter with its own LayerNorm" if shape.own_norm else ""),
         labels=dict(**asdict(shape), batch=batch, dtype=dtype_name),
         setup=lambda: inputs(shape, batch, dtype, device),
         definition=at(definition, shape),

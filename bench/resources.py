@@ -122,19 +122,25 @@ def cases(target: int) -> Iterator[Case]:
                        attention_products(mode, call, prefix, chosen | last) / attention_needed(mode, call, prefix))
 
     wide = dict.fromkeys(("p_weight", "p_bias", "p_down_weight", "p_down_bias", "p_up_weight", "p_up_bias", "p_scale",
-                          "p_mean", "p_rstd", "p_dup", "p_dcolumn", "p_ddown", "p_ddown_bias", "p_dweight"), "fp32")
+                          "p_norm_weight", "p_norm_bias", "p_down_norm", "p_down_shift", "p_mean", "p_rstd", "p_dup",
+                          "p_dcolumn", "p_ddown", "p_ddown_bias", "p_dweight"), "fp32")
     for width, hidden in ADAPTERS:
         rows, columns = (tiles.choose(kernel, hidden, 2, target) for kernel in ("adapter_rows", "adapter_parameters"))
         padded = rows["BLOCK_R"] / hidden                               # the width is a multiple of every block
-        for residual in (False, True):
-            shape = f"{width} → {hidden}{', residual' if residual else ''}"
+        for residual, own_norm in product((False, True), (False, True)):
+            shape = f"{width} → {hidden}{', residual' if residual else ''}{', own norm' if own_norm else ''}"
             yield Case("adapter forward", shape, adapter.forward_kernel,
-                       dict(EPS=1e-5, HAS_RESIDUAL=residual, **common), rows, wide, padded)
+                       dict(EPS=1e-5, HAS_RESIDUAL=residual, OWN_NORM=own_norm, **common), rows, wide, padded)
+            if residual and own_norm:                                   # whose stream has a gradient in any case
+                continue
             yield Case("adapter input gradient", shape, adapter.input_gradient_kernel,
-                       dict(NEED_DX=True, HAS_DTOTAL=residual, **common), rows, wide, padded)
-        yield Case("adapter parameter gradient", f"{width} → {hidden}", adapter.parameter_gradient_kernel,
-                   dict(NEED_UP=True, NEED_COLUMN=True, NEED_DOWN=True, NEED_WEIGHT=False, **common), columns, wide,
-                   padded)
+                       dict(NEED_DX=True, HAS_DSTREAM=residual or own_norm, OWN_NORM=own_norm, **common), rows, wide,
+                       padded)
+        for own_norm in (False, True):
+            yield Case("adapter parameter gradient", f"{width} → {hidden}{', own norm' if own_norm else ''}",
+                       adapter.parameter_gradient_kernel,
+                       dict(NEED_UP=True, NEED_COLUMN=True, NEED_DOWN=True, NEED_WEIGHT=False, OWN_NORM=own_norm,
+                            **common), columns, wide, padded)
     for width, (mode, kernel) in product(ACTIVATIONS, (("forward", quick_gelu.forward_kernel),
                                                        ("backward", quick_gelu.backward_kernel))):
         yield Case(f"QuickGELU {mode}", str(width), kernel, dict(HAS_BIAS=True, ACC=tl.float32), quick_gelu.BLOCKS,

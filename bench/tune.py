@@ -22,7 +22,7 @@ from measure import Call, environment, time_in_turns
 from torch import Tensor
 
 from kernels import tiles
-from kernels.adapter import device as adapter
+from kernels.adapter import launch as adapter
 from kernels.attention import device as attention
 from kernels.backend import capability
 
@@ -47,33 +47,38 @@ def jobs(batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[Job]:
     def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
-    forward, backward = [], []
+    attend, attend_back = [], []
     for length, heads, causal in ((193, 12, False), (77, 8, True)):     # both towers of ViT-B/16
         qkv, grad = randn(batch, length, 3, heads, 64), randn(batch, length, heads, 64)
         prefix = (*randn(2, PREFIX, heads, 64, dtype=torch.float32), torch.tensor(10.0, device=device))
         inputs, options = (qkv, *prefix, None, 0), (causal, "weights")
         out, lse = attention.launch_forward(*inputs, *options)
-        forward.append(lambda inputs=inputs, options=options: attention.launch_forward(*inputs, *options))
-        backward.append(lambda grad=grad, inputs=inputs, out=out, lse=lse, options=options:
-                        attention.launch_backward(grad, *inputs, out, lse, *options, [True] * 4))
-    yield Job("attention_forward", 64, forward)
-    yield Job("attention_backward", 64, backward)
+        attend.append(lambda inputs=inputs, options=options: attention.launch_forward(*inputs, *options))
+        attend_back.append(lambda grad=grad, inputs=inputs, out=out, lse=lse, options=options:
+                           attention.launch_backward(grad, *inputs, out, lse, *options, [True] * 4))
+    yield Job("attention_forward", 64, attend)
+    yield Job("attention_backward", 64, attend_back)
 
     for hidden, (length, width) in ADAPTERS.items():
         x, dy = randn(batch * length, width), randn(batch * length, width)
-        weight, bias = torch.ones(width, device=device), torch.zeros(width, device=device)
+        norm = torch.ones(width, device=device), torch.zeros(width, device=device)
         down, up = (randn(*shape, dtype=torch.float32) * width**-0.5 for shape in ((hidden, width), (width, hidden)))
-        down_bias, scale = torch.zeros(hidden, device=device), torch.tensor(1.0, device=device)
-        parameters = (weight, bias, down, down_bias, up, bias, scale)
-        _, _, mean, rstd, activations = adapter.launch_forward(x, None, *parameters, 1e-5)
-        saved = (x, weight, down, up, bias, scale, mean, rstd, activations)
+        layers = (down, torch.zeros(hidden, device=device), up, norm[1], torch.tensor(1.0, device=device))
+        *_, mean, rstd, activations = adapter.forward(x, None, *norm, *layers, None, None, 1e-5)
+
+        def forward(residual: Tensor | None, own_norm: tuple, x=x, norm=norm, layers=layers) -> Workload:
+            return lambda: adapter.forward(x, residual, *norm, *layers, *own_norm, 1e-5)
+
+        def backward(dstream: Tensor | None, own_norm: tuple, wanted: range, dy=dy,
+                     saved=(x, norm[0], *layers), rows=(mean, rstd, activations)) -> Workload:
+            return lambda: adapter.backward(dy, dstream, *saved, *own_norm, *rows, [i in wanted for i in range(10)])
+
+        none, x_alone, adapter_alone = (None, None), range(1), range(3, 8)
         yield Job("adapter_rows", hidden, [
-            lambda x=x, parameters=parameters: adapter.launch_forward(x, None, *parameters, 1e-5),
-            lambda x=x, dy=dy, parameters=parameters: adapter.launch_forward(x, dy, *parameters, 1e-5),
-            lambda dy=dy, saved=saved: adapter.launch_backward(dy, None, *saved, [True] + [False] * 7),
-            lambda dy=dy, saved=saved: adapter.launch_backward(dy, dy, *saved, [True] + [False] * 7)])
+            forward(None, none), forward(dy, none), forward(dy, norm),
+            backward(None, none, x_alone), backward(dy, none, x_alone), backward(dy, norm, x_alone)])
         yield Job("adapter_parameters", hidden, [
-            lambda dy=dy, saved=saved: adapter.launch_backward(dy, None, *saved, [False] * 3 + [True] * 5)])
+            backward(None, none, adapter_alone), backward(dy, norm, adapter_alone)])
 
 
 def alternatives(kernel: str) -> list[tiles.Tiles]:

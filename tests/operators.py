@@ -109,7 +109,8 @@ def check_attention(tensors, causal, target, cu_seqlens=None):
     assert_within_budget(*attention_functions(causal, target, cu_seqlens), tensors, grads)
 
 
-def adapter_inputs(rows=(2, 5), width=24, hidden=3, scale=0.7, dtype=None, residual=False, seed=0):
+def adapter_inputs(rows=(2, 5), width=24, hidden=3, scale=0.7, dtype=None, residual=False, own_norm=False, seed=0):
+    """Tensors of layernorm_adapter in its order; then norm_weight and norm_bias, and the residual, if asked for."""
     tensors = [
         randn(*rows, width, seed=seed, dtype=dtype),
         1 + randn(width, seed=seed + 1, dtype=dtype, scale=0.1), randn(width, seed=seed + 2, dtype=dtype, scale=0.1),
@@ -119,33 +120,42 @@ def adapter_inputs(rows=(2, 5), width=24, hidden=3, scale=0.7, dtype=None, resid
         randn(width, seed=seed + 6, dtype=dtype, scale=0.1),
         torch.tensor(float(scale), device=DEVICE, dtype=dtype or EXACT),
     ]
+    if own_norm:
+        tensors += [1 + randn(width, seed=seed + 8, dtype=dtype, scale=0.3),
+                    randn(width, seed=seed + 9, dtype=dtype, scale=0.3)]
     return [*tensors, randn(*rows, width, seed=seed + 7, dtype=dtype)] if residual else tensors
 
 
-def adapter_functions(residual):
+def adapter_functions(residual=False, own_norm=False):
     def split(tensors):
-        return (tensors[:-1], tensors[-1]) if residual else (tensors, None)
+        norm = dict(norm_weight=tensors[8], norm_bias=tensors[9]) if own_norm else {}
+        return tensors[:8], norm | (dict(residual=tensors[-1]) if residual else {})
 
     def fused(*tensors):
-        tensors, added = split(tensors)
-        return layernorm_adapter(*tensors, residual=added, backend="triton")
+        tensors, options = split(tensors)
+        return layernorm_adapter(*tensors, **options, backend="triton")
 
     def plain(*tensors):
-        tensors, added = split(tensors)
-        return layernorm_adapter(*tensors, residual=added, backend="torch")
+        tensors, options = split(tensors)
+        return layernorm_adapter(*tensors, **options, backend="torch")
 
     def oracle(*tensors):
-        (x, weight, bias, down_weight, down_bias, up_weight, up_bias, scale), added = split(tensors)
-        x = x if added is None else x + added
+        (x, weight, bias, down_weight, down_bias, up_weight, up_bias, scale), options = split(tensors)
+        x = x + options["residual"] if residual else x
         centred = x - x.mean(-1, keepdim=True)
-        normalised = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
-        hidden = (x @ down_weight.t() + down_bias).clamp_min(0)
-        y = normalised + scale * (hidden @ up_weight.t() + up_bias)
-        return y if added is None else (y, x)
+        normalised = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        read = normalised * options["norm_weight"] + options["norm_bias"] if own_norm else x
+        hidden = (read @ down_weight.t() + down_bias).clamp_min(0)
+        adapter = scale * (hidden @ up_weight.t() + up_bias)
+        if own_norm:
+            return normalised * weight + bias, x + adapter
+        y = normalised * weight + bias + adapter
+        return (y, x) if residual else y
 
     return fused, plain, oracle
 
 
-def check_adapter(tensors, residual=False):
-    grads = [randn(*tensors[0].shape, seed=20 + i, dtype=tensors[0].dtype) for i in range(2 if residual else 1)]
-    assert_within_budget(*adapter_functions(residual), tensors, grads)
+def check_adapter(tensors, residual=False, own_norm=False):
+    outputs = 2 if residual or own_norm else 1
+    grads = [randn(*tensors[0].shape, seed=20 + i, dtype=tensors[0].dtype) for i in range(outputs)]
+    assert_within_budget(*adapter_functions(residual, own_norm), tensors, grads)

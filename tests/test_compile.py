@@ -45,9 +45,11 @@ def test_production_shapes_compile_without_spills(target, rows):
                         for name in ATTENTION for prefix in PREFIXES}
     assert compiled >= {(f"attention {mode}", f"{name}, P 10, λ on logits") for mode in ("forward", "backward")
                         for name in ATTENTION}
-    assert compiled >= {(f"adapter {mode}", f"{name}{residual}") for mode in ("forward", "input gradient")
-                        for name in ADAPTERS for residual in ("", ", residual")}
-    assert compiled >= {("adapter parameter gradient", name) for name in ADAPTERS}
+    assert compiled >= {(f"adapter {mode}", f"{name}{variant}") for mode in ("forward", "input gradient")
+                        for name in ADAPTERS for variant in ("", ", residual", ", own norm")}
+    assert compiled >= {("adapter forward", f"{name}, residual, own norm") for name in ADAPTERS}
+    assert compiled >= {("adapter parameter gradient", f"{name}{variant}") for name in ADAPTERS
+                        for variant in ("", ", own norm")}
     assert compiled >= {(f"QuickGELU {mode}", width) for mode in ("forward", "backward") for width in ACTIVATIONS}
     for row in rows:
         assert row["stack"] == 0, row
@@ -56,8 +58,10 @@ def test_production_shapes_compile_without_spills(target, rows):
         if row["kernel"].startswith("QuickGELU"):
             assert row["shared"] <= 4096 and row["occupancy"] >= 0.5, row
             continue
-        kind = row["kernel"] if row["kernel"].startswith("attention") else "adapter"
-        assert 1 <= row["padded"] <= PADDED[kind, row["shape"].split(", P")[0].removesuffix(", residual")], row
+        adapter = row["kernel"].startswith("adapter")
+        kind, shape = ("adapter", row["shape"].split(", ")[0]) if adapter else (row["kernel"],
+                                                                                row["shape"].split(", P")[0])
+        assert 1 <= row["padded"] <= PADDED[kind, shape], row
 
 
 def test_products_of_64_rows_run_on_the_unit_made_for_them(rows):

