@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import paths
@@ -21,8 +21,8 @@ from comparison import at_least_one, json_path
 from counting import Group, cost, flops, saved, without_memory
 from torch import Tensor
 
-from upperson.config import ModelConfig
-from upperson.model import UPPerson
+from upperson.config import Config
+from upperson.model import AdaptedCLIP
 from upperson.report import aligned
 
 MIB = 2**20
@@ -46,14 +46,15 @@ class Count:
     text_row: int
 
 
-def count(name: str, path: paths.Path, config: ModelConfig, batch: int) -> Count:
+def count(name: str, path: paths.Path, config: Config, batch: int) -> Count:
     """Of the second step: the first also allocates the optimizer's state."""
-    real = paths.build(path, replace(config, backend="triton"))
+    config = config.replace(backend="triton")
+    real = paths.build(path, config)
     batches = paths.random_batches(config, real.tokenizer, real.context_length, batch, 1)
     prepared = paths.prepare(real, batches, torch.device("cpu"))            # the captions' lengths are real
     mode, (model,) = without_memory(real)
     with mode:
-        step = paths.Step(model, prepared, "fp16")
+        step = paths.Step(model, prepared, "fp16", path.configuration(config).train)
         step()
         found = cost(step)
         own = [*model.parameters(), *model.buffers()]
@@ -63,7 +64,7 @@ def count(name: str, path: paths.Path, config: ModelConfig, batch: int) -> Count
                      saved(step.text_features, own), *rows_of_width(model, prepared[0]))
 
 
-def rows_of_width(model: UPPerson, prepared: tuple[Any, ...]) -> tuple[int, int]:
+def rows_of_width(model: AdaptedCLIP, prepared: tuple[Any, ...]) -> tuple[int, int]:
     """Bytes in 16 bits of a row of the tower's width for every token of a batch and every block, image and text."""
     images, captions, _ = prepared
     height, width = model.config.image_size

@@ -5,11 +5,12 @@
                         QuickGELU and adapters operator by operator, all tokens through the last block
     full fine-tuning    all of CLIP trained, captions padded, this project's attention without prefix
     ours                the configuration's defaults: fused operators where there is a GPU, nothing that is not read
+    the other methods   with the same defaults, by their titles; of one in stages, each stage
 
-All paths of one method start from the same weights and see the same batches.
+All paths of one training start from the same weights and see the same batches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention.reference import explicit
-from upperson.config import PRESETS, ModelConfig
+from upperson.config import Config, TrainConfig
 from upperson.losses import sdm_loss
-from upperson.model import UPPerson
+from upperson.methods import BASELINES, DEFAULT, METHODS
+from upperson.model import AdaptedCLIP
 from upperson.optimization import build_optimizer
+from upperson.presets import PRESETS, with_method
 from upperson.retrieval import autocast
 
 NOTHING_SPARED: dict[str, Any] = dict(skip_unread=False, pack_captions=False, low_rank_gradients=False)
@@ -28,24 +31,49 @@ NOTHING_SPARED: dict[str, Any] = dict(skip_unread=False, pack_captions=False, lo
 
 @dataclass(frozen=True)
 class Path:
-    """How a step is computed: what of the model's configuration is changed, and what of the model."""
+    """What is trained and how a step is computed: what of the configuration is changed, and what of the model."""
 
     changes: dict[str, Any] = field(default_factory=dict)
     plain: bool = False                                                 # the released code's operators
     compiled: bool = False                                              # the blocks, by torch.compile
+    method: str = DEFAULT
+    stage: str = ""                                                     # of a method in stages
 
-    @property
-    def method(self) -> str:
-        return self.changes.get("method", "up-person")
+    def configuration(self, base: Config) -> Config:
+        """The base with the method, its recipe and the path's changes."""
+        return with_method(base, self.method).replace(**self.changes)
+
+
+def further_methods() -> Iterator[tuple[str, Path]]:
+    """Every method that is no baseline, by title; each stage of one in stages."""
+    for name in METHODS:
+        if name in (DEFAULT, *BASELINES):
+            continue
+        method = with_method(full_size(), name).model.method
+        if not method.stages():
+            yield method.title, Path(method=name)
+        for stage in method.stages():
+            yield f"{method.title}, {stage.name}", Path(stage.changes, method=name, stage=stage.name)
+
+
+def full_size() -> Config:
+    """The CUHK-PEDES preset with random weights: ViT-B/16 at 384×128."""
+    return PRESETS["cuhk-pedes"].replace(pretrained="none")
+
+
+def small() -> Config:
+    """The same training of the embedded model, for machines without a GPU."""
+    return replace(full_size(), model=PRESETS["embedded"].model)
 
 
 PLAIN = NOTHING_SPARED | {"backend": "torch"}
 TIMED = {
     "plain": Path(PLAIN, plain=True),
     "plain, compiled": Path(PLAIN, plain=True, compiled=True),
-    "full fine-tuning": Path(NOTHING_SPARED | {"method": "full"}),
+    **{METHODS[name]().title: Path(NOTHING_SPARED, method=name) for name in BASELINES if METHODS[name]().trains},
     "ours": Path(),
     "ours, compiled": Path(compiled=True),
+    **dict(further_methods()),
 }
 # What each switch brings: counted, not timed.
 WITHOUT = {
@@ -56,20 +84,12 @@ WITHOUT = {
 COUNTED = {name: path for name, path in TIMED.items() if not path.compiled} | WITHOUT
 
 
-def full_size() -> ModelConfig:
-    """The model of the CUHK-PEDES preset with random weights: ViT-B/16 at 384×128."""
-    return replace(PRESETS["cuhk-pedes"].model, pretrained="none")
-
-
-def small() -> ModelConfig:
-    """The embedded model, for machines without a GPU."""
-    return PRESETS["embedded"].model
-
-
-def build(path: Path, config: ModelConfig) -> UPPerson:
+def build(path: Path, base: Config) -> AdaptedCLIP:
     """The model of a path, on the CPU. Factors that start at zero are random, as errors behind a zero do not show."""
     torch.manual_seed(0)
-    model = UPPerson(replace(config, **path.changes))
+    config = path.configuration(base)
+    model = AdaptedCLIP(config.model)
+    model.freeze(config.train.freeze)
     generator = torch.Generator().manual_seed(0)
     for module in model.trained_modules().values():
         for parameter in module.parameters():
@@ -106,15 +126,14 @@ class Batch:
 WORDS, DEVIATION, FEWEST = 23.5, 7.5, 8
 
 
-def random_batches(config: ModelConfig, tokenizer: Callable, context_length: int, size: int,
-                   number: int) -> list[Batch]:
+def random_batches(config: Config, tokenizer: Callable, context_length: int, size: int, number: int) -> list[Batch]:
     """Batches of noise and of captions of unequal length, normally distributed: its quantiles, in random order."""
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(number * size, generator=generator)
     words = WORDS + DEVIATION * torch.special.ndtri((order + 0.5) / len(order))
     words = words.round().clamp(FEWEST, context_length - 2).int().tolist()
     tokens = tokenizer([" ".join(["coat"] * number_of_words) for number_of_words in words])
-    return [Batch(torch.randn(size, 3, *config.image_size, generator=generator), part, torch.arange(size) // 2)
+    return [Batch(torch.randn(size, 3, *config.model.image_size, generator=generator), part, torch.arange(size) // 2)
             for part in tokens.split(size)]
 
 
@@ -127,7 +146,7 @@ def fill(batches: Sequence[Batch]) -> float:
 # ---------------------------------------------------------------------------------------- the step
 
 
-def prepare(model: UPPerson, batches: Sequence[Batch], device: torch.device) -> list[tuple[Any, ...]]:
+def prepare(model: AdaptedCLIP, batches: Sequence[Batch], device: torch.device) -> list[tuple[Any, ...]]:
     """Images, captions and person ids as a training gets them from its loader: packed where the model packs."""
     return [(batch.images.to(device), model.pack_captions(batch.tokens).to(device), batch.person_ids.to(device))
             for batch in batches]
@@ -140,11 +159,8 @@ class Step:
     A call returns the loss before the step, (), on the device.
     """
 
-    def __init__(self, model: UPPerson, batches: Sequence[tuple[Any, ...]], precision: str):
+    def __init__(self, model: AdaptedCLIP, batches: Sequence[tuple[Any, ...]], precision: str, settings: TrainConfig):
         self.model, self.batches, self.precision, self.taken = model, batches, precision, 0
-        settings = PRESETS["cuhk-pedes"].train
-        if model.config.method == "full":
-            settings = replace(settings, learning_rate=1e-5)
         self.temperature = settings.temperature
         self.optimizer = build_optimizer(model.trained_parameters(), settings)
 

@@ -1,4 +1,4 @@
-"""A training step of UP-Person on every path: the plain one, the same compiled, full fine-tuning, ours.
+"""A training step on every path: UP-Person's plain one, the same compiled, full fine-tuning, ours, other methods.
 
     python bench/step.py                       CLIP ViT-B/16 at 384×128, batch 128, bf16; without a GPU the embedded
                                                model, batch 8, float32, and the full size counted without running it
@@ -8,9 +8,9 @@
     python bench/step.py --profile DIR         also where the time goes, with traces for chrome://tracing
 
 paths.py says what the paths are, counting.py what is counted. Weights, images and captions are random, captions as
-long as those of CUHK-PEDES. The paths of one method start alike and must agree on their first losses, before and after
-optimizer steps: a compiled path that does not is named and not timed; if plain and ours differ, nothing is timed. Times
-are those of steps in a row, Python included: what a training waits for.
+long as those of CUHK-PEDES. The paths of one training start alike and must agree on their first losses, before and
+after optimizer steps: a compiled path that does not is named and not timed; if plain and ours differ, nothing is timed.
+Times are those of steps in a row, Python included: what a training waits for.
 """
 
 import argparse
@@ -46,10 +46,12 @@ def build_steps(names: list[str], batch: int, device: torch.device, precision: s
     config = paths.full_size() if device.type == "cuda" else paths.small()
     steps = {}
     for name in names:
-        model = paths.build(paths.TIMED[name], config).to(device)
+        path = paths.TIMED[name]
+        model = paths.build(path, config).to(device)
         batches = paths.random_batches(config, model.tokenizer, model.context_length, batch, BATCHES)
-        steps[name] = paths.Step(model, paths.prepare(model, batches, device), precision)
-        if paths.TIMED[name].compiled:
+        steps[name] = paths.Step(model, paths.prepare(model, batches, device), precision,
+                                 path.configuration(config).train)
+        if path.compiled:
             model.compile_blocks()
     return steps
 
@@ -70,10 +72,10 @@ def first_losses(steps: dict[str, paths.Step]) -> tuple[dict[str, list[float]], 
 
 
 def disagreements(losses: dict[str, list[float]], tolerance: float) -> dict[str, str]:
-    """Paths whose losses are not those of the first path of their method, and how they differ."""
+    """Paths whose losses are not those of the first path of their method and stage, and how they differ."""
     found, first = {}, {}
     for name, values in losses.items():
-        right = first.setdefault(paths.TIMED[name].method, values)
+        right = first.setdefault((paths.TIMED[name].method, paths.TIMED[name].stage), values)
         if not all(abs(a - b) <= tolerance * abs(b) for a, b in zip(values[:COMPARED], right, strict=False)):
             found[name] = (f"wrong: first losses {', '.join(f'{value:.4f}' for value in values[:COMPARED])}, not "
                            f"{', '.join(f'{value:.4f}' for value in right[:COMPARED])}")

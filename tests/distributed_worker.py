@@ -11,7 +11,7 @@ import torch
 from upperson.config import ModelConfig
 from upperson.data import Sample
 from upperson.distributed import Group, data_parallel, process_group
-from upperson.model import UPPerson
+from upperson.model import AdaptedCLIP
 from upperson.objective import LossesOfModel, Objective
 from upperson.retrieval import embed
 
@@ -26,7 +26,7 @@ def losses_and_gradients(
 ) -> dict[str, torch.Tensor]:
     """The losses of a batch and the gradients of all trained parameters, by name, of one and the same model."""
     torch.manual_seed(0)
-    model = UPPerson(config)
+    model = AdaptedCLIP(config)
     objective = Objective(losses, 0.1, model.embedding_width, model.tokenizer.vocab_size, PEOPLE, group=group)
     module = data_parallel(LossesOfModel(objective, model).double(), group)
     parameters = model.trained_parameters() | objective.trained_parameters()
@@ -49,7 +49,7 @@ def compute(config: ModelConfig, batch: dict[str, torch.Tensor], samples: list[S
         part = {name: tensor[:size] for name, tensor in batch.items()}
         found[losses, size] = losses_and_gradients(config, losses, part, group)
     torch.manual_seed(0)
-    model = UPPerson(config)
+    model = AdaptedCLIP(config)
     for count in (len(samples), 1):  # a single sample leaves a process without any
         embeddings = embed(model, samples[:count], batch_size=4, progress=False, group=group)
         found["embed", count] = {"images": embeddings.image_features, "captions": embeddings.text_features}

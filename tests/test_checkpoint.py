@@ -19,7 +19,7 @@ from upperson.checkpoint import (
     write_atomically,
 )
 from upperson.config import Config, ModelConfig
-from upperson.model import UPPerson
+from upperson.model import AdaptedCLIP
 
 TINY_CLIP = dict(
     embed_dim=16,
@@ -33,16 +33,14 @@ TINY_CLIP = dict(
 def config(tmp_path):
     description = tmp_path / "tiny.json"
     description.write_text(json.dumps(TINY_CLIP))
-    model = ModelConfig(
-        str(description), "none", (48, 16), prefix_length=3, lora_rank=2, adapter_reduction=4, backend="torch"
-    )
-    return Config(model)
+    model = ModelConfig(str(description), "none", (48, 16), backend="torch")
+    return Config(model.replace(prefix_length=3, lora_rank=2, adapter_reduction=4))
 
 
 @pytest.fixture
 def model(config):
     torch.manual_seed(config.train.seed)
-    model = UPPerson(config.model)
+    model = AdaptedCLIP(config.model)
     with torch.no_grad():
         for parameter in model.trained_parameters().values():
             parameter.add_(torch.randn(parameter.shape))
@@ -128,7 +126,7 @@ def damaged(path, kind):
         ("safetensors of others", "expected an upperson checkpoint, found some other safetensors file"),
         ("resume state", "expected an upperson checkpoint, found an upperson resume state"),
         ("of the future", "version 9, expected version 1"),
-        ("strange configuration", "model: missing keys: lora_rank; unknown keys: lore_rank"),
+        ("strange configuration", "method up-person: missing keys: lora_rank; unknown keys: lore_rank"),
     ],
 )
 def test_unusable_files(path, kind, message):

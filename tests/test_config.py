@@ -1,20 +1,23 @@
 """The configuration: presets, flags, JSON there and back, and errors that name the field."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from upperson.command_line import parse_arguments
-from upperson.config import FIELDS, PRESETS, SECTIONS, Config, DataConfig, ModelConfig, TrainConfig
+from upperson.config import Config, DataConfig, ModelConfig, TrainConfig
+from upperson.methods import METHODS
+from upperson.methods.up_person import UPPerson
+from upperson.presets import PRESETS, preset
 
 
-def field_values(config):
-    return {name: getattr(getattr(config, part), name) for name, part in FIELDS.items()}
-
-
-def test_field_names_are_unique_across_the_sections():
-    assert len(FIELDS) == sum(len(section.__dataclass_fields__) for section in SECTIONS.values())
+@pytest.mark.parametrize("method", METHODS)
+def test_field_names_are_unique_across_the_sections(method):
+    config = Config().replace(method=method)
+    sections = config.sections().values()
+    assert len(config.values()) == sum(len(dataclasses.fields(section)) for section in sections)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +34,7 @@ def test_field_names_are_unique_across_the_sections():
     ],
 )
 def test_presets(preset, expected):
-    values = field_values(PRESETS[preset])
+    values = PRESETS[preset].values()
     assert values | expected == values
     assert values["dataset"] == preset.removesuffix("-released")
     if preset != "embedded":
@@ -52,7 +55,7 @@ def test_presets(preset, expected):
     (dict(method="zero-shot"), "zero-shot CLIP"),
 ])
 def test_titles_name_what_is_trained(changes, title):
-    assert ModelConfig(**changes).title == title
+    assert ModelConfig().replace(**changes).method.title == title
 
 
 def test_no_argument_is_the_embedded_preset():
@@ -76,7 +79,7 @@ def test_every_field_is_a_flag_and_in_the_help(capsys):
         parse_arguments(["--preset", "rstpreid", "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    for name in FIELDS:
+    for name in PRESETS["rstpreid"].values():
         assert f"--{name.replace('_', '-')}" in text, name
     assert "(default: 0.0001)" in text  # the preset's own learning rate
     assert "15 % of" in text
@@ -89,8 +92,8 @@ def test_json_there_and_back(preset):
     )
     again = Config.from_json(config.to_json())
     assert again == config
-    assert {name: type(value) for name, value in field_values(again).items()} == {
-        name: type(value) for name, value in field_values(config).items()
+    assert {name: type(value) for name, value in again.values().items()} == {
+        name: type(value) for name, value in config.values().items()
     }
     assert again.to_json() == config.to_json()
 
@@ -105,7 +108,11 @@ def test_json_there_and_back(preset):
         (lambda c: c["train"].update(epochs="ten"), "epochs: 'ten' is not allowed; expected a whole number"),
         (lambda c: c["train"].update(seed=True), "seed: True is not allowed; expected a whole number"),
         (lambda c: c["model"].update(image_size=[192]), r"image_size: \(192,\) is not allowed; expected 2 values"),
-        (lambda c: c["model"].update(depth_lora=1.5), "depth_lora: 1.5 .* a whole number or none"),
+        (lambda c: c["model"]["method"].update(depth_lora=1.5), "depth_lora: 1.5 .* a whole number or none"),
+        (lambda c: c["model"]["method"].update(prompts=True), "method up-person: unknown keys: prompts"),
+        (lambda c: c["model"]["method"].update(name="lora"), "method: 'lora' is not allowed; expected one of up-"),
+        (lambda c: c["model"]["method"].pop("name"), "method: None is not allowed; expected one of up-person,"),
+        (lambda c: c["model"].update(method=["up-person"]), "method: .*'up-person'.* is not allowed; expected one of"),
     ],
 )
 def test_json_errors_name_the_key(change, message):
@@ -119,6 +126,58 @@ def test_files_from_before_a_field_mean_its_default():
     content = json.loads(Config().replace(losses="itc").to_json())
     del content["train"]["losses"]
     assert Config.from_json(json.dumps(content)) == Config()
+
+
+def test_files_from_before_methods_had_options_of_their_own():
+    """There UP-Person's options stand among the model's, whatever the method."""
+    content = json.loads(Config().replace(prefix_length=3, lora="dora").to_json())
+    options = content["model"].pop("method")
+    content["model"].update(options)
+    del content["model"]["name"]
+    assert Config.from_json(json.dumps(content)) == Config().replace(prefix_length=3, lora="dora")
+    for method in ("up-person", "full", "zero-shot"):
+        content["model"]["method"] = method
+        changes = dict(prefix_length=3, lora="dora") if method == "up-person" else {}
+        assert Config.from_json(json.dumps(content)) == Config().replace(method=method, **changes)
+    content["model"]["colour"] = 1
+    with pytest.raises(ValueError, match="model: unknown keys: colour"):
+        Config.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_method_on_every_preset(name, method):
+    """By one word: data and backbone are the preset's, the recipe is the method's, and JSON keeps all of it."""
+    config = preset(name, method)
+    assert config.model.method.name == method and parse_arguments(["--preset", name, "--method", method]) == config
+    assert dataclasses.replace(config.model, method=PRESETS[name].model.method) == PRESETS[name].model
+    assert Config.from_json(config.to_json()) == config
+    recipe = METHODS[method].recipe(config.data.is_drawn)
+    assert config.values() | recipe == config.values()
+
+
+def test_presets_of_the_released_cskt():
+    for name in ("cuhk-pedes", "icfg-pedes", "rstpreid"):
+        recipe = dict(
+            learning_rate=3e-4, bias_learning_rate=6e-4, weight_decay=4e-5, adam_epsilon=1e-3, epochs=60,
+            batch_size=128, warmup_epochs=5, warmup_factor=0.1, temperature=0.02, losses="sdm", mask_captions=False,
+            prompt_length=4, depth_prompt=None, adapter_reduction=8, adapter_scale_image=0.1, adapter_scale_text=4.0, prompts=True,
+            adapters=True, prompt_positions=True, prefix_learning_rate=None, image_size=(384, 128),
+        )  # fmt: skip
+        values = preset(name, "cskt").values()
+        assert values | recipe == values
+
+
+def test_another_method_starts_from_its_own_options():
+    config = Config().replace(method="cskt", prompt_length=2)
+    assert config.replace(method="cskt", epochs=7).model == config.model
+    assert config.replace(method="prompt-decoupling").model.method.prompt_length == 4
+    assert config.differences(Config()) == ["method: cskt, not up-person"]
+    assert config.differences(config.replace(prompt_length=3)) == ["prompt_length: 2, not 3"]
+    with pytest.raises(ValueError, match="unknown configuration fields with method cskt: lora_rank"):
+        config.replace(lora_rank=3)
+    with pytest.raises(ValueError, match="method: 'lora' is not allowed; expected one of up-person, cskt"):
+        config.replace(method="lora")
 
 
 def test_cut_off_json():
@@ -143,8 +202,8 @@ def test_cut_off_json():
         (DataConfig, dict(workers=-1), "workers: -1 .* at least 0"),
         (DataConfig, dict(embedded_identities=(5, 0, 5)), r"embedded_identities: \(5, 0, 5\) .* at least 1"),
         (ModelConfig, dict(image_size=(0, 64)), r"image_size: \(0, 64\)"),
-        (ModelConfig, dict(lora_rank=0), "lora_rank: 0"),
-        (ModelConfig, dict(adapter_mlp="l-adapter"), "adapter_mlp: 'l-adapter' .* one of l-parallel, l-sequential"),
+        (UPPerson, dict(lora_rank=0), "lora_rank: 0"),
+        (UPPerson, dict(adapter_mlp="l-adapter"), "adapter_mlp: 'l-adapter' .* one of l-parallel, l-sequential"),
         (ModelConfig, dict(model="ViT-B-16"), "pretrained: 'embedded' belongs to model 'embedded' alone"),
     ],
 )
@@ -164,6 +223,10 @@ def test_values_out_of_range(section, values, message):
         (["--image-size", "192"], "argument --image-size: expected 2 arguments"),
         (["--scale-target", "keys"], "argument --scale-target: invalid choice: 'keys'"),
         (["--depth-lora", "deep"], "argument --depth-lora: invalid int or none value: 'deep'"),
+        (["--method", "lora"], "argument --method: invalid choice: 'lora'"),
+        (["--method", "cskt", "--lora-rank", "8"], "--lora-rank: an option of --method up-person, not of cskt"),
+        (["--no-adapters"], "--no-adapters: an option of --method cskt, not of up-person"),
+        (["--prompt-length=3"], "--prompt-length: an option of --method cskt and prompt-decoupling, not of up-person"),
         (["--resume"], "--resume: name the run"),
         (["--resume", "nowhere"], "--resume nowhere: there is no run to continue"),
         (["--resume", "nowhere", "--preset", "rstpreid"], "--preset and --resume RUN_DIR exclude each other"),
@@ -200,5 +263,5 @@ def test_differences_name_what_changes_results():
     first = Config()
     second = first.replace(epochs=61, lora_rank=4, workers=0, run_dir=Path("x"), backend="torch")
     assert first.differences(second) == ["lora_rank: 32, not 4", "epochs: 60, not 61"]
-    with pytest.raises(ValueError, match="unknown configuration fields: epoch"):
+    with pytest.raises(ValueError, match="unknown configuration fields with method up-person: epoch"):
         first.replace(epoch=3)

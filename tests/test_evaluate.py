@@ -10,9 +10,10 @@ from PIL import Image
 
 from upperson import evaluate
 from upperson.checkpoint import load_model, save_checkpoint
-from upperson.config import PRESETS, SELECTIONS
+from upperson.config import SELECTIONS
 from upperson.data import image_transform, load_image
-from upperson.model import UPPerson
+from upperson.model import AdaptedCLIP
+from upperson.presets import PRESETS
 from upperson.retrieval import embed
 from upperson.splits import read_splits
 
@@ -42,7 +43,7 @@ def parameters(config):
     generator = torch.Generator().manual_seed(0)
     return {
         name: parameter.detach() + 0.3 * torch.randn(parameter.shape, generator=generator)
-        for name, parameter in UPPerson(config.model).trained_parameters().items()
+        for name, parameter in AdaptedCLIP(config.model).trained_parameters().items()
     }
 
 

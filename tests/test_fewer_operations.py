@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.attention import reference
 from upperson.losses import sdm_loss
-from upperson.model import BackboneError, UPPerson
+from upperson.model import AdaptedCLIP, BackboneError
 from upperson.model.attention import attend_once
 from upperson.model.captions import PackedCaptions, pack_captions
-from upperson.model.petl.low_rank import LoRA
+from upperson.petl.low_rank import LoRA
 
 SWITCHES = ("skip_unread", "pack_captions", "low_rank_gradients")
 OFF = dict.fromkeys(SWITCHES, False)
@@ -58,10 +58,10 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.parametrize("on", [*((switch,) for switch in SWITCHES), SWITCHES], ids="+".join)
-@pytest.mark.parametrize("variant", [WHOLE, dict(WHOLE, scale_target="logits"), *VARIANTS, dict(method="full")],
-                         ids=identify)
+@pytest.mark.parametrize("variant", [WHOLE, dict(WHOLE, scale_target="logits"), *VARIANTS, dict(method="full"),
+                                     dict(method="cskt", prompt_length=2)], ids=identify)
 def test_each_switch_changes_no_result(tiny, variant, on):
-    config = replace(tiny, **(NOTHING | variant), **OFF)
+    config = tiny.replace(**({} if "method" in variant else NOTHING) | variant, **OFF)
     if variant == dict(prefix="none"):
         pytest.skip("nothing is trained")
     assert_equal(results(replace(config, **dict.fromkeys(on, True))), results(config))
@@ -70,14 +70,14 @@ def test_each_switch_changes_no_result(tiny, variant, on):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_all_switches_together_with_the_kernels(tiny, backend):
     """Each backend with everything on against PyTorch with everything off."""
-    everything = replace(tiny, backend=backend, **dict.fromkeys(SWITCHES, True))
-    assert_equal(results(everything), results(replace(tiny, **OFF)))
+    everything = tiny.replace(backend=backend, **dict.fromkeys(SWITCHES, True))
+    assert_equal(results(everything), results(tiny.replace(**OFF)))
 
 
 def test_captions_that_are_packed_already(tiny):
     _, tokens = inputs()
     for skip_unread in (True, False):
-        config = replace(tiny, skip_unread=skip_unread)
+        config = tiny.replace(skip_unread=skip_unread)
         assert_equal(results(config, pack_captions(tokens)), results(config))
 
 
@@ -90,7 +90,7 @@ def test_towers_that_see_padding_are_not_packed(tiny):
         torch.manual_seed(0)
         clip = open_clip.CustomTextCLIP(**dict(TINY_CLIP, text_cfg=text)).double().eval()
         expected = clip.encode_text(tokens)
-        model = UPPerson(replace(tiny, **switches), clip).double()
+        model = AdaptedCLIP(tiny.replace(**switches), clip).double()
         assert model.pack_captions(tokens) is tokens
         with model.zero_shot():
             torch.testing.assert_close(model.encode_text(tokens), expected)
@@ -107,14 +107,14 @@ def test_every_pooling_of_the_text_tower(tiny, pool_type, skip_unread):
     _, tokens = inputs()
     with torch.no_grad():
         expected = clip.encode_text(tokens)
-        model = UPPerson(replace(tiny, skip_unread=skip_unread, method="zero-shot"), clip).double()
+        model = AdaptedCLIP(tiny.replace(skip_unread=skip_unread, method="zero-shot"), clip).double()
         torch.testing.assert_close(model.encode_text(tokens), expected)
 
 
 def test_a_pooling_without_a_token_is_refused(tiny):
     text = dict(TINY_CLIP["text_cfg"], pool_type="none")
     with pytest.raises(BackboneError, match="pool type 'none'.*expected argmax, eos, first or last"):
-        UPPerson(tiny, open_clip.CustomTextCLIP(**dict(TINY_CLIP, text_cfg=text)))
+        AdaptedCLIP(tiny, open_clip.CustomTextCLIP(**dict(TINY_CLIP, text_cfg=text)))
 
 
 @pytest.mark.parametrize("vision", [dict(pool_type="avg"), dict(attentional_pool=True, attn_pooler_heads=2)],
@@ -123,7 +123,7 @@ def test_image_towers_that_read_all_tokens(tiny, vision):
     clip = open_clip.CLIP(**dict(TINY_CLIP, vision_cfg=TINY_CLIP["vision_cfg"] | vision)).double().eval()
     images, _ = inputs(torch.float64)
     with torch.no_grad():
-        model = UPPerson(replace(tiny, image_size=(32, 32), skip_unread=True), clip).double()
+        model = AdaptedCLIP(tiny.replace(image_size=(32, 32), skip_unread=True), clip).double()
         images = images[:, :, :32].repeat(1, 1, 1, 2)
         with model.zero_shot():
             frozen = model.encode_image(images)
@@ -259,7 +259,7 @@ def count(config, **switches):
 
 def test_each_switch_saves_what_it_promises(tiny):
     """By hand: width 32, images of 13 tokens, 4 captions of 12 (packed: 4, 6, 10, 11), rank 2, 2 heads of 16."""
-    tiny = replace(tiny, **(NOTHING | dict(lora="lora")))
+    tiny = tiny.replace(**(NOTHING | dict(lora="lora")))
     off = count(tiny, **OFF)
     pairs, width, rank = 4, 32, 2
     rows = pairs * (13 + 12)
@@ -290,7 +290,7 @@ def test_nothing_is_computed_below_the_first_trained_parameter(tiny):
     reached = []
     for values in itertools.product((False, True), repeat=3):
         switches = dict(zip(SWITCHES, values, strict=True))
-        model = build(replace(tiny, **(NOTHING | dict(adapter_mlp="l-parallel", depth_adapter=2)), **switches))
+        model = build(tiny.replace(**(NOTHING | dict(adapter_mlp="l-parallel", depth_adapter=2)), **switches))
         images, tokens = inputs()
         for block in (*model.image_blocks, *model.text_blocks):
             block.attn.out_proj.register_full_backward_hook(lambda *_: reached.append(1))
@@ -304,7 +304,7 @@ def test_nothing_is_computed_below_the_first_trained_parameter(tiny):
 
 def test_the_first_block_needs_no_gradient_of_its_input(tiny):
     """LoRA in the first block: its factors' gradients, but none of what stands before."""
-    config = replace(tiny, **(NOTHING | dict(lora="lora", depth_lora=1)))
+    config = tiny.replace(**(NOTHING | dict(lora="lora", depth_lora=1)))
     model = build(config)
     images, _ = inputs()
     lengths = []
@@ -321,7 +321,7 @@ def test_the_kernels_are_counted_as_pytorchs_own(tiny, causal):
     importlib.import_module("kernels.attention.op")
     counts = []
     for backend in ("torch", "triton"):
-        model = build(replace(tiny, backend=backend, **OFF))
+        model = build(tiny.replace(backend=backend, **OFF))
         images, tokens = inputs()
         with FlopCounterMode(display=False) as counter:
             (model.encode_text(tokens) if causal else model.encode_image(images)).sum().backward()

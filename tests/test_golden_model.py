@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from upperson import ModelConfig, TrainConfig, UPPerson
+from upperson import AdaptedCLIP, ModelConfig, TrainConfig
 from upperson.losses import sdm_loss
 from upperson.model.backbone import fit_image_size
 from upperson.optimization import build_optimizer
@@ -37,9 +37,8 @@ def build(recipe, configuration):
     clip.double().load_state_dict({"logit_scale": clip.logit_scale, **weights})
     settings = dict(recipe.CONFIGS[configuration])
     settings["lora_rank"] = settings.pop("rank")
-    config = ModelConfig(model="ViT-B-16-quickgelu", pretrained="none", image_size=(384, 128), backend="torch",
-                         **settings)
-    model = UPPerson(config, clip).double()
+    config = ModelConfig("ViT-B-16-quickgelu", "none", (384, 128), backend="torch").replace(**settings)
+    model = AdaptedCLIP(config, clip).double()
 
     parameters = model.trained_parameters()
     assert sorted(map(neutral_name, parameters)) == sorted(petl)

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -16,10 +15,11 @@ from test_model import TINY_CLIP, build, inputs, stirred
 
 from upperson import merge as command
 from upperson.checkpoint import load_checkpoint, load_model, save_checkpoint
-from upperson.config import PRESETS, Config, ModelConfig
+from upperson.config import Config, ModelConfig
 from upperson.merge import MergeError, merge
-from upperson.model import UPPerson
-from upperson.model.petl import LOW_RANK
+from upperson.model import AdaptedCLIP
+from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES
+from upperson.presets import PRESETS
 
 NOTHING = dict(prefix="none", lora="none", adapter_attn="none", adapter_mlp="none")
 FOLDING = (
@@ -34,6 +34,9 @@ REMAINING = (
 )
 
 
+NAMES = {name: kind.__name__ for name, kind in (PREFIXES | ADAPTERS).items()}
+
+
 def words(variant):
     return "-".join(map(str, variant.values()))
 
@@ -42,8 +45,8 @@ def words(variant):
 def tiny(tmp_path):
     """A tiny CLIP, nothing trained: the tests add what they are about."""
     (tmp_path / "tiny.json").write_text(json.dumps(TINY_CLIP))
-    return ModelConfig(str(tmp_path / "tiny.json"), "none", (48, 16), prefix_length=3, lora_rank=2,
-                       adapter_reduction=4, backend="torch", **NOTHING)
+    config = ModelConfig(str(tmp_path / "tiny.json"), "none", (48, 16), backend="torch")
+    return config.replace(prefix_length=3, lora_rank=2, adapter_reduction=4, **NOTHING)
 
 
 def plain(image_size=(48, 16), **description):
@@ -75,7 +78,7 @@ def run(*arguments):
 @pytest.mark.parametrize("variant", FOLDING, ids=words)
 def test_open_clip_computes_the_same(tiny, variant):
     """In float64, to its precision; the model itself stays as it is."""
-    model = stirred(build(replace(tiny, **variant)).double())
+    model = stirred(build(tiny.replace(**variant)).double())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     clip = plain().double()
     clip.load_state_dict(merge(model))
@@ -88,7 +91,7 @@ def test_open_clip_computes_the_same(tiny, variant):
 
 def test_a_text_tower_of_its_own(tiny, tmp_path):
     Path(tiny.model).write_text(json.dumps(TINY_CLIP | dict(custom_text=True)))
-    model = stirred(build(replace(tiny, lora="lora")).double())
+    model = stirred(build(tiny.replace(lora="lora")).double())
     towers = TINY_CLIP | dict(vision_cfg=TINY_CLIP["vision_cfg"] | dict(image_size=(48, 16)))
     clip = open_clip.CustomTextCLIP(**towers).eval().double()
     clip.load_state_dict(merge(model))
@@ -97,14 +100,14 @@ def test_a_text_tower_of_its_own(tiny, tmp_path):
 
 @pytest.mark.parametrize("variant", REMAINING, ids=words)
 def test_what_does_not_fold_is_named(tiny, variant):
-    model = build(replace(tiny, **{"lora": "lora", "adapter_attn": "ln-tuning"} | variant))
+    model = build(tiny.replace(**{"lora": "lora", "adapter_attn": "ln-tuning"} | variant))
     ((field, kind),) = variant.items()
-    with pytest.raises(MergeError, match=f"does not fold into weights that open_clip can use: {field} {kind}$"):
+    with pytest.raises(MergeError, match=f"does not fold into weights that open_clip can use: {field} {NAMES[kind]}$"):
         merge(model)
 
 
 def test_modules_that_stand_in_no_block_are_no_obstacle(tiny):
-    model = build(replace(tiny, prefix="salable", depth_prefix=0, adapter_mlp="l-parallel", depth_adapter=3))
+    model = build(tiny.replace(prefix="salable", depth_prefix=0, adapter_mlp="l-parallel", depth_adapter=3))
     plain().load_state_dict(merge(model))
 
 
@@ -113,7 +116,7 @@ def test_modules_that_stand_in_no_block_are_no_obstacle(tiny):
 
 @pytest.mark.parametrize("variant", [dict(lora="dora", adapter_mlp="ln-tuning"), dict(method="full")], ids=words)
 def test_the_file_loads_in_open_clip_as_the_command_says(tiny, tmp_path, capsys, variant):
-    config = replace(tiny, **variant)
+    config = tiny.replace(**variant)
     path, output = written(tmp_path, config), tmp_path / "merged.safetensors"
     assert run(path, output) == 0
     difference, *lines = capsys.readouterr().out.splitlines()
@@ -125,7 +128,7 @@ def test_the_file_loads_in_open_clip_as_the_command_says(tiny, tmp_path, capsys,
     assert clip.visual.positional_embedding.shape == (1 + 6 * 2, 32)
     torch.testing.assert_close(features(clip), features(load_model(path)), rtol=1e-4, atol=1e-5)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["best.safetensors", "merged.safetensors", "tiny.json"]
-    zero_shot = UPPerson(replace(tiny, pretrained=str(output), method="zero-shot"))         # a backbone here as well
+    zero_shot = AdaptedCLIP(tiny.replace(pretrained=str(output), method="zero-shot"))         # a backbone here as well
     assert torch.equal(zero_shot.clip.visual.positional_embedding, clip.visual.positional_embedding)
 
 
@@ -138,13 +141,13 @@ def test_the_file_loads_in_open_clip_as_the_command_says(tiny, tmp_path, capsys,
 def test_what_remains_is_a_checkpoint_on_the_merged_weights(tiny, tmp_path, monkeypatch, variant, image_size):
     """Bit for bit. 64×16 has as many patches as the published 32×32."""
     monkeypatch.chdir(tmp_path)
-    path = written(tmp_path, replace(tiny, image_size=image_size, **variant))
+    path = written(tmp_path, tiny.replace(image_size=image_size, **variant))
     assert run(path, "merged.safetensors", "--rest", "rest.safetensors") == 0
     rest, original = load_checkpoint("rest.safetensors"), load_checkpoint(path)
     assert rest.results == {"epoch": 3} and rest.config.model.pretrained == "merged.safetensors"
-    model = rest.config.model
-    assert (model.lora, model.prefix) == ("none", variant.get("prefix", "none"))
-    assert model.adapter_attn == variant.get("adapter_attn", "none").replace("ln-tuning", "none")
+    method = rest.config.model.method
+    assert (method.lora, method.prefix) == ("none", variant.get("prefix", "none"))
+    assert method.adapter_attn == variant.get("adapter_attn", "none").replace("ln-tuning", "none")
     assert rest.config.replace(**variant, pretrained="none") == original.config
     assert not any(".lora." in name for name in rest.parameters) and rest.parameters
     ours, theirs = load_model("rest.safetensors"), load_model(path)
@@ -158,7 +161,7 @@ def test_the_embedded_clip(tmp_path, capsys):
     """Its weights are of 128×128 images; 256×64 has as many patches."""
     for number, (image_size, changes) in enumerate(itertools.product(
             [(192, 64), (256, 64)], [dict(prefix="none", adapter_attn="none", adapter_mlp="none"), {}])):
-        config = replace(PRESETS["embedded"].model, image_size=image_size, **changes)
+        config = PRESETS["embedded"].model.replace(image_size=image_size, **changes)
         path = tmp_path / f"{number}.safetensors"
         save_checkpoint(path, stirred(build(config), scale=0.05).trained_parameters(), Config(config), {})
         output, rest = tmp_path / f"merged-{number}.safetensors", tmp_path / f"rest-{number}.safetensors"
@@ -183,7 +186,7 @@ def test_a_model_by_name_and_its_normalisation(tiny, tmp_path, monkeypatch):
     open_clip.add_model_config(tmp_path / "configs")
     backbone = tmp_path / "backbone.safetensors"
     backbone.write_bytes(command.weights_as_bytes(plain(32).state_dict(), (32, 32), (0.5,) * 3, (0.2,) * 3))
-    path = written(tmp_path, replace(tiny, model="tiny-for-merge", pretrained=str(backbone), prefix="salable",
+    path = written(tmp_path, tiny.replace(model="tiny-for-merge", pretrained=str(backbone), prefix="salable",
                                      lora="lora"))
     moved = backbone.rename(tmp_path / "moved.safetensors")
     output, rest = tmp_path / "merged.safetensors", tmp_path / "rest.safetensors"
@@ -200,7 +203,7 @@ def test_a_model_by_name_and_its_normalisation(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("wrong", ["weights", "nan"])
 def test_a_wrong_result_is_not_written(tiny, tmp_path, monkeypatch, capsys, also_rest, wrong):
     """What stood at those places before still stands there, and nothing else does."""
-    path = written(tmp_path, replace(tiny, lora="lora", prefix="salable" if also_rest else "none"))
+    path = written(tmp_path, tiny.replace(lora="lora", prefix="salable" if also_rest else "none"))
     output, rest = tmp_path / "merged.safetensors", tmp_path / "rest.safetensors"
     output.write_bytes(b"earlier")
     rest.write_bytes(b"earlier too")
@@ -223,7 +226,7 @@ def test_a_wrong_result_is_not_written(tiny, tmp_path, monkeypatch, capsys, also
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stop"])
 def test_an_interruption_leaves_nothing(tiny, tmp_path, monkeypatch, capsys, failure):
-    path = written(tmp_path, replace(tiny, lora="lora"))
+    path = written(tmp_path, tiny.replace(lora="lora"))
 
     def fail(*_):
         raise failure
@@ -236,8 +239,8 @@ def test_an_interruption_leaves_nothing(tiny, tmp_path, monkeypatch, capsys, fai
 
 @pytest.mark.parametrize(("variant", "arguments", "message"), [
     (dict(prefix="salable", lora="lora", adapter_mlp="parallel"), [],
-     "best.safetensors: does not fold into weights that open_clip can use: prefix salable, adapter_mlp parallel; "
-     "--rest FILE keeps that in a checkpoint of its own"),
+     "best.safetensors: does not fold into weights that open_clip can use: prefix SalablePrefix, adapter_mlp "
+     "ParallelAdapter; --rest FILE keeps that in a checkpoint of its own"),
     (dict(lora="lora"), ["--rest", "rest.safetensors"],
      "best.safetensors: everything in it folds into merged.safetensors; nothing remains for rest.safetensors"),
     (dict(lora="lora"), ["--pretrained", "missing.pt"], "pretrained 'missing.pt' of tiny.json is neither a file nor"),
@@ -245,7 +248,7 @@ def test_an_interruption_leaves_nothing(tiny, tmp_path, monkeypatch, capsys, fai
 ], ids=["remains", "nothing-remains", "missing", "no-weights"])
 def test_refused_in_one_line(tiny, tmp_path, monkeypatch, capsys, variant, arguments, message):
     monkeypatch.chdir(tmp_path)
-    written(tmp_path, replace(tiny, model="tiny.json", **variant))
+    written(tmp_path, tiny.replace(model="tiny.json", **variant))
     names = sorted(os.listdir())
     assert run("best.safetensors", "merged.safetensors", *arguments) == 1
     shown = capsys.readouterr()
@@ -266,7 +269,7 @@ def test_refused_in_one_line(tiny, tmp_path, monkeypatch, capsys, variant, argum
 ])
 def test_wrong_arguments(tiny, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    path = written(tmp_path, replace(tiny, lora="lora"))
+    path = written(tmp_path, tiny.replace(lora="lora"))
     checkpoint = load_checkpoint(path)
     save_checkpoint(path, checkpoint.parameters, checkpoint.config.replace(pretrained="clip.safetensors"), {})
     os.mkdir("folder.safetensors")
@@ -286,7 +289,7 @@ def test_as_a_module(tmp_path):
 
 def test_the_merged_file_holds_float32_and_no_trained_modules(tiny, tmp_path):
     output = tmp_path / "merged.safetensors"
-    assert run(written(tmp_path, replace(tiny, lora="lora")), output) == 0
+    assert run(written(tmp_path, tiny.replace(lora="lora")), output) == 0
     with safe_open(output, framework="pt") as file:
         assert set(file.keys()) == set(plain().state_dict())
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}     # noqa: SIM118 (no mapping)

@@ -1,7 +1,6 @@
-"""UPPerson on open_clip: what is trained, what is frozen, depths, fused against plain, loading, and what is refused."""
+"""AdaptedCLIP on open_clip: what is trained, what is frozen, depths, fused against plain, loading, what is refused."""
 
 import json
-from dataclasses import replace
 
 import open_clip
 import pytest
@@ -10,8 +9,9 @@ from operators import DEVICE, EXACT
 from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from upperson import PRESETS, ModelConfig, UPPerson
+from upperson import PRESETS, AdaptedCLIP, ModelConfig
 from upperson.losses import sdm_loss
+from upperson.methods import MethodError
 from upperson.model import BackboneError
 from upperson.model.backbone import build_clip, fit_image_size, resize_position_embedding
 from upperson.model.block import Stream
@@ -27,8 +27,8 @@ def tiny_config(folder):
     """UP-Person on a tiny random CLIP, whose description is written to `folder`."""
     path = folder / "tiny.json"
     path.write_text(json.dumps(TINY_CLIP))
-    return ModelConfig(model=str(path), pretrained="none", image_size=(48, 16), prefix_length=3, lora_rank=2,
-                       adapter_reduction=4, backend="torch")
+    config = ModelConfig(str(path), "none", (48, 16), backend="torch")
+    return config.replace(prefix_length=3, lora_rank=2, adapter_reduction=4)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def inputs(dtype=torch.float32, batch=4):
 
 def build(config, seed=0):
     torch.manual_seed(seed)
-    return UPPerson(config)
+    return AdaptedCLIP(config)
 
 
 # ------------------------------------------------------------------------------------ what is trained
@@ -73,7 +73,7 @@ def build(config, seed=0):
 def test_number_of_trained_parameters(preset, model, count):
     """The paper's counts. On the meta device nothing is allocated."""
     with torch.device("meta"):
-        built = UPPerson(PRESETS[preset].model, open_clip.create_model(model, device="meta"))
+        built = AdaptedCLIP(PRESETS[preset].model, open_clip.create_model(model, device="meta"))
     patches = 244 if "L-14" in model else 193
     assert built.clip.visual.positional_embedding.shape[0] == patches
     assert sum(p.numel() for p in built.trained_parameters().values()) == count
@@ -91,7 +91,7 @@ def test_only_trained_parameters_get_gradients(tiny):
 
 
 def test_initial_values_of_the_paper(tiny):
-    for name, parameter in build(replace(tiny, prefix_scale=7.0)).trained_parameters().items():
+    for name, parameter in build(tiny.replace(prefix_scale=7.0)).trained_parameters().items():
         leaf = name.rsplit(".", 1)[-1]
         if name.endswith("prefix.scale"):
             assert parameter.item() == 7
@@ -108,11 +108,11 @@ def test_initial_values_of_the_paper(tiny):
 
 def test_depths(tiny):
     """LoRA and prefix act in blocks i < depth, adapters in blocks i ≥ depth."""
-    names = build(replace(tiny, depth_prefix=1, depth_lora=2, depth_adapter=2)).trained_parameters()
+    names = build(tiny.replace(depth_prefix=1, depth_lora=2, depth_adapter=2)).trained_parameters()
     for tower in ("image", "text"):
         blocks = [{n.split(".")[3] for n in names if n.startswith(f"{tower}.blocks.{i}.")} for i in range(3)]
         assert blocks == [{"prefix", "lora"}, {"lora"}, {"adapter_attn", "adapter_mlp"}]
-    nothing = replace(tiny, depth_prefix=0, depth_lora=0, depth_adapter=3)
+    nothing = tiny.replace(depth_prefix=0, depth_lora=0, depth_adapter=3)
     assert not build(nothing).trained_parameters()
 
 
@@ -127,7 +127,7 @@ def test_without_the_trained_modules_it_is_open_clip(tiny, custom_text):
     images, tokens = inputs(torch.float64)
     with torch.no_grad():
         expected = clip.encode_image(images), clip.encode_text(tokens)
-        model = stirred(UPPerson(tiny, clip).double())
+        model = stirred(AdaptedCLIP(tiny, clip).double())
         with model.zero_shot():
             frozen = model.encode_image(images), model.encode_text(tokens)
         adapted = model.encode_image(images), model.encode_text(tokens)
@@ -148,7 +148,7 @@ def test_every_option_changes_the_features(tiny):
     images, tokens = inputs()
 
     def features(**options):
-        model = stirred(build(replace(tiny, **options)))
+        model = stirred(build(tiny.replace(**options)))
         with torch.no_grad():
             return model.encode_image(images), model.encode_text(tokens)
 
@@ -168,7 +168,7 @@ def test_three_training_steps_with_the_kernels_and_without(tiny, target):
     person_ids = torch.tensor([0, 1, 1, 2], device=DEVICE)
 
     def train(backend):
-        model = stirred(build(replace(tiny, backend=backend, scale_target=target))).to(DEVICE, EXACT)
+        model = stirred(build(tiny.replace(backend=backend, scale_target=target))).to(DEVICE, EXACT)
         optimizer = torch.optim.Adam(model.trained_parameters().values(), lr=1e-2, eps=1e-3)
         losses = []
         for _ in range(3):
@@ -201,7 +201,7 @@ def test_autocast_keeps_parameters_in_float32(tiny):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_a_block_compiles_whole_and_once_for_every_batch(tiny, backend):
-    block = stirred(build(replace(tiny, backend=backend))).image_blocks[0].to(DEVICE)
+    block = stirred(build(tiny.replace(backend=backend))).image_blocks[0].to(DEVICE)
     counter = CompileCounterWithBackend("aot_eager")
     torch.compiler.reset()
     compiled = torch.compile(block, backend=counter, fullgraph=True)
@@ -215,7 +215,7 @@ def test_a_block_compiles_whole_and_once_for_every_batch(tiny, backend):
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_the_model_compiles_whole_and_once_for_every_batch(tiny, backend):
     """Both towers, the loss and backward; the compiled text tower computes the padding too, which changes nothing."""
-    model = stirred(build(replace(tiny, backend=backend))).to(DEVICE, EXACT)
+    model = stirred(build(tiny.replace(backend=backend))).to(DEVICE, EXACT)
     bound = 1e-9 if torch.float64 == EXACT else 1e-2
 
     def loss_of(images, tokens, person_ids):
@@ -261,7 +261,7 @@ def test_weights_from_a_local_file(tiny, tmp_path, suffix):
         torch.save(source.state_dict(), path)
     else:
         save_file(source.state_dict(), path)
-    loaded = build_clip(replace(tiny, pretrained=str(path)))
+    loaded = build_clip(tiny.replace(pretrained=str(path)))
     for name, tensor in source.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
 
@@ -275,7 +275,7 @@ def test_a_named_model_takes_a_local_file(tmp_path, monkeypatch):
     source = open_clip.CLIP(**TINY_CLIP)
     save_file(source.state_dict(), tmp_path / "clip.safetensors")
     config = ModelConfig(model="tiny-clip", pretrained=str(tmp_path / "clip.safetensors"), image_size=(48, 16))
-    clip = UPPerson(config).clip
+    clip = AdaptedCLIP(config).clip
     assert torch.equal(clip.visual.conv1.weight, source.visual.conv1.weight)
     assert clip.visual.positional_embedding.shape == (1 + 6 * 2, 32)
 
@@ -294,37 +294,44 @@ def test_a_tag_without_a_network_is_explained(monkeypatch):
     (dict(model="ViT-B-32", pretrained="laion"), "'laion' of ViT-B-32 is neither a file nor one of its tags"),
     (dict(model="missing.json"), "model configuration missing.json does not exist"),
     (dict(pretrained="missing.pt"), "'missing.pt' of .* is neither a file nor 'none'"),
-    (dict(depth_lora=4), "depth_lora: 4 is more than the number of blocks of the image tower, 3"),
-    (dict(adapter_reduction=33), "adapter_reduction: 33 is more than the width of the image tower, 32"),
     (dict(image_size=(48, 7)), "image_size 48×7 is smaller than one patch, 8×8"),
     (dict(model="RN50"), "RN50: the image tower is a ModifiedResNet"),
 ])
 def test_refused(tiny, change, message):
     with pytest.raises(BackboneError, match=message):
-        UPPerson(replace(tiny, **change))
+        AdaptedCLIP(tiny.replace(**change))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(depth_lora=4), "depth_lora: 4 is more than the number of blocks of the image tower, 3"),
+    (dict(adapter_reduction=33), "adapter_reduction: 33 is more than the width of the image tower, 32"),
+])
+def test_methods_without_room_are_refused(tiny, change, message):
+    with pytest.raises(MethodError, match=message):
+        AdaptedCLIP(tiny.replace(**change))
 
 
 def test_refused_files(tiny, tmp_path):
     broken = tmp_path / "broken.json"
     broken.write_text('{"embed_dim": 16, "vision')
     with pytest.raises(BackboneError, match="broken.json is not an open_clip model configuration"):
-        build_clip(replace(tiny, model=str(broken)))
+        build_clip(tiny.replace(model=str(broken)))
     other = tmp_path / "other.safetensors"
     save_file({"some.weight": torch.zeros(2)}, other)
     with pytest.raises(BackboneError, match="other.safetensors does not hold weights of this model"):
-        build_clip(replace(tiny, pretrained=str(other)))
+        build_clip(tiny.replace(pretrained=str(other)))
     cut = tmp_path / "cut.pt"
     torch.save(open_clip.CLIP(**TINY_CLIP).state_dict(), cut)
     cut.write_bytes(cut.read_bytes()[:10_000])
     with pytest.raises(BackboneError, match="cut.pt does not hold weights of this model"):
-        build_clip(replace(tiny, pretrained=str(cut)))
+        build_clip(tiny.replace(pretrained=str(cut)))
 
 
 def test_another_vocabulary_is_refused(tiny, tmp_path):
     path = tmp_path / "words.json"
     path.write_text(json.dumps(TINY_CLIP | dict(text_cfg=TINY_CLIP["text_cfg"] | dict(vocab_size=1000))))
     with pytest.raises(BackboneError, match="the vocabulary has 1000 tokens.*CLIP's own tokenizer, of 49408"):
-        UPPerson(replace(tiny, model=str(path)))
+        AdaptedCLIP(tiny.replace(model=str(path)))
 
 
 def test_compiled_blocks_share_their_graphs(tiny):

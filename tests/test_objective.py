@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from test_model import build, inputs, stirred, tiny  # noqa: F401 (a fixture)
 
-from upperson import PRESETS, UPPerson
+from upperson import PRESETS, AdaptedCLIP
 from upperson.data import NOT_MASKED
 from upperson.losses import PAIR_LOSSES
 from upperson.objective import IdentityClassifier, MaskedLanguageModel, Objective
@@ -194,7 +194,7 @@ def test_parameter_counts_of_the_paper():
     """With id on CUHK-PEDES 13.06 M, with id and mlm 52.3 M (arXiv 2504.10084, Table X)."""
     with torch.device("meta"):
         clip = open_clip.create_model("ViT-B-16-quickgelu", device="meta")
-        model = UPPerson(PRESETS["cuhk-pedes"].model, clip)
+        model = AdaptedCLIP(PRESETS["cuhk-pedes"].model, clip)
     identities = range(1, 11_004)
 
     def count(losses):

@@ -77,6 +77,34 @@ def test_a_model_that_was_not_trained_has_one_row(results):
         assert "8.12" in shown and "41.38" not in shown
 
 
+@pytest.fixture
+def staged(results):
+    """Results of two stages, of three epochs and of two."""
+    first = results | {"title": "first the one part", "adapted": ADAPTED | {"mAP": 30.125}, "trained_parameters": 4096}
+    second = results | {"title": "then the other", "losses": "itc", "epoch": 1, "epochs": 2}
+    return results | {"method": "Some Method", "stages": [first, second]}
+
+
+def test_stages_have_a_row_and_a_footnote_each(staged):
+    for shown in (report.text(staged), report.markdown(staged)):
+        lines = shown.splitlines()
+        names = ("zero-shot CLIP", "first the one part", "then the other")
+        rows = [next(line.replace("|", " ") for line in lines if name in line) for name in names]
+        values = [row.replace(name, "").split() for row, name in zip(rows, names, strict=True)]
+        assert [row[3] for row in values] == ["9.75", "30.12", "38.25"] and {len(row) for row in values} == {5}
+        for note in ("first the one part: epoch 2 of 3, selection val", "; 4,096 of 8,233,145 parameters trained.",
+                     "then the other: epoch 1 of 2, selection val",
+                     "Some Method, all stages: 174,648 of 8,233,145 parameters trained."):
+            assert note in shown
+
+
+def test_what_a_training_started_from_has_a_row(results):
+    results |= {"start": ADAPTED | {"R@1": 12.25}}
+    for shown in (report.text(results), report.markdown(results)):
+        row = next(line for line in shown.splitlines() if line.strip("| ").startswith("start"))
+        assert row.replace("|", " ").split() == ["start", "12.25", "66.50", "77.75", "38.25", "22.50"]
+
+
 def test_right_and_wrong_images_are_framed_by_person(samples):
     people = torch.tensor([sample.person_id for sample in samples])
     right = torch.stack([(people == sample.person_id).nonzero().flatten() for sample in samples])
@@ -113,14 +141,28 @@ def test_picture_of_a_small_split(samples):
 def test_curve_follows_the_history(results):
     history = [{"epoch": 0, **ZERO_SHOT}]
     history += [{"epoch": epoch, "loss": 9 - epoch, **ADAPTED, "R@1": 10.0 * epoch} for epoch in (1, 2, 3)]
-    first = pixels(report.curve(history, "val", results))
+    first = pixels(report.curve([history], "val", results))
     assert first.shape[0] > 300 and first.std() > 10
     for key, value in (("loss", 1.0), ("R@1", 3.0), ("mAP", 3.0)):
         changed = [*history[:-1], history[-1] | {key: value}]
-        assert (pixels(report.curve(changed, "val", results)) != first).any(), key
-    assert (pixels(report.curve(history, "val", results | {"epoch": 3})) != first).any()
+        assert (pixels(report.curve([changed], "val", results)) != first).any(), key
+    assert (pixels(report.curve([history], "val", results | {"epoch": 3})) != first).any()
+
+
+def test_curve_shows_stages_beside_each_other(staged):
+    def history(epochs):
+        return [{"epoch": 0, **ZERO_SHOT},
+                *({"epoch": e, "loss": 9 - e, **ADAPTED, "R@1": 10.0 * e} for e in range(1, epochs + 1))]
+
+    both = pixels(report.curve([history(3), history(2)], "val", staged))
+    changed = history(2)[:-1] + [history(2)[-1] | {"mAP": 3.0}]
+    assert (pixels(report.curve([history(3), changed], "val", staged)) != both).any()
+    before = [{"epoch": 0, **ADAPTED}, *history(2)[1:]]                 # the end of the first stage, in its curve
+    assert (pixels(report.curve([history(3), before], "val", staged)) == both).all()
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        report.curve([history(3)], "val", staged)
 
 
 def test_curve_of_one_epoch(results):
     history = [{"epoch": 0, **ZERO_SHOT}, {"epoch": 1, "loss": 3.0, **ADAPTED}]
-    assert pixels(report.curve(history, "test", results | {"epoch": 1})).std() > 0
+    assert pixels(report.curve([history], "test", results | {"epoch": 1})).std() > 0

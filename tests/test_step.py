@@ -4,7 +4,6 @@ import gzip
 import importlib
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,7 +96,7 @@ def test_storages_are_forgotten_when_they_are_freed():
 @pytest.fixture
 def plain_operators(monkeypatch):
     """The embedded model on PyTorch alone, not in Triton's interpreter."""
-    config = replace(paths.small(), backend="torch")
+    config = paths.small().replace(backend="torch")
     monkeypatch.setattr(paths, "small", lambda: config)
     return config
 
@@ -105,11 +104,11 @@ def plain_operators(monkeypatch):
 def take_steps(path, config, number: int) -> list[float]:
     model = paths.build(path, config)
     batches = paths.random_batches(config, model.tokenizer, model.context_length, 4, 2)
-    step = paths.Step(model, paths.prepare(model, batches, CPU), "fp32")
+    step = paths.Step(model, paths.prepare(model, batches, CPU), "fp32", path.configuration(config).train)
     return [step().item() for _ in range(number)]
 
 
-@pytest.mark.parametrize("name", [name for name in paths.COUNTED if paths.COUNTED[name].method == "up-person"])
+@pytest.mark.parametrize("name", [name for name in paths.COUNTED if paths.COUNTED[name].method == paths.DEFAULT])
 def test_paths_agree_before_and_after_steps(name, plain_operators):
     losses = take_steps(paths.COUNTED[name], plain_operators, 4)
     assert losses == pytest.approx(take_steps(paths.TIMED["plain"], plain_operators, 4), rel=1e-4)
@@ -123,20 +122,35 @@ def test_full_fine_tuning_trains_all_of_clip(plain_operators):
     assert third < first                                                # on the same batch
 
 
+def test_every_method_is_timed(plain_operators):
+    """Each stage of one in stages trains its own; what is timed learns the batch that it sees."""
+    timed = {(path.method, path.stage) for path in paths.TIMED.values()}
+    assert {method for method, _ in timed} == {name for name, method in paths.METHODS.items() if method().trains}
+    for name, path in dict(paths.further_methods()).items():
+        model = paths.build(path, plain_operators)
+        trained = set(model.trained_parameters())
+        if path.stage == "encoders":
+            assert trained == set(model.clip_parameters())
+        else:
+            assert trained and not trained & set(model.clip_parameters())
+        first, _, third = take_steps(path, plain_operators, 3)
+        assert third < first, name
+
+
 def test_what_is_plain(plain_operators):
     model = paths.build(paths.TIMED["plain"], plain_operators)
     (batch,) = paths.random_batches(plain_operators, model.tokenizer, 77, 4, 1)
     ((_, captions, _),) = paths.prepare(model, [batch], CPU)
     assert captions.shape == (4, 77)
     found = counting.saved(lambda: model.encode_image(batch.images), model.parameters())
-    heads, tokens, prefix = 4, 49, plain_operators.prefix_length
+    heads, tokens, prefix = 4, 49, plain_operators.model.method.prefix_length
     weights = [group for group in found if group.shape == (4, heads, tokens, tokens + prefix)]
     assert [group.number for group in weights] == [4]                   # one of each block
 
 
 def test_captions_are_as_long_as_those_of_cuhk_pedes():
     model = paths.build(paths.TIMED["ours"], paths.small())
-    batches = paths.random_batches(model.config, model.tokenizer, 77, 64, 4)
+    batches = paths.random_batches(paths.small(), model.tokenizer, 77, 64, 4)
     tokens = torch.cat([(batch.tokens != 0).sum(1) for batch in batches])
     assert len({len(batch.tokens) for batch in batches}) == 1 and len(set(tokens.tolist())) > 20
     assert tokens.float().mean() - 2 == pytest.approx(paths.WORDS, abs=0.1)         # without start and end
@@ -157,6 +171,7 @@ def test_fewer_operations_and_half_the_memory(full_size):
     assert 2 * ours["peak"] <= plain["peak"]
     assert 2 * ours["touched"] <= plain["touched"]
     assert ours["trained_parameters"] == plain["trained_parameters"] == 7_419_816
+    assert full_size["CSKT"]["trained_parameters"] == 12_117_888
 
 
 def test_every_switch_brings_something(full_size):
@@ -209,7 +224,7 @@ def run_main(monkeypatch, *arguments) -> int:
 def test_one_table_of_all_paths(quick, tmp_path, monkeypatch, capsys):
     assert run_main(monkeypatch, "--batch", "2", "--seconds", "0.01", "--output", tmp_path, "--profile", tmp_path) == 0
     result = json.loads((tmp_path / "step-cpu.json").read_text())
-    assert [row["path"] for row in result["rows"]] == ["plain", "full fine-tuning", "ours"]
+    assert [row["path"] for row in result["rows"]] == [name for name, path in paths.TIMED.items() if not path.compiled]
     for row in result["rows"]:
         assert row["images_per_second"] == pytest.approx(2e3 / row["milliseconds"])
         assert row["share_of_matrix_rate"] == pytest.approx(row["flops"] / row["milliseconds"] / 1e6)
@@ -235,7 +250,8 @@ def test_paths_that_disagree_are_not_timed(quick, monkeypatch, capsys):
 
 @needs_no_gpu
 def test_a_compiled_path_that_is_wrong_is_left_out(quick, monkeypatch, capsys):
-    monkeypatch.setattr(paths.UPPerson, "compile_blocks", lambda model: model.image_blocks[0].prefix.value.data.add_(1))
+    monkeypatch.setattr(paths.AdaptedCLIP, "compile_blocks",
+                        lambda model: model.image_blocks[0].prefix.value.data.add_(1))
     assert run_main(monkeypatch, "--batch", "2", "--seconds", "0.01", "--compiled") == 1
     printed = capsys.readouterr().out
     assert "Left out: ours, compiled, wrong: first losses " in printed and "| ours  " in printed

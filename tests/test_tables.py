@@ -1,4 +1,4 @@
-"""The tables: their rows, that nothing is trained twice, what is printed and written, and Table IV's costs."""
+"""The tables: their rows, that nothing is trained twice, what is printed and written, and what methods cost."""
 
 import csv
 import json
@@ -12,14 +12,24 @@ from PIL import Image
 from test_training import TINY_CLIP
 
 from upperson.checkpoint import load_model
-from upperson.config import PRESETS
+from upperson.methods import CSKT, METHODS, FullFineTuning, UPPerson
+from upperson.presets import PRESETS, with_method
 from upperson.report import METRICS
 from upperson.retrieval import embed
 from upperson.splits import read_splits
 from upperson.tables import __main__ as command
-from upperson.tables.efficiency import Peak, measure, methods
-from upperson.tables.render import paper_figures
-from upperson.tables.rows import Setting, build_tables, embedded_setting, real_setting
+from upperson.tables import efficiency
+from upperson.tables.efficiency import Peak, measure
+from upperson.tables.render import cost_cell, paper_figures
+from upperson.tables.rows import (
+    Setting,
+    build_tables,
+    embedded_setting,
+    modules_alone,
+    real_setting,
+    sweep_table,
+    trainings,
+)
 from upperson.tables.runs import Runs, distinct
 
 SETTINGS = {"embedded": (embedded_setting(), "embedded"), "real": (real_setting(Path("/data")), "cuhk-pedes")}
@@ -38,8 +48,6 @@ def setting(tmp_path_factory):
     return Setting(
         {name: tiny.replace(dataset=name) for name in ("embedded", "embedded-night")},
         {name: scenes.replace(dataset=name) for name in ("embedded-scenes", "embedded-scenes-night")},
-        {"method": "full", "learning_rate": 1e-4},
-        {"lora_rank": (1, 2), "prefix_length": (1, 4)},
     )
 
 
@@ -61,25 +69,50 @@ def run(setting, output, monkeypatch):
 @pytest.mark.parametrize("where", SETTINGS)
 def test_the_tables_are_those_of_the_paper(where):
     tables = build_tables(*SETTINGS[where])
-    assert ("IV", *tables) == command.NUMBERS
-    titles = {number: [row.config.model.title for row in table.rows] for number, table in tables.items()}
+    assert ("IV", *tables) == command.ALL
+    titles = {number: [row.config.model.method.title for row in table.rows] for number, table in tables.items()}
     assert titles["V"] == ["zero-shot CLIP", "full fine-tuning", "S-Prefix", "LoRA", "L-Adapter", "S-Prefix + LoRA",
                            "S-Prefix + L-Adapter", "LoRA + L-Adapter", "UP-Person"]
     assert titles["VI"] == ["UP-Person", "S-Prefix + DoRA + L-Adapter", "S-Prefix + WoRA + L-Adapter"]
-    assert [(row.config.model.prefix_scale, title) for row, title in
+    assert [(row.config.model.method.prefix_scale, title) for row, title in
             zip(tables["VII"].rows, titles["VII"], strict=True)][1:] == [
         *((scale, "S-Prefix") for scale in (10, 50, 100, 150, 300, 500)), (10, "UP-Person"), (30, "UP-Person"),
         (50, "UP-Person")]
     assert titles["VII"][0] == "prefix"
-    assert [row.config.model.adapter_attn for row in tables["VIII"].rows] == [
+    assert [row.config.model.method.adapter_attn for row in tables["VIII"].rows] == [
         "ln-tuning", "sequential", "l-sequential", "parallel", "l-parallel"]
-    assert {(row.config.model.adapter_attn, row.config.model.adapter_mlp) for row in tables["IX"].rows} == {
+    placed = [row.config.model.method for row in tables["IX"].rows]
+    assert {(method.adapter_attn, method.adapter_mlp) for method in placed} == {
         (a, b) for a in ("parallel", "l-parallel") for b in ("parallel", "l-parallel")}
     assert [row.config.train.losses for row in tables["X"].rows] == ["sdm", "itc", "sdm+itc", "sdm+id", "sdm+id+mlm"]
     for number in ("XI", "XIII"):
         assert all(row.config.data.dataset != row.tested_on.data.dataset for row in tables[number].rows
                    if row.tested_on is not None)
     assert tables["XII"].both_directions and not tables["V"].both_directions
+
+
+@pytest.mark.parametrize("where", SETTINGS)
+def test_every_method_has_a_row_with_its_recipe(where):
+    setting, dataset = SETTINGS[where]
+    rows = {row.config.model.method.name: row for row in build_tables(setting, dataset)["methods"].rows}
+    assert list(rows)[:2] == ["zero-shot", "full"] and set(rows) == set(METHODS)
+    for name, row in rows.items():
+        assert row.name == row.config.model.method.title
+        assert row.config == with_method(setting[dataset], name)
+    assert rows["full"].config.train.learning_rate == {"embedded": 3e-4, "real": 1e-5}[where]
+
+
+@pytest.mark.parametrize("where", SETTINGS)
+def test_sweeps_go_through_all_their_values(where):
+    setting, dataset = SETTINGS[where]
+    rows = sweep_table(setting, dataset, "cskt").rows
+    lengths = {row.config.model.method.prompt_length for row in rows}
+    ratios = {1 / row.config.model.method.adapter_reduction for row in rows}
+    assert min(lengths) <= 2 and max(lengths) == 64 and min(ratios) == 0.01 and max(ratios) == 0.5
+    assert [row.name for row in rows] == [f"{axis} {point}" for axis, point in (row.point for row in rows)]
+    paper = sweep_table(setting, dataset, "up-person").rows
+    assert paper == build_tables(setting, dataset)["figure6"].rows
+    assert all(str(getattr(row.config.model.method, row.point[0])) == row.point[1] for row in paper)
 
 
 @pytest.mark.parametrize("where", SETTINGS)
@@ -92,7 +125,7 @@ def test_rows_of_a_table_are_different_runs_and_tables_share_theirs(where):
     shared = [runs.place(table.rows[index].config) for table, index in
               ((tables["V"], 8), (tables["VI"], 0), (tables["VIII"], 4), (tables["IX"], 3), (tables["X"], 0))]
     assert len(set(shared)) == 1
-    config = tables["V"].rows[0].config
+    config = tables["V"].rows[8].config
     assert runs.place(config) == runs.place(config.replace(workers=3, device="cpu"))
     assert runs.place(config.replace(prefix_scale=10)) == runs.place(config.replace(prefix_scale=10.0))
     assert runs.place(config.replace(seed=2)).parent == runs.place(config).parent
@@ -193,15 +226,53 @@ def test_both_directions(run, setting, output):
     assert cells[-5] == f"{found.image_to_text().metrics['R@1']:.2f}"
 
 
-def test_figures(run, output):
+def test_figures(run, output, monkeypatch):
+    points = {"lora_rank": {"1": {"lora_rank": 1}, "2": {"lora_rank": 2}}, "prefix_length": {"1": {"prefix_length": 1}}}
+    monkeypatch.setattr(UPPerson, "sweeps", staticmethod(lambda drawn: points))
     assert run("figure6", "figure7") == 0
     for name in ("figure6-embedded.png", "figure7-embedded.png"):
         Image.open(output / name).verify()
     assert "lora_rank 1" in (output / "figure6-embedded.csv").read_text()
 
 
+def test_a_sweep_of_several_fields(run, output, monkeypatch, capsys):
+    points = {"prompts": {"4": {"prompt_length": 2}, "8, without positions": {"prompt_length": 4,
+                                                                              "prompt_positions": False}}}
+    monkeypatch.setattr(CSKT, "sweeps", staticmethod(lambda drawn: points))
+    assert run("sweeps", "--method", "cskt") == 0
+    text = (output / "sweeps-cskt-embedded.md").read_text()
+    assert text.startswith("# CSKT with other options, embedded\n") and text in capsys.readouterr().out
+    assert "| prompts 4 " in text and "| prompts 8, without positions " in text
+    Image.open(output / "sweeps-cskt-embedded.png").verify()
+
+
+def test_every_method_in_one_table(run, setting, output, monkeypatch, capsys):
+    monkeypatch.setattr(efficiency, "FULL_SIZE", "embedded")
+    monkeypatch.setattr(efficiency, "DRAWN_BATCH", 4)
+    monkeypatch.setattr(efficiency, "measure_apart", measure_parts)
+    assert run("methods") == 0
+    text = (output / "methods-embedded.md").read_text()
+    assert text.startswith("# Every method with its recipe, embedded\n") and text in capsys.readouterr().out
+    assert "1 epochs (Prompt Decoupling 1 + 4)" in text
+    runs = Runs(output / "runs", {})
+    first, second = (part.splitlines() for part in text.split("The costs are those of "))
+    with open(output / "methods-embedded-costs.csv", encoding="utf-8") as file:
+        costs = list(csv.DictReader(file))
+    for row in build_tables(setting, "embedded")["methods"].rows:
+        results = json.loads((runs.place(row.config) / "results.json").read_text())
+        (line,) = [line for line in first if line.startswith(f"| {row.name} ")]
+        trained, *metrics, _, _, _ = (cell.strip() for cell in line.strip("| ").split("|")[1:])
+        assert trained == f"{results['trained_parameters']:,}"
+        assert metrics == [f"{results['adapted'][name]:.2f}" for name in METRICS]
+        stages = len(trainings(row.config))
+        assert sum(cost["method"] == row.name for cost in costs) == 2 * stages
+        assert line.count(" / ") == 3 * (stages - 1)
+        assert sum(line.startswith(f"| {row.name} ") for line in second) == 1
+    Image.open(output / "methods-embedded.png").verify()
+
+
 def test_a_run_that_diverges_is_a_result(run, setting, output, capsys, monkeypatch):
-    monkeypatch.setitem(setting.full, "learning_rate", 1e30)
+    monkeypatch.setattr(FullFineTuning, "recipe", staticmethod(lambda drawn: {"learning_rate": 1e30}))
     assert run("V") == 0
     line = next(line for line in (output / "V-embedded.md").read_text().splitlines() if "full fine-tuning" in line)
     assert line.count("diverged") == 5
@@ -239,6 +310,9 @@ def test_distinct_keeps_the_order():
     (["V", "--workers", "-1"], "workers: -1 is not allowed"),
     (["V", "--jobs", "0"], "--jobs: expected at least 1, found 0"),
     (["V", "--dataset", "cuhk-pedes"], "found cuhk-pedes; the real ones need --data-root"),
+    (["sweeps"], "--method: the table sweeps is of one of up-person, cskt; found none"),
+    (["sweeps", "--method", "full"], "--method: the table sweeps is of one of up-person, cskt; found full"),
+    (["V", "--method", "cskt"], "--method: of the tables, sweeps alone is of one method"),
 ])
 def test_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -252,12 +326,17 @@ def test_a_missing_data_set_is_one_line(tmp_path, capsys):
     assert error.startswith("error: ") and "does not exist" in error and error.count("\n") == 1
 
 
-# ------------------------------------------------------------------------------------ Table IV
+# ------------------------------------------------------------------------------------ costs
+
+
+def measure_parts(config, batch_size):
+    """measure_apart without processes."""
+    return [measure(part, batch_size) for part in trainings(config)]
 
 
 def test_costs(setting):
-    found = {name: measure(config, 4) for name, config in methods(setting, "embedded").items()}
-    fused = measure(methods(setting, "embedded")["UP-Person"].replace(backend="triton"), 4)
+    found = {name: measure(config, 4) for name, config in modules_alone(setting["embedded"]).items()}
+    fused = measure(setting["embedded"].replace(backend="triton"), 4)
     assert (fused.inference_gflops, fused.step_gflops) == (
         found["UP-Person"].inference_gflops, found["UP-Person"].step_gflops)
     trained = {name: cost.trained_parameters for name, cost in found.items()}
@@ -278,6 +357,19 @@ def test_costs(setting):
     assert all(cost.query_seconds > 0 for cost in found.values())
 
 
+def test_costs_of_stages(setting):
+    """Each trains its own parameters, all of them are those of one model."""
+    config = with_method(setting["embedded"], "prompt-decoupling")
+    prompts, encoders = costs = measure_parts(config, 4)
+    clip = measure(with_method(setting["embedded"], "full"), 4)
+    assert prompts.trained_parameters == 2 * 2 * 4 * 32                  # towers, layers, prompts, width
+    assert encoders.trained_parameters == clip.trained_parameters
+    assert prompts.all_parameters == encoders.all_parameters == clip.all_parameters + prompts.trained_parameters
+    assert 0 < prompts.step_gflops < encoders.step_gflops
+    assert cost_cell(costs, "trained_parameters") == f"512 / {clip.trained_parameters:,}"
+    assert cost_cell(costs, "all_parameters") == f"{encoders.all_parameters:,}"
+
+
 @pytest.mark.skipif(not Peak.CLEAR.exists(), reason="only Linux tells the peak of a process's memory")
 def test_peak_memory():
     """In a process of its own, as the command measures: one that has freed much gives it away again unseen."""
@@ -295,10 +387,9 @@ def test_peak_memory():
 
 
 def test_costs_from_the_command(run, output, monkeypatch, capsys):
-    monkeypatch.setattr(command, "real_setting", lambda root: command.embedded_setting())
-    monkeypatch.setattr(command, "EMBEDDED_BATCH", 4)
-    monkeypatch.setattr(command.efficiency, "measure_apart", measure)
-    monkeypatch.setattr(command, "FULL_SIZE", "embedded")
+    monkeypatch.setattr(efficiency, "DRAWN_BATCH", 4)
+    monkeypatch.setattr(efficiency, "measure_apart", measure_parts)
+    monkeypatch.setattr(efficiency, "FULL_SIZE", "embedded")
     assert run("IV") == 0
     text = (output / "IV-embedded.md").read_text()
     assert text in capsys.readouterr().out and "GFLOPs" in text and text.count("| UP-Person") == 2

@@ -20,13 +20,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from upperson.checkpoint import CheckpointError, load_checkpoint, load_model, load_resume_state
-from upperson.config import FIELDS, PRESETS, TrainConfig
+from upperson.checkpoint import CheckpointError, load_checkpoint, load_model, load_resume_state, save_resume_state
+from upperson.config import TrainConfig
 from upperson.data import DataError
 from upperson.interruption import Interruption
-from upperson.model import UPPerson
+from upperson.model import AdaptedCLIP
 from upperson.objective import Objective
 from upperson.optimization import build_optimizer, build_schedule
+from upperson.presets import PRESETS
 from upperson.resources import random_states, set_random_states
 from upperson.retrieval import evaluate
 from upperson.run_folder import RunError
@@ -134,7 +135,7 @@ def test_a_run_leaves_everything_it_promises(config, capsys):
 def test_only_the_adaptation_is_trained_and_the_checkpoint_reproduces_the_result(config):
     result = fit(config)
     torch.manual_seed(config.train.seed)
-    untrained = UPPerson(config.model)
+    untrained = AdaptedCLIP(config.model)
     trained = load_model(config.train.run_dir / "best.safetensors")
     test = read_splits(config.data)["test"]
     assert evaluate(trained, test).metrics == result.results["adapted"]
@@ -150,7 +151,7 @@ def test_steps_on_one_batch_bring_its_loss_down(config):
     torch.manual_seed(0)
     config.train.run_dir.mkdir()
     splits, cpu = read_splits(config.data), torch.device("cpu")
-    run = Training(config, UPPerson(config.model), splits, config.train.run_dir, cpu, "fp32", Interruption())
+    run = Training(config, AdaptedCLIP(config.model), splits, config.train.run_dir, cpu, "fp32", Interruption())
     batch = next(iter(run.batches))
     losses = [run.step(batch)["loss"] for _ in range(60)]
     assert losses[-1] < 0.7 * losses[0]
@@ -178,7 +179,7 @@ def test_compiled_blocks_take_the_same_step(config):
         config = config.replace(compile=compiled, run_dir=config.train.run_dir.with_name(str(compiled)))
         config.train.run_dir.mkdir()
         torch.manual_seed(0)
-        model = UPPerson(config.model)
+        model = AdaptedCLIP(config.model)
         splits = read_splits(config.data)
         run = Training(config, model, splits, config.train.run_dir, cpu, "fp32", Interruption())
         before = run.evaluate("val").average_precision
@@ -196,7 +197,7 @@ def test_a_state_from_another_device_continues_with_this_ones_optimizer(config):
     """On a GPU Adam is fused; what a GPU saved must not fuse it here, nor the other way round."""
     config.train.run_dir.mkdir()
     splits, cpu = read_splits(config.data), torch.device("cpu")
-    run = Training(config, UPPerson(config.model), splits, config.train.run_dir, cpu, "fp32", Interruption())
+    run = Training(config, AdaptedCLIP(config.model), splits, config.train.run_dir, cpu, "fp32", Interruption())
     run.log.start(after=0)
     run.step(next(iter(run.batches)))
     run.save_state()
@@ -355,7 +356,7 @@ def test_schedule_without_warmup():
 def test_optimizer_is_the_golden_one(config, golden):
     data = golden("cuhk")
     decay_of = dict(zip(data["optim/names"].tolist(), data["optim/weight_decay"].tolist(), strict=True))
-    parameters = UPPerson(config.model).trained_parameters()
+    parameters = AdaptedCLIP(config.model).trained_parameters()
     optimizer = build_optimizer(parameters, PRESETS["cuhk-pedes"].train)
     names = {parameter: name for name, parameter in parameters.items()}
     found = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -448,8 +449,7 @@ def kill_when(process, run_dir, kind, step):
 def flags_of(config):
     """The command line of a configuration."""
     flags = []
-    for name, section in FIELDS.items():
-        value = getattr(getattr(config, section), name)
+    for name, value in config.values().items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             flags += [flag if value else "--no-" + flag[2:]] if name != "resume" else []
@@ -487,6 +487,20 @@ def test_a_run_killed_before_its_first_state_starts_anew(config, whole):
 
 def test_resuming_a_finished_run_repeats_its_result(config, whole):
     shutil.copytree(whole, config.train.run_dir)
+    fit(config.replace(resume=True))
+    assert_same_run(whole, config.train.run_dir)
+
+
+def test_a_state_of_an_earlier_version_is_continued(config, whole, monkeypatch):
+    """From before a training could start from a checkpoint."""
+    with monkeypatch.context() as patch:
+        fail_at(patch, 8, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config)
+    path = config.train.run_dir / "resume.safetensors"
+    state, saved = load_resume_state(path)
+    assert state["progress"].pop("start") is None
+    save_resume_state(path, state, saved)
     fit(config.replace(resume=True))
     assert_same_run(whole, config.train.run_dir)
 

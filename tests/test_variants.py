@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -12,10 +11,10 @@ import torch.nn.functional as F
 from operators import DEVICE, EXACT
 from test_model import TINY_CLIP, build, inputs, stirred
 
-from upperson import PRESETS, ModelConfig, UPPerson
+from upperson import PRESETS, AdaptedCLIP, ModelConfig
 from upperson.model.block import Stream
-from upperson.model.petl import ADAPTERS, LOW_RANK, PREFIXES
 from upperson.objective import Objective
+from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES
 
 PREFIX_KINDS, LORA_KINDS = [*PREFIXES, "none"], [*LOW_RANK, "none"]
 ADAPTER_KINDS = [*ADAPTERS, "none"]
@@ -28,8 +27,8 @@ def tiny(tmp_path):
     path = tmp_path / "tiny.json"
     towers = {name: TINY_CLIP[name] | dict(layers=2) for name in ("vision_cfg", "text_cfg")}
     path.write_text(json.dumps(TINY_CLIP | towers))
-    return ModelConfig(model=str(path), pretrained="none", image_size=(48, 16), prefix_length=3, lora_rank=2,
-                       adapter_reduction=4, backend="torch", **NOTHING)
+    config = ModelConfig(str(path), "none", (48, 16), backend="torch")
+    return config.replace(prefix_length=3, lora_rank=2, adapter_reduction=4, **NOTHING)
 
 
 def adapted(config, dtype=torch.float64):
@@ -128,7 +127,7 @@ VARIANTS = (
 @pytest.mark.parametrize("causal", [False, True])
 def test_each_computes_its_formula(tiny, variant, causal):
     """Outputs, and gradients of the input and of every parameter, in float64."""
-    model = adapted(replace(tiny, **variant))
+    model = adapted(tiny.replace(**variant))
     block = (model.text_blocks if causal else model.image_blocks)[0]
     # What reaches the block is no fresh LayerNorm, so gain and bias matter.
     with torch.no_grad():
@@ -148,7 +147,7 @@ def test_each_computes_its_formula(tiny, variant, causal):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())))
 def test_gradients_are_those_of_finite_differences(tiny, variant):
-    block = adapted(replace(tiny, **variant)).image_blocks[0]
+    block = adapted(tiny.replace(**variant)).image_blocks[0]
     x = torch.randn(1, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_()
     parameters = list(block.trained().values())
     assert torch.autograd.gradcheck(lambda *_: block(Stream(x)).total(), [x, *parameters], fast_mode=True)
@@ -166,7 +165,7 @@ def test_fused_against_plain(tiny, variant):
     images, tokens = (t.to(DEVICE) for t in inputs(EXACT))
     found = []
     for backend in ("triton", "torch"):
-        model = stirred(build(replace(tiny, backend=backend, **variant)), scale=0.05).to(DEVICE, EXACT)
+        model = stirred(build(tiny.replace(backend=backend, **variant)), scale=0.05).to(DEVICE, EXACT)
         loss = F.cosine_similarity(model.encode_image(images), model.encode_text(tokens)).sum()
         parameters = model.trained_parameters()
         found.append((loss, dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))))
@@ -183,7 +182,7 @@ def test_autocast_keeps_parameters_and_gradients_in_float32(tiny, variant):
     images, tokens = inputs()
     batch = dict(images=images, captions=tokens, masked_captions=tokens, mask_labels=tokens, person_ids=torch.arange(4))
     torch.manual_seed(0)
-    model = stirred(build(replace(tiny, **variant)), scale=0.05)
+    model = stirred(build(tiny.replace(**variant)), scale=0.05)
     goal = Objective("sdm+id+mlm", 0.02, 16, 49408, range(4))
     exact, _ = goal(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
@@ -202,7 +201,7 @@ def test_every_choice_differs_from_every_other(tiny, field, kinds):
     images, tokens = inputs(torch.float64)
     features = []
     for kind in kinds:
-        model = adapted(replace(tiny, **{field: kind}))
+        model = adapted(tiny.replace(**{field: kind}))
         with torch.no_grad():
             features.append(torch.stack([model.encode_image(images), model.encode_text(tokens)]))
     for a, b in itertools.combinations(features, 2):
@@ -213,7 +212,7 @@ def test_every_choice_differs_from_every_other(tiny, field, kinds):
                          ids=lambda variant: "-".join(map(str, variant.values())))
 def test_what_has_not_been_trained_changes_nothing(tiny, variant):
     """A prefix starts small, the others at nothing."""
-    model, (images, tokens) = build(replace(tiny, **variant)).double(), inputs(torch.float64)
+    model, (images, tokens) = build(tiny.replace(**variant)).double(), inputs(torch.float64)
     with torch.no_grad():
         adapted_features = model.encode_image(images), model.encode_text(tokens)
         with model.zero_shot():
@@ -223,14 +222,14 @@ def test_what_has_not_been_trained_changes_nothing(tiny, variant):
 
 
 def test_full_fine_tuning_trains_clip_and_zero_shot_nothing(tiny):
-    model, (images, tokens) = build(replace(tiny, method="full")), inputs()
+    model, (images, tokens) = build(tiny.replace(method="full")), inputs()
     parameters = model.trained_parameters()
     names = {name for name, _ in open_clip.CLIP(**json.loads(Path(tiny.model).read_text())).named_parameters()}
     assert set(parameters) == names - {"logit_scale"}
     assert {id(p) for p in parameters.values()} == {id(p) for p in model.parameters() if p.requires_grad}
     (model.encode_image(images) * model.encode_text(tokens)).sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in parameters.values())
-    nothing = build(replace(tiny, method="zero-shot", prefix="salable", lora="lora"))
+    nothing = build(tiny.replace(method="zero-shot"))
     assert not nothing.trained_parameters() and not any(p.requires_grad for p in nothing.parameters())
 
 
@@ -241,7 +240,7 @@ def test_depths_and_numbers_of_parameters():
     def count(**changes):
         with torch.device("meta"):
             clip = open_clip.create_model("ViT-B-16-quickgelu", device="meta")
-            model = UPPerson(replace(PRESETS["cuhk-pedes"].model, **changes), clip)
+            model = AdaptedCLIP(PRESETS["cuhk-pedes"].model.replace(**changes), clip)
         return sum(p.numel() for p in model.trained_parameters().values())
 
     def expected(per_block):

@@ -3,7 +3,6 @@
 import json
 import os
 import warnings
-from dataclasses import replace
 
 import open_clip
 import pytest
@@ -13,7 +12,8 @@ from test_model import TINY_CLIP
 from torch import nn
 
 from upperson.config import ModelConfig
-from upperson.model import BackboneError, UPPerson
+from upperson.methods.zero_shot import ZeroShot
+from upperson.model import AdaptedCLIP, BackboneError
 from upperson.model.backbone import build_clip, resize_position_embedding
 from upperson.model.weights import weights_as_bytes
 
@@ -23,7 +23,7 @@ OPENAI_NUMBERS = {"input_resolution": 32, "context_length": 12, "vocab_size": 49
 @pytest.fixture
 def tiny(tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(TINY_CLIP))
-    return ModelConfig(str(tmp_path / "tiny.json"), "none", (48, 16), method="zero-shot", backend="torch")
+    return ModelConfig(str(tmp_path / "tiny.json"), "none", (48, 16), ZeroShot(), backend="torch")
 
 
 def published(image_size=32):
@@ -77,7 +77,7 @@ def test_formats(tiny, tmp_path, recwarn, kind):
     clip = published()
     path = write(kind, clip, tmp_path)
     recwarn.clear()
-    loaded = build_clip(replace(tiny, pretrained=str(path)))
+    loaded = build_clip(tiny.replace(pretrained=str(path)))
     assert not recwarn.list
     assert list(loaded.state_dict()) == list(clip.state_dict())
     for name, tensor in loaded.state_dict().items():
@@ -86,7 +86,7 @@ def test_formats(tiny, tmp_path, recwarn, kind):
 
 def test_openais_archive_fits_a_model_with_a_text_tower_of_its_own(tiny, tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(TINY_CLIP | dict(custom_text=True)))
-    loaded = build_clip(replace(tiny, pretrained=str(write("torchscript", published(), tmp_path))))
+    loaded = build_clip(tiny.replace(pretrained=str(write("torchscript", published(), tmp_path))))
     assert isinstance(loaded, open_clip.CustomTextCLIP)
     assert torch.equal(loaded.text.token_embedding.weight, published().token_embedding.weight)
 
@@ -100,7 +100,7 @@ def test_no_pickled_code_is_run(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": published().state_dict(), "args": Attack()}, "attack.pt")
     with pytest.raises(BackboneError, match="attack.pt does not hold weights of this model: Weights only load failed"):
-        build_clip(replace(tiny, pretrained="attack.pt"))
+        build_clip(tiny.replace(pretrained="attack.pt"))
     assert not (tmp_path / "attacked").exists()
     torch.load("attack.pt", weights_only=False)                         # which would have
     assert (tmp_path / "attacked").exists()
@@ -122,7 +122,7 @@ def test_files_of_others_are_told_what_was_expected(tiny, tmp_path, change, mess
     path = tmp_path / "other.pt"
     torch.save(change(published().state_dict()), path)
     with pytest.raises(BackboneError, match=f"other.pt does not hold weights of this model: .*{message}") as error:
-        build_clip(replace(tiny, pretrained=str(path)))
+        build_clip(tiny.replace(pretrained=str(path)))
     assert "expected a state dict in open_clip's format (.pt, .safetensors) or in OpenAI's" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -136,10 +136,10 @@ def test_position_embeddings_are_resampled_once_or_not_at_all(tiny, tmp_path, im
         (tmp_path / "configs").mkdir()
         (tmp_path / "configs" / "tiny-for-weights.json").write_text(json.dumps(TINY_CLIP))
         open_clip.add_model_config(tmp_path / "configs")
-        tiny = replace(tiny, model="tiny-for-weights")
+        tiny = tiny.replace(model="tiny-for-weights")
     clip = published(image_size)
     path = write("safetensors", clip, tmp_path)
-    loaded = UPPerson(replace(tiny, pretrained=str(path))).clip.visual
+    loaded = AdaptedCLIP(tiny.replace(pretrained=str(path))).clip.visual
     expected = resize_position_embedding(clip.visual.positional_embedding, grid, (6, 2))
     assert torch.equal(loaded.positional_embedding, expected)
     assert torch.equal(expected, clip.visual.positional_embedding) == (image_size == (48, 16))
@@ -150,10 +150,10 @@ def test_a_file_says_its_image_size_and_normalisation(tiny, tmp_path):
     """64×16 has as many patches as the published 32×32: the file must say which it is for."""
     clip, path = published((64, 16)), tmp_path / "clip.safetensors"
     path.write_bytes(weights_as_bytes(clip.state_dict(), (64, 16), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1)))
-    model = UPPerson(replace(tiny, pretrained=str(path), image_size=(64, 16)))
+    model = AdaptedCLIP(tiny.replace(pretrained=str(path), image_size=(64, 16)))
     assert torch.equal(model.clip.visual.positional_embedding, clip.visual.positional_embedding)
     assert (model.image_mean, model.image_std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
-    other = UPPerson(replace(tiny, pretrained=str(path))).clip.visual
+    other = AdaptedCLIP(tiny.replace(pretrained=str(path))).clip.visual
     expected = resize_position_embedding(clip.visual.positional_embedding, (8, 2), (6, 2))
     assert torch.equal(other.positional_embedding, expected)
 
@@ -162,4 +162,4 @@ def test_a_position_embedding_of_no_known_size_is_refused(tiny, tmp_path):
     path = write("safetensors", published((24, 40)), tmp_path)
     with pytest.raises(BackboneError, match="safetensors: its position embedding has 16 rows, for neither 32×32 nor "
                                             "48×16 nor square images"):
-        build_clip(replace(tiny, pretrained=str(path)))
+        build_clip(tiny.replace(pretrained=str(path)))

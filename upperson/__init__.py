@@ -1,7 +1,8 @@
 """UP-Person (arXiv 2504.10084): parameter-efficient text-based person retrieval on fused kernels."""
 
-from upperson.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig
-from upperson.model import UPPerson
+from upperson.config import Config, DataConfig, ModelConfig, TrainConfig
+from upperson.model import AdaptedCLIP
+from upperson.presets import PRESETS, preset
 from upperson.training import fit
 
-__all__ = ["PRESETS", "Config", "DataConfig", "ModelConfig", "TrainConfig", "UPPerson", "fit"]
+__all__ = ["PRESETS", "Config", "DataConfig", "ModelConfig", "TrainConfig", "AdaptedCLIP", "fit", "preset"]

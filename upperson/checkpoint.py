@@ -16,13 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from upperson.config import Config
-from upperson.model import UPPerson
+from upperson.config import Config, ModelConfig
+from upperson.model import AdaptedCLIP
 from upperson.model.weights import mismatch
 
 CHECKPOINT = "upperson checkpoint"
 RESUME_STATE = "upperson resume state"
 VERSION = "1"
+BACKBONE = ("model", "pretrained", "image_size")  # the fields of a ModelConfig that say what is adapted
 
 
 class CheckpointError(ValueError):
@@ -50,7 +51,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint(_configuration(path, metadata), tensors, _results(path, metadata))
 
 
-def load_model(path: Path | str, **changes: Any) -> UPPerson:
+def load_model(path: Path | str, **changes: Any) -> AdaptedCLIP:
     """The adapted model of a checkpoint, on the CPU.
 
     `changes` replace fields of its configuration: `pretrained="…"` where the backbone's file has moved,
@@ -60,9 +61,38 @@ def load_model(path: Path | str, **changes: Any) -> UPPerson:
     config = checkpoint.config.replace(**changes)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.train.seed)  # as in training: a random backbone is the same one
-        model = UPPerson(config.model)
-    copy_parameters(checkpoint.parameters, model.trained_parameters(), str(path))
+        model = AdaptedCLIP(config.model)
+    copy_parameters(checkpoint.parameters, model.adaptation(), str(path))
     return model
+
+
+def other_backbone(found: ModelConfig, wanted: ModelConfig) -> str:
+    """The fields of the backbone that differ, each as "field: found, not wanted"; "" for the same backbone."""
+    return "; ".join(
+        f"{field}: {getattr(found, field)}, not {getattr(wanted, field)}"
+        for field in BACKBONE
+        if getattr(found, field) != getattr(wanted, field)
+    )
+
+
+def parameters_to_start_from(path: Path | str, config: Config, model: AdaptedCLIP) -> dict[str, Tensor]:
+    """The parameters of a checkpoint, all of which a training of `model` by `config` can start from, by name.
+
+    The model stays as it is; it may have more than they are. CheckpointError for a checkpoint of another backbone, or
+    one with parameters that are none of model.adaptation() or have another shape.
+    """
+    checkpoint = load_checkpoint(path)
+    differences = other_backbone(checkpoint.config.model, config.model)
+    seed = checkpoint.config.train.seed
+    if not differences and config.model.pretrained == "none" and seed != config.train.seed:  # random weights
+        differences = f"seed: {seed}, not {config.train.seed}"
+    if differences:
+        raise CheckpointError(f"{path}: start_from a checkpoint of another backbone, {differences} as in this training")
+    found, adaptation = checkpoint.parameters, model.adaptation()
+    problems = mismatch(found, {name: adaptation[name] for name in found if name in adaptation})
+    if problems:
+        raise CheckpointError(f"{path}: start_from parameters that do not fit what is trained: {problems}")
+    return found
 
 
 @torch.no_grad()

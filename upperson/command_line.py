@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from upperson.config import FIELDS, PRESETS, SECTIONS, Config, TrainConfig
+from upperson.config import Config, TrainConfig
+from upperson.methods import METHODS
 from upperson.options import fields_of
+from upperson.presets import PRESETS, preset, with_method
+
+CHOOSERS = ("method", "resume")                                         # fields that are asked for before the others
 
 
 def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argparse.ArgumentParser] = ()) -> Config:
@@ -22,31 +26,33 @@ def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argpars
     chooser = _parser(add_help=False)
     _add_choosers(chooser)
     choice, _ = chooser.parse_known_args(argv)
-    base, resume = PRESETS[choice.preset or "embedded"], {}
+    base, resume = preset(choice.preset or "embedded", choice.method), {}
     if choice.resume is not None:
         resume = {"resume": True}
         if choice.resume:
             if choice.preset:
                 chooser.error("--preset and --resume RUN_DIR exclude each other: the run has its own configuration")
-            base = _configuration_of_run(Path(choice.resume), chooser)
+            base = with_method(_configuration_of_run(Path(choice.resume), chooser), choice.method)
             resume["run_dir"] = Path(choice.resume)
 
+    shown = "the run" if resume.get("run_dir") else f"preset {choice.preset or 'embedded'}"
     parser = _parser(
-        description="Train UP-Person for text-based person retrieval. Without arguments: the embedded data set and "
-        "the embedded CLIP, no network needed. The defaults shown are those of "
-        f"{'the run' if resume.get('run_dir') else 'preset ' + (choice.preset or 'embedded')}; "
-        "'--preset NAME --help' shows another's.",
+        description="Train a CLIP for text-based person retrieval. Without arguments: the embedded data set and "
+        f"the embedded CLIP, no network needed. The defaults shown are those of {shown} with method "
+        f"{base.model.method.name}; '--preset NAME --method NAME --help' shows another's.",
         parents=parents,
     )
     _add_choosers(parser)
-    for part, section in SECTIONS.items():
-        group = parser.add_argument_group({"train": "training"}.get(part, part))
-        for spec, hint in fields_of(section):
-            if spec.name != "resume":
-                _add_flag(group, spec, hint, getattr(getattr(base, part), spec.name))
-    given = {
-        name: value for name, value in vars(parser.parse_args(argv)).items() if name in FIELDS and name != "resume"
-    }
+    titles = {"method": f"method {base.model.method.name}", "train": "training"}
+    for name, section in base.sections().items():
+        group = parser.add_argument_group(titles.get(name, name))
+        for spec, hint in fields_of(type(section)):
+            if spec.name not in CHOOSERS:
+                _add_flag(group, spec, hint, getattr(section, spec.name))
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_unknown(unknown, base.model.method.name))
+    given = {name: value for name, value in vars(parsed).items() if name in base.values() and name not in CHOOSERS}
     if resume.get("run_dir") and given.get("run_dir", resume["run_dir"]) != resume["run_dir"]:
         parser.error(f"--run-dir {given['run_dir']} is not the run of --resume {resume['run_dir']}")
     if resume and not (resume.get("run_dir") or given.get("run_dir")):
@@ -58,6 +64,17 @@ def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argpars
     if given.get("data_root") is not None and config.data.is_drawn:
         parser.error(f"--data-root: {config.data.dataset} is drawn, not read; name a data set by --dataset or --preset")
     return config
+
+
+def _unknown(arguments: Sequence[str], method: str) -> str:
+    """What is wrong with arguments that are no flags; those of another method are the likely mistake."""
+    for argument in arguments:
+        field = argument.split("=")[0].removeprefix("--").replace("-", "_")
+        owners = [other.name for other in METHODS.values() if other.name != method
+                  and {field, field.removeprefix("no_")} & {spec.name for spec in dataclasses.fields(other)}]
+        if argument.startswith("--") and owners:
+            return f"{argument.split('=')[0]}: an option of --method {' and '.join(owners)}, not of {method}"
+    return f"unrecognized arguments: {' '.join(arguments)}"
 
 
 def _parser(**settings: Any) -> argparse.ArgumentParser:
@@ -72,6 +89,8 @@ def _parser(**settings: Any) -> argparse.ArgumentParser:
 
 def _add_choosers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=list(PRESETS), help="where all other values come from (default: embedded)")
+    parser.add_argument("--method", choices=list(METHODS),
+                        help="what is trained; brings its own options, below, and its recipe (default: the preset's)")
     parser.add_argument(
         "--resume",
         nargs="?",

@@ -1,6 +1,7 @@
-"""The configuration of a run: three dataclasses, presets, and JSON.
+"""The configuration of a run: three dataclasses, the method's options in one of them, and JSON.
 
-Every field's type, bounds and help stand here and nowhere else; command_line.py makes flags of them.
+Every field's type, bounds and help stand here or, if only one method has it, in that method's file; command_line.py
+makes flags of them.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from upperson.losses import parse_losses
+from upperson.methods import DEFAULT, METHODS, Method
 from upperson.options import Checked, fields_of, option
 
 SELECTIONS = {
@@ -23,23 +25,9 @@ SELECTIONS = {
 }
 
 
-AdapterKind = Literal["l-parallel", "l-sequential", "parallel", "sequential", "ln-tuning", "none"]
-ADAPTERS = (
-    "beside LayerNorm (L-Adapter), after LayerNorm, beside the attention, after the attention, LayerNorm's own gain "
-    "and bias, or none"
-)
-
-
-PARTS = {
-    "salable": "S-Prefix", "vanilla": "prefix", "lora": "LoRA", "dora": "DoRA", "wora": "WoRA",
-    "l-parallel": "L-Adapter", "l-sequential": "sequential L-Adapter", "parallel": "parallel adapter",
-    "sequential": "sequential adapter", "ln-tuning": "LN-tuning",
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    """The backbone and what is added to it. Depths count blocks from the input."""
+    """The backbone, what is added to it, and how it is computed."""
 
     model: str = option(
         "embedded",
@@ -52,29 +40,9 @@ class ModelConfig(Checked):
     image_size: tuple[int, int] = option(
         (192, 64), "height and width in pixels", at_least=1, metavar=("HEIGHT", "WIDTH")
     )
-    method: Literal["up-person", "full", "zero-shot"] = option(
-        "up-person", "what is trained: UP-Person's modules in the frozen CLIP, all of CLIP, or nothing", added=True
+    method: Method = option(
+        METHODS[DEFAULT](), "what is trained, and how; each method has options of its own", added=True
     )
-    prefix: Literal["salable", "vanilla", "none"] = option(
-        "salable",
-        "prefix in the attention: with a learnable λ (S-Prefix), without (prefix tuning), or none",
-        added=True,
-    )
-    prefix_length: int = option(10, "prefix tokens P in a block, each tower its own", at_least=1)
-    prefix_scale: float = option(10.0, "initial value of the learnable λ on the salable prefix")
-    scale_target: Literal["weights", "logits"] = option(
-        "weights", "what λ multiplies: the prefix's attention weights (the paper's Eq. 15) or its logits"
-    )
-    lora: Literal["lora", "dora", "wora", "none"] = option(
-        "lora", "low-rank update of the key and value projections: LoRA, DoRA, WoRA, or none", added=True
-    )
-    lora_rank: int = option(32, "rank of that update", at_least=1)
-    adapter_attn: AdapterKind = option("l-parallel", f"adapter at the attention: {ADAPTERS}", added=True)
-    adapter_mlp: AdapterKind = option("l-parallel", "adapter at the MLP, of the same kinds", added=True)
-    adapter_reduction: int = option(8, "adapter width is tower width / this", at_least=1)
-    depth_prefix: int | None = option(None, "prefix in the first so many blocks; none: in all", at_least=0)
-    depth_lora: int | None = option(None, "LoRA in the first so many blocks; none: in all", at_least=0)
-    depth_adapter: int = option(0, "adapters in all but the first so many blocks", at_least=0)
     backend: Literal["auto", "triton", "torch"] = option(
         "auto", "fused kernels or plain PyTorch; auto: kernels on a GPU, PyTorch elsewhere", changes_results=False
     )
@@ -96,19 +64,24 @@ class ModelConfig(Checked):
                 "expected an open_clip tag, the path of a checkpoint, or 'none'"
             )
 
-    @property
-    def title(self) -> str:
-        """What is trained, in the field's words: "UP-Person", "S-Prefix + LoRA", "full fine-tuning", …"""
-        if self.method != "up-person":
-            return {"full": "full fine-tuning", "zero-shot": "zero-shot CLIP"}[self.method]
-        parts = [PARTS[kind] for kind in (self.prefix, self.lora) if kind != "none"]
-        adapters = [self.adapter_attn, self.adapter_mlp]
-        if adapters[0] == adapters[1]:
-            parts += [PARTS[kind] for kind in adapters[:1] if kind != "none"]
-        else:
-            places = zip(adapters, ("attention", "MLP"), strict=True)
-            parts += [f"{PARTS[kind]} at the {place}" for kind, place in places if kind != "none"]
-        return "UP-Person" if parts == ["S-Prefix", "LoRA", "L-Adapter"] else " + ".join(parts)
+    def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with single fields changed, the model's or its method's; `method` by name starts from its defaults."""
+        own = {spec.name for spec in dataclasses.fields(self)}
+        method = changes.pop("method", self.method)
+        if isinstance(method, str):
+            method = method_named(method) if method != self.method.name else self.method
+        of_method = {name: changes.pop(name) for name in list(changes) if name not in own}
+        unknown = set(of_method) - {spec.name for spec in dataclasses.fields(method)}
+        if unknown:
+            raise ValueError(f"unknown configuration fields with method {method.name}: {', '.join(sorted(unknown))}")
+        return dataclasses.replace(self, method=dataclasses.replace(method, **of_method), **changes)
+
+
+def method_named(name: str) -> Method:
+    """The method with its default options. ValueError lists the names where it is none of them."""
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"method: {name!r} is not allowed; expected one of {', '.join(METHODS)}")
+    return METHODS[name]()
 
 
 EmbeddedDataset = Literal["embedded", "embedded-night", "embedded-scenes", "embedded-scenes-night"]
@@ -158,6 +131,9 @@ class TrainConfig(Checked):
     epochs: int = option(60, "passes over the training split", at_least=1)
     batch_size: int = option(128, "pairs in a batch; the loss needs at least two", at_least=2)
     learning_rate: float = option(1e-3, "Adam's learning rate after the warm-up", above=0)
+    bias_learning_rate: float | None = option(
+        None, "another learning rate for biases; none: the same", above=0, added=True
+    )
     prefix_learning_rate: float | None = option(
         None, "another learning rate for the prefix parameters; none: the same", above=0
     )
@@ -167,6 +143,12 @@ class TrainConfig(Checked):
     warmup_factor: float = option(0.1, "the warm-up starts at this share of the learning rate", above=0, at_most=1)
     losses: str = option("sdm", "sdm, itc, cmpm, id, mlm, or a weighted sum of them such as sdm+0.5*itc", added=True)
     temperature: float = option(0.02, "temperature of the SDM and ITC losses", above=0)
+    freeze: str = option(
+        "", "kinds of trained parameters to leave as they are, joined by +, such as prompt or lora+prefix", added=True
+    )
+    start_from: Path | None = option(
+        None, "checkpoint whose parameters the training starts from; none: initial values", added=True
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "autocast; parameters stay float32; auto: bf16 on a GPU, fp32 on a CPU"
     )
@@ -218,20 +200,33 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def sections(self) -> dict[str, Any]:
+        """The parts that hold fields, by name; the method is a part of the model."""
+        return {"model": self.model, "method": self.model.method, "data": self.data, "train": self.train}
+
+    def values(self) -> dict[str, Any]:
+        """Every field by name, wherever it stands; the method by its name."""
+        found = {spec.name: getattr(section, spec.name)
+                 for section in self.sections().values() for spec in dataclasses.fields(section)}
+        return found | {"method": self.model.method.name}
+
     def replace(self, **changes: Any) -> "Config":
-        """A copy with single fields changed, wherever they stand: `config.replace(epochs=3, prefix_length=4)`."""
-        unknown = set(changes) - set(FIELDS)
-        if unknown:
-            raise ValueError(f"unknown configuration fields: {', '.join(sorted(unknown))}")
+        """A copy with single fields changed, wherever they stand: `config.replace(epochs=3, prefix_length=4)`.
+
+        Another `method`, by name, starts from its default options, and the rest stays; `upperson.presets.preset` also
+        gives the recipe that a method is trained with.
+        """
         parts = {}
-        for part in SECTIONS:
-            section = getattr(self, part)
-            own = {name: value for name, value in changes.items() if FIELDS[name] == part}
-            parts[part] = dataclasses.replace(section, **own) if own else section
-        return Config(**parts)
+        for name in ("data", "train"):
+            section = getattr(self, name)
+            own = {spec.name: changes.pop(spec.name) for spec in dataclasses.fields(section) if spec.name in changes}
+            parts[name] = dataclasses.replace(section, **own) if own else section
+        return Config(self.model.replace(**changes) if changes else self.model, **parts)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2, default=str, allow_nan=False) + "\n"
+        content = dataclasses.asdict(self)
+        content["model"]["method"] = {"name": self.model.method.name, **content["model"]["method"]}
+        return json.dumps(content, indent=2, default=str, allow_nan=False) + "\n"
 
     @staticmethod
     def from_json(text: str) -> "Config":
@@ -241,52 +236,49 @@ class Config:
         except json.JSONDecodeError as error:
             raise ValueError(f"not JSON: {error}") from None
         _same_keys(content, SECTIONS, "configuration")
-        parts = {}
-        for part, section in SECTIONS.items():
-            hints = {spec.name: hint for spec, hint in fields_of(section)}
-            added = {spec.name for spec, _ in fields_of(section) if spec.metadata["added"]}
-            _same_keys(content[part], hints, part, added)
-            parts[part] = section(**{name: _from_plain(value, hints[name]) for name, value in content[part].items()})
-        return Config(**parts)
+        model = _with_method(content["model"])
+        parts = {name: _section(section, content[name], name) for name, section in SECTIONS.items() if name != "model"}
+        return Config(_section(ModelConfig, model, "model"), **parts)
 
     def differences(self, other: "Config") -> list[str]:
         """The fields that change results and differ, each as "field: mine, not theirs"."""
-        found = []
-        for part, section in SECTIONS.items():
-            for spec in dataclasses.fields(section):
-                mine, theirs = (getattr(getattr(config, part), spec.name) for config in (self, other))
-                if mine != theirs and spec.metadata["changes_results"]:
-                    found.append(f"{spec.name}: {mine}, not {theirs}")
-        return found
+        if self.model.method.name != other.model.method.name:
+            return [f"method: {self.model.method.name}, not {other.model.method.name}"]
+        theirs = other.values()
+        matter = [spec.name for section in self.sections().values() for spec in dataclasses.fields(section)
+                  if spec.metadata["changes_results"]]
+        mine = self.values()
+        return [f"{name}: {mine[name]}, not {theirs[name]}" for name in matter if mine[name] != theirs[name]]
 
 
 SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
-FIELDS = {spec.name: part for part, section in SECTIONS.items() for spec in dataclasses.fields(section)}
 
-_BACKBONE = {"model": "ViT-B-16-quickgelu", "pretrained": "openai", "image_size": (384, 128)}
-_GENERAL = _BACKBONE | {"image_size": (224, 224)}
-_PAPER: dict[str, Config] = {
-    "cuhk-pedes": Config(ModelConfig(**_BACKBONE), DataConfig(dataset="cuhk-pedes")),
-    "icfg-pedes": Config(ModelConfig(**_BACKBONE, prefix_length=14), DataConfig(dataset="icfg-pedes")),
-    "rstpreid": Config(
-        ModelConfig(**_BACKBONE, prefix_length=2, lora_rank=16),
-        DataConfig(dataset="rstpreid"),
-        TrainConfig(learning_rate=1e-4),
-    ),
-}
-PRESETS: dict[str, Config] = {
-    "embedded": Config(
-        ModelConfig(prefix_length=4, lora_rank=8, adapter_reduction=4),
-        DataConfig(workers=0, mask_captions=False, embedded_identities=(1200, 100, 200)),
-        TrainConfig(epochs=8, batch_size=64, warmup_epochs=1, learning_rate=3e-3, adam_epsilon=1e-8),
-    ),
-    **_PAPER,
-    # Where the released code differs from the paper: λ starts at 100, the reported epoch is the best on the test split.
-    **{f"{name}-released": config.replace(prefix_scale=100.0, selection="best-on-test")
-       for name, config in _PAPER.items()},
-    "flickr30k": Config(ModelConfig(**_GENERAL), DataConfig(dataset="flickr30k")),
-    "mscoco": Config(ModelConfig(**_GENERAL), DataConfig(dataset="mscoco")),
-}  # fmt: skip
+
+def _section(section: type, content: Any, where: str) -> Any:
+    """A part of the configuration from its JSON object."""
+    hints = {spec.name: hint for spec, hint in fields_of(section)}
+    added = {spec.name for spec, _ in fields_of(section) if spec.metadata["added"]}
+    _same_keys(content, hints, where, added)
+    return section(**{name: _from_plain(value, hints[name]) for name, value in content.items()})
+
+
+def _with_method(model: Any) -> Any:
+    """A model's JSON object with its method built from the object in it.
+
+    In files from before there was one, the options of the default method stand among the model's own.
+    """
+    if not isinstance(model, dict):
+        return model
+    content = model.get("method", DEFAULT)
+    if isinstance(content, dict):
+        content = dict(content)
+        method = type(method_named(content.pop("name", None)))
+    else:
+        method, older = type(method_named(content)), {spec.name for spec in dataclasses.fields(METHODS[DEFAULT])}
+        own = {spec.name for spec in dataclasses.fields(method)}
+        content = {name: value for name, value in model.items() if name in older & own}
+        model = {name: value for name, value in model.items() if name not in older}
+    return model | {"method": _section(method, content, f"method {method.name}")}
 
 
 def _from_plain(value: Any, hint: Any) -> Any:

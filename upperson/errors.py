@@ -3,8 +3,9 @@
 from kernels.tiles import TilesError
 from upperson.checkpoint import CheckpointError
 from upperson.data import DataError
+from upperson.methods import MethodError
 from upperson.metrics import RetrievalError
 from upperson.model import BackboneError
 from upperson.run_folder import RunError
 
-USER_ERRORS = (BackboneError, CheckpointError, DataError, RetrievalError, RunError, TilesError, OSError)
+USER_ERRORS = (BackboneError, CheckpointError, DataError, MethodError, RetrievalError, RunError, TilesError, OSError)

@@ -131,7 +131,7 @@ def evaluate_checkpoint(
     captions, images = _captions(samples), _images(samples)
     results = {
         "checkpoint": str(path),
-        "method": config.model.title,
+        "method": config.model.method.title,
         "model": config.model.model,
         "trained_on": _name(checkpoint.config.data),
         "epochs": config.train.epochs,

@@ -3,18 +3,19 @@
     python -m upperson.merge CHECKPOINT OUTPUT.safetensors
     python -m upperson.merge CHECKPOINT OUTPUT.safetensors --rest REST.safetensors
 
-LoRA, DoRA and WoRA fold into the weights of keys and values, LN-tuning into LayerNorm's gain and bias; a checkpoint of
-method "full" is such weights already. Two kinds of modules do not fold. A prefix is columns of keys and values of its
-own, some of whose attention weights λ scales, and open_clip's attention has no such columns. A bottleneck adapter is
-not linear, and no layer of CLIP computes it. `--rest` writes those to a second checkpoint, whose backbone is OUTPUT:
-load_model gives the same features, and merges no weights at every step.
+LoRA, DoRA and WoRA fold into the weights of keys and values, LN-tuning into LayerNorm's gain and bias; CLIP's own
+weights, where a method trains them, are such already. Others do not fold. A prefix is columns of keys and values of its
+own, some of whose attention weights λ scales, prompts are tokens of their own, and open_clip's towers have neither. A
+bottleneck adapter is not linear, and no layer of CLIP computes it. `--rest` writes those to a second checkpoint, whose
+backbone is OUTPUT: load_model gives the same features, and merges no weights at every step.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 
 from upperson.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint, write_atomically
 from upperson.config import Config, ModelConfig
-from upperson.model import BackboneError, UPPerson
+from upperson.methods import MethodError
+from upperson.model import AdaptedCLIP, BackboneError
 from upperson.model.backbone import CLIP_VOCABULARY, configuration_file, random_clip
-from upperson.model.block import MODULES, Block, parameters_of
-from upperson.model.petl import LayerNormTuning, LoRA
+from upperson.model.block import KINDS, Block, parameters_of
 from upperson.model.weights import weights_as_bytes
+from upperson.petl import LayerNormTuning, LoRA
 
 TOLERANCE = 1e-5                                                        # of features, relative, in float32
 
@@ -37,32 +39,32 @@ class MergeError(ValueError):
     """An adaptation that does not fold into weights, or a result that is not what it should be."""
 
 
-def merge(model: UPPerson) -> dict[str, Tensor]:
+def merge(model: AdaptedCLIP) -> dict[str, Tensor]:
     """The state dict of a plain open_clip model with the features of `model`, in its dtype and on its device.
 
     The model is left as it is; weights that nothing is folded into are its own tensors. The position embedding is that
     of config.image_size. Raises MergeError, which names them, for modules that do not fold.
     """
-    fields = fields_of(unfoldable(model))
-    if fields:
-        named = ", ".join(f"{field} {getattr(model.config, field)}" for field in fields)
-        raise MergeError(f"does not fold into weights that open_clip can use: {named}")
+    modules = unfoldable(model)
+    if modules:
+        named = dict.fromkeys(f"{kind_of(name)} {type(module).__name__}" for name, module in modules.items())
+        raise MergeError(f"does not fold into weights that open_clip can use: {', '.join(named)}")
     return folded(model)
 
 
-def unfoldable(model: UPPerson) -> dict[str, nn.Module]:
+def unfoldable(model: AdaptedCLIP) -> dict[str, nn.Module]:
     """The trained modules that do not fold, by name."""
     return {name: module for name, module in model.trained_modules().items()
             if not isinstance(module, LoRA | LayerNormTuning)}
 
 
-def fields_of(modules: Iterable[str]) -> list[str]:
-    """The fields of the configuration that chose modules of these names."""
-    return [field for field in MODULES if any(name.endswith(f".{field}") for name in modules)]
+def kind_of(module: str) -> str:
+    """The kind of a trained module, one of KINDS, by its name."""
+    return module.rpartition(".")[2]
 
 
 @torch.no_grad()
-def folded(model: UPPerson) -> dict[str, Tensor]:
+def folded(model: AdaptedCLIP) -> dict[str, Tensor]:
     """The state dict of open_clip's model, with everything in it that folds."""
     state = dict(model.clip.state_dict())
     for name, block in model.clip.named_modules():
@@ -96,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(str(error))
         _check_places(parser, outputs, [options.checkpoint, Path(config.model.pretrained), Path(config.model.model)])
         found = merge_checkpoint(options.checkpoint, config, options.output, options.rest)
-    except (BackboneError, CheckpointError, MergeError, OSError) as error:
+    except (BackboneError, CheckpointError, MergeError, MethodError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -159,17 +161,19 @@ def merge_checkpoint(path: Path, config: Config, output: Path, rest: Path | None
             state = merge(model)
         except MergeError as error:
             raise MergeError(f"{path}: {error}; --rest FILE keeps that in a checkpoint of its own") from None
-    elif remaining:
-        state = folded(model)
-    else:
+    elif not remaining:
         raise MergeError(f"{path}: everything in it folds into {output}; nothing remains for {rest}")
+    else:
+        kept = {kind_of(name) for name in remaining}
+        method = config.model.method.without(kind for kind in KINDS if kind not in kept)
+        state = folded(model)
 
     content = weights_as_bytes(state, config.model.image_size, model.image_mean, model.image_std)
     with staged([output] if rest is None else [output, rest]) as (staged_output, *staged_rest):
         write_atomically(staged_output, content)
         if staged_rest:
-            gone = {field: "none" for field in MODULES if field not in fields_of(remaining)}
-            save_checkpoint(staged_rest[0], parameters_of(remaining), config.replace(**gone, pretrained=str(output)),
+            backbone = replace(config.model, method=method, pretrained=str(output))
+            save_checkpoint(staged_rest[0], parameters_of(remaining), replace(config, model=backbone),
                             load_checkpoint(path).results)
             written = load_model(staged_rest[0], pretrained=str(staged_output), backend="torch")
         else:
@@ -195,7 +199,7 @@ def staged(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 @torch.no_grad()
-def largest_difference(model: UPPerson, other: nn.Module) -> float:
+def largest_difference(model: AdaptedCLIP, other: nn.Module) -> float:
     """The distance of two models' features of the same input over their length, at most, for random input.
 
     `other` has open_clip's encode_image and encode_text.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from upperson.data import NOT_MASKED
 from upperson.distributed import ALONE, Group
 from upperson.losses import PAIR_LOSSES, parse_losses
-from upperson.model import UPPerson
+from upperson.model import AdaptedCLIP
 
 DEPTH = 4  # blocks of the cross-modal transformer
 HEAD_WIDTH = 64
@@ -51,7 +51,7 @@ class Objective(nn.Module):
         """The parameters of the heads: objective.{id,mlm}.…"""
         return {f"objective.{name}": parameter for name, parameter in self.named_parameters()}
 
-    def forward(self, model: UPPerson, batch: Mapping[str, Tensor], pairs: int | None = None
+    def forward(self, model: AdaptedCLIP, batch: Mapping[str, Tensor], pairs: int | None = None
                 ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and the single losses by name, all scalars, of a batch of upperson.data.train_loader.
 
@@ -84,7 +84,7 @@ class Objective(nn.Module):
 class LossesOfModel(nn.Module):
     """Objective and model in one, batch in and losses out: what DistributedDataParallel can wrap."""
 
-    def __init__(self, objective: Objective, model: UPPerson):
+    def __init__(self, objective: Objective, model: AdaptedCLIP):
         super().__init__()
         self.objective, self.model = objective, model
 

@@ -8,7 +8,7 @@ from upperson.config import TrainConfig
 
 
 def build_optimizer(parameters: dict[str, nn.Parameter], settings: TrainConfig) -> Adam:
-    """Adam with coupled weight decay, none on biases; prefixes may have a learning rate of their own.
+    """Adam with coupled weight decay, none on biases; biases and prefixes may have a learning rate of their own.
 
     On a GPU a step is one kernel for many parameters.
     """
@@ -17,7 +17,10 @@ def build_optimizer(parameters: dict[str, nn.Parameter], settings: TrainConfig) 
         rate = settings.learning_rate
         if ".prefix." in name and settings.prefix_learning_rate is not None:
             rate = settings.prefix_learning_rate
-        decay = 0.0 if name.endswith("bias") else settings.weight_decay
+        is_bias = name.endswith("bias")
+        if is_bias and settings.bias_learning_rate is not None:
+            rate = settings.bias_learning_rate
+        decay = 0.0 if is_bias else settings.weight_decay
         groups.setdefault((rate, decay), []).append(parameter)
     return Adam(
         [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],

@@ -13,9 +13,10 @@ class Progress:
     batch: int = 0  # batches of it that are done
     step: int = 0  # optimizer steps in all
     loss_sum: float = 0.0  # over the batches of this epoch
-    zero_shot: dict[str, float] = field(default_factory=dict)
+    zero_shot: dict[str, float] = field(default_factory=dict)  # on the test split
+    start: dict[str, float] | None = None  # on the test split, of the checkpoint that the training started from
     best_epoch: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)  # one evaluation an epoch, 0: zero-shot
+    history: list[dict[str, Any]] = field(default_factory=list)  # one evaluation an epoch, 0: before the first
     log_bytes: int = 0  # length of metrics.jsonl
 
 

@@ -32,43 +32,57 @@ CAPTION_WIDTH = 150  # characters
 
 def text(results: dict[str, Any]) -> str:
     """The results table for a terminal."""
-    rows = ["".join([f"{'':<18}", *(f"{name:>8}" for name in METRICS)])]
-    rows += ["".join([f"{name:<18}", *(f"{metrics[key]:8.2f}" for key in METRICS)]) for name, metrics in _rows(results)]
-    return "\n".join([_title(results), "", *rows, "", _footnote(results)])
+    measured = _rows(results)
+    width = max(18, *(len(name) for name, _ in measured))
+    rows = ["".join([" " * width, *(f"{name:>8}" for name in METRICS)])]
+    rows += ["".join([name.ljust(width), *(f"{metrics[key]:8.2f}" for key in METRICS)]) for name, metrics in measured]
+    return "\n".join([_title(results), "", *rows, "", *_footnotes(results)])
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The same as Markdown."""
     rows = [f"| | {' | '.join(METRICS)} |", "|---|" + "---:|" * len(METRICS)]
     rows += [f"| {name} | {' | '.join(f'{metrics[key]:.2f}' for key in METRICS)} |" for name, metrics in _rows(results)]
-    return "\n".join([_title(results), "", *rows, "", _footnote(results), ""])
+    return "\n".join([_title(results), "", *rows, "", "\n\n".join(_footnotes(results)), ""])
 
 
-def curve(history: Sequence[dict[str, Any]], split: str, results: dict[str, Any]) -> bytes:
-    """PNG of training loss, and R@1 and mAP on the split that was watched, by epoch.
+def curve(histories: Sequence[Sequence[dict[str, Any]]], split: str, results: dict[str, Any]) -> bytes:
+    """PNG of training loss, and R@1 and mAP on the split that was watched, by epoch; stages stand beside each other.
 
-    `history` holds one entry an epoch with the keys epoch, loss, R@1 and mAP; the first, of epoch 0, is the
-    zero-shot measurement and has no loss.
+    A history, one for each stage of the training, holds one entry an epoch with the keys epoch, loss, R@1 and mAP; the
+    first, of epoch 0, is what was measured before and has no loss.
     """
-    zero_shot, epochs = history[0], history[1:]
+    stages = results.get("stages", [results])
+    losses = ", then ".join(dict.fromkeys(stage["losses"] for stage in stages))
+    before = "at the start" if "start" in stages[0] else "zero-shot CLIP"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
-        left.plot([e["epoch"] for e in epochs], [e["loss"] for e in epochs], color=LOSS, marker=".")
-        left.set(title=f"Training loss ({results['losses']})", xlabel="epoch", ylabel="loss, mean over the epoch")
-        for key, colour in (("R@1", MAIN), ("mAP", SECOND)):
-            right.plot([e["epoch"] for e in epochs], [e[key] for e in epochs], color=colour, marker=".", label=key)
-            right.axhline(zero_shot[key], color=colour, linestyle=":", label=f"{key}, zero-shot")
-        chosen = history[results["epoch"]]
-        right.plot(
-            chosen["epoch"],
-            chosen["R@1"],
-            "o",
-            color=MAIN,
-            markersize=9,
-            markerfacecolor="none",
-            label=f"selected: epoch {chosen['epoch']}",
-        )
+        ended = 0
+        for history, stage in zip(histories, stages, strict=True):
+            epochs = history[1:]
+            numbers = [ended + entry["epoch"] for entry in epochs]
+            left.plot(numbers, [entry["loss"] for entry in epochs], color=LOSS, marker=".")
+            for key, colour in (("R@1", MAIN), ("mAP", SECOND)):
+                label = key if not ended else None
+                right.plot(numbers, [entry[key] for entry in epochs], color=colour, marker=".", label=label)
+                if not ended:
+                    right.axhline(history[0][key], color=colour, linestyle=":", label=f"{key}, {before}")
+            chosen = ended + stage["epoch"]
+            right.plot(
+                chosen,
+                history[stage["epoch"]]["R@1"],
+                "o",
+                color=MAIN,
+                markersize=9,
+                markerfacecolor="none",
+                label=f"selected: epoch {chosen}",
+            )
+            if ended:
+                left.axvline(ended + 0.5, color=QUIET)
+                right.axvline(ended + 0.5, color=QUIET, label=stage["title"])
+            ended = numbers[-1]
+        left.set(title=f"Training loss ({losses})", xlabel="epoch", ylabel="loss, mean over the epoch")
         right.set(
             title=f"Text → image retrieval, {results['dataset']}, {split} split", xlabel="epoch", ylabel="percent"
         )
@@ -144,7 +158,12 @@ def _caption(caption: str) -> str:
 
 
 def _rows(results: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """Before the training, and after it or after each of its stages."""
     rows = [("zero-shot CLIP", results["zero_shot"])]
+    if "start" in results:
+        rows.append(("start", results["start"]))
+    if "stages" in results:
+        return rows + [(stage["title"], stage["adapted"]) for stage in results["stages"]]
     return rows if results["selection"] == "none" else [*rows, (results["method"], results["adapted"])]
 
 
@@ -155,12 +174,15 @@ def _title(results: dict[str, Any]) -> str:
     )
 
 
-def _footnote(results: dict[str, Any]) -> str:
-    return (
+def _footnotes(results: dict[str, Any]) -> list[str]:
+    trained = f"{results['trained_parameters']:,} of {results['all_parameters']:,} parameters trained."
+    if "stages" in results:
+        stages = [note for stage in results["stages"] for note in _footnotes(stage | {"method": stage["title"]})]
+        return [*stages, f"{results['method']}, all stages: {trained}"]
+    return [
         f"{results['method']}: epoch {results['epoch']} of {results['epochs']}, selection {results['selection']} "
-        f"({results['selection_meaning']}); {results['trained_parameters']:,} of "
-        f"{results['all_parameters']:,} parameters trained."
-    )
+        f"({results['selection_meaning']}); {trained}"
+    ]
 
 
 def aligned(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

@@ -1,7 +1,7 @@
 """What a run says at its start and leaves at its end."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from upperson.config import SELECTIONS, Config
 from upperson.data import Sample
 from upperson.distributed import Group
 from upperson.metrics import Retrieval
-from upperson.model import UPPerson
+from upperson.model import AdaptedCLIP
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,15 @@ class RunResult:
 
 def announce(
     config: Config,
-    model: UPPerson,
+    model: AdaptedCLIP,
     splits: dict[str, list[Sample]],
     run_dir: Path,
     device: torch.device,
     precision: str,
     group: Group,
+    start: Mapping[str, Tensor],
 ) -> None:
-    """Prints what is about to be trained, on what."""
+    """Prints what is about to be trained, on what; `start`: the parameters of the checkpoint that it starts from."""
     processes = f", one of {group.world_size} processes" if group.world_size > 1 else ""
     group.say(f"run     {run_dir}, on {device}{processes} in {precision}")
     for split, samples in splits.items():
@@ -48,6 +49,9 @@ def announce(
         f"model   {config.model.model}; {trained:,} of {everything:,} parameters are trained "
         f"({100 * trained / everything:.1f} %)"
     )
+    if start:
+        group.say(f"start   {config.train.start_from}, {len(start)} parameter tensors; "
+                  f"{len(model.adaptation()) - len(start)} others have their initial values")
 
 
 def results_of(
@@ -56,15 +60,19 @@ def results_of(
     zero_shot: dict[str, float],
     adapted: dict[str, float],
     *,
+    start: dict[str, float] | None = None,
     selection: str,
     epoch: int,
     trained_parameters: int,
     all_parameters: int,
 ) -> dict[str, Any]:
-    """What results.json holds: what was trained how, and the metrics on the test split before and after."""
-    trained = config.model.method != "zero-shot"
+    """What results.json holds: what was trained how, and the metrics on the test split before and after.
+
+    `start` are those of the checkpoint that the training started from, if it started from one.
+    """
+    trained = config.model.method.trains
     return {
-        "method": config.model.title,
+        "method": config.model.method.title,
         "dataset": config.data.dataset,
         "split": "test",
         "selection": selection,
@@ -77,6 +85,7 @@ def results_of(
         "trained_parameters": trained_parameters,
         "all_parameters": all_parameters,
         "zero_shot": zero_shot,
+        **({} if start is None else {"start": start}),
         "adapted": adapted,
     }
 
@@ -89,11 +98,16 @@ def write_results(
     test: list[Sample],
     retrieval: Retrieval,
 ) -> None:
-    """The checkpoint of the selected `parameters`, the results, their table and the picture; and says so."""
+    """The checkpoint of the selected `parameters`, the picture, the results and their table; and says so."""
     save_checkpoint(run_dir / run_folder.BEST, parameters, config, results)
-    write_atomically(run_dir / run_folder.RESULTS, (json.dumps(results, indent=2) + "\n").encode())
-    write_atomically(run_dir / run_folder.TABLE, report.markdown(results).encode())
     write_atomically(run_dir / run_folder.TOP_TEN, report.top_ten(test, {results["method"]: retrieval.top}))
+    conclude(run_dir, results)
+
+
+def conclude(run_dir: Path, results: dict[str, Any]) -> None:
+    """Writes the table, and the results last: a run that has them has everything."""
+    write_atomically(run_dir / run_folder.TABLE, report.markdown(results).encode())
+    write_atomically(run_dir / run_folder.RESULTS, (json.dumps(results, indent=2) + "\n").encode())
     written = [name for name in run_folder.SHOWN if (run_dir / name).exists()]
     print(f"\n{report.text(results)}\n\nin {run_dir}: {', '.join(written)}", flush=True)
 

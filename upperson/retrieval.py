@@ -12,7 +12,7 @@ from upperson.config import Config
 from upperson.data import ImageCache, Sample, caption_loader, gallery, image_loader, queries
 from upperson.distributed import ALONE, Group
 from upperson.metrics import Retrieval, retrieval_metrics
-from upperson.model import UPPerson
+from upperson.model import AdaptedCLIP
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,7 +46,7 @@ class Embeddings:
 
 @torch.inference_mode()
 def embed(
-    model: UPPerson,
+    model: AdaptedCLIP,
     samples: Sequence[Sample],
     *,
     batch_size: int = 256,
@@ -89,7 +89,7 @@ def embed(
     return Embeddings(image_features, text_features, image_person_ids, caption_person_ids)
 
 
-def evaluate(model: UPPerson, samples: Sequence[Sample], **options: Any) -> Retrieval:
+def evaluate(model: AdaptedCLIP, samples: Sequence[Sample], **options: Any) -> Retrieval:
     """Every caption of `samples` searches the distinct images of `samples`; `options` are those of `embed`.
 
     `top` of the result indexes the images in the order of `upperson.data.gallery`.
@@ -99,7 +99,7 @@ def evaluate(model: UPPerson, samples: Sequence[Sample], **options: Any) -> Retr
 
 def search(
     config: Config,
-    model: UPPerson,
+    model: AdaptedCLIP,
     samples: list[Sample],
     precision: str,
     group: Group = ALONE,

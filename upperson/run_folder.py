@@ -27,26 +27,45 @@ class RunError(RuntimeError):
     """A run that cannot start or go on. The message says why and what to do."""
 
 
-def saved_state(config: Config) -> dict[str, Any] | None:
-    """The state to resume from; None for a run that ended before it saved one."""
+def require_same_run(config: Config) -> None:
+    """RunError if the run folder of `config` holds no run, or one of another configuration."""
     run_dir = config.train.run_dir
     if run_dir is None:
         raise RunError("run_dir: a run can only be resumed by name")
     path = run_dir / CONFIG
     if not path.is_file():
         raise RunError(f"{run_dir}: there is no run to continue ({CONFIG} is not there)")
-    state = None
-    if (run_dir / RESUME).exists():
-        state, saved_config = load_resume_state(run_dir / RESUME)
-    else:
-        try:
-            saved_config = Config.from_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-    differences = config.differences(saved_config)
+    try:
+        saved = Config.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    differences = config.differences(saved)
     if differences:
         raise RunError(f"{run_dir}: the run was started with another configuration: {'; '.join(differences)} as there")
-    return state
+
+
+def saved_state(run_dir: Path) -> dict[str, Any] | None:
+    """The state to resume from; None for a run that ended before it saved one."""
+    path = run_dir / RESUME
+    return load_resume_state(path)[0] if path.exists() else None
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path}: not JSON ({error}); delete it, and the same command makes it again") from error
+
+
+def history_of(run_dir: Path) -> list[dict[str, Any]]:
+    """What each epoch of a run brought, read from its metrics: epoch, loss and metrics; 0, without loss: the start."""
+    with open(run_dir / METRICS, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    losses = {line["epoch"]: line["loss"] for line in lines if line["kind"] == "epoch"}
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    before = [line for line in lines if line["kind"] in ("zero_shot", "start")
+              and line["split"] == evaluations[0]["split"]]
+    return [before[-1] | {"epoch": 0}, *(line | {"loss": losses[line["epoch"]]} for line in evaluations)]
 
 
 def refuse_used_folder(run_dir: Path) -> None:

@@ -1,6 +1,6 @@
 """Several adaptations of one backbone in memory, switched at run time.
 
-    adaptations = Adaptations(UPPerson(config))             # or the model of any checkpoint that is not of method full
+    adaptations = Adaptations(AdaptedCLIP(config))          # or the model of a checkpoint that does not train CLIP
     adaptations.add("cuhk", "cuhk.safetensors")
     adaptations.add("rstp", "rstp.safetensors")
     adaptations.use("rstp")
@@ -12,29 +12,28 @@ from typing import Any
 
 import torch
 
-from upperson.checkpoint import CheckpointError, copy_parameters, load_checkpoint
-from upperson.model import UPPerson
+from upperson.checkpoint import CheckpointError, copy_parameters, load_checkpoint, other_backbone
+from upperson.model import AdaptedCLIP
 from upperson.model.block import parameters_of
 
 ORIGINAL = "original"
-BACKBONE = ("model", "pretrained", "image_size")                        # the fields that say what is adapted
 COMPUTED = ("backend", "skip_unread", "pack_captions", "low_rank_gradients")     # how it computes, not what
 
 
 class Adaptations:
     """The adaptations of a model's backbone, by name; "original" is what the model had at the start.
 
-    They may differ in everything but the backbone: prefix, rank, kinds of modules, depths. A switch exchanges
+    They may differ in everything but the backbone: method, kinds of modules, sizes, depths. A switch exchanges
     references to modules in the model's blocks, and its `config`; encode_image, encode_text and trained_parameters
     are then those of the adaptation in use. No switch must happen while another thread computes.
 
-    Raises CheckpointError for a model of method "full", whose backbone is no longer the one that others adapt.
+    Raises CheckpointError for a model whose method trains CLIP, which is no longer the backbone that others adapt.
     """
 
-    def __init__(self, model: UPPerson):
-        if model.config.method == "full":
-            raise CheckpointError("a model of method 'full' has a backbone of its own; expected the one that the "
-                                  "checkpoints adapt, such as UPPerson with method 'zero-shot'")
+    def __init__(self, model: AdaptedCLIP):
+        if model.config.method.trains_clip:
+            raise CheckpointError(f"a model of method {model.config.method.name!r} has a backbone of its own; expected "
+                                  "the one that the checkpoints adapt")
         self.model = model
         self.active = ORIGINAL
         self._adaptations = {ORIGINAL: (model.config, model.trained_modules())}
@@ -54,18 +53,15 @@ class Adaptations:
             raise CheckpointError(f"the name {name!r} is taken; taken are {', '.join(self.names)}")
         checkpoint = load_checkpoint(path)
         config, own = checkpoint.config.replace(**changes).model, self.model.config
-        if config.method == "full":
-            raise CheckpointError(f"{path}: of method 'full', a backbone of its own; expected an adaptation")
-        differences = [f"{field}: {getattr(config, field)}, not {getattr(own, field)}" for field in BACKBONE
-                       if getattr(config, field) != getattr(own, field)]
-        if differences:
-            raise CheckpointError(f"{path}: of another backbone, {'; '.join(differences)} as in the model")
+        if config.method.trains_clip:
+            raise CheckpointError(f"{path}: of method {config.method.name!r}, a backbone of its own; expected an "
+                                  "adaptation")
+        if differences := other_backbone(config, own):
+            raise CheckpointError(f"{path}: of another backbone, {differences} as in the model")
         if config.pretrained == "none":
             raise CheckpointError(f"{path}: pretrained: none, random weights, which the model need not share")
-        modules = {}
-        if config.method == "up-person":
-            with torch.random.fork_rng(devices=[]):                     # initial values, about to be replaced
-                modules = self.model.new_modules(config)
+        with torch.random.fork_rng(devices=[]):                         # initial values, about to be replaced
+            modules = self.model.new_modules(config)
         copy_parameters(checkpoint.parameters, parameters_of(modules), str(path))
         self._adaptations[name] = replace(config, **{field: getattr(own, field) for field in COMPUTED}), modules
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from upperson.data import DeviceBatches, ImageCache, Sample, batches_per_epoch, 
 from upperson.distributed import ALONE, Group, data_parallel
 from upperson.interruption import Interruption
 from upperson.metrics import Retrieval
-from upperson.model import UPPerson
+from upperson.model import AdaptedCLIP
 from upperson.objective import LossesOfModel, Objective
 from upperson.optimization import build_optimizer, build_schedule
 from upperson.progress import Clock, Progress
@@ -41,7 +42,7 @@ class Training:
     def __init__(
         self,
         config: Config,
-        model: UPPerson,
+        model: AdaptedCLIP,
         splits: dict[str, list[Sample]],
         run_dir: Path,
         device: torch.device,
@@ -49,23 +50,19 @@ class Training:
         interruption: Interruption,
         group: Group = ALONE,
         cache: ImageCache | None = None,
+        whole: Path | None = None,
     ):
+        """`whole`: the folder to resume, where `run_dir` is that of a stage in it."""
+        self.whole = whole or run_dir
         self.config, self.model, self.splits, self.run_dir, self.cache = config, model, splits, run_dir, cache
         self.device, self.precision, self.interruption, self.group = device, precision, interruption, group
-        self.objective = Objective(
-            config.train.losses,
-            temperature=config.train.temperature,
-            width=model.embedding_width,
-            vocabulary=model.tokenizer.vocab_size,
-            person_ids=(sample.person_id for sample in splits["train"]),
-            mask_captions=config.data.mask_captions,
-            group=group,
-        ).to(device)
+        self.objective = build_objective(config, model, splits, group).to(device)
         if config.train.compile:
             model.compile_blocks()
         self.losses = data_parallel(LossesOfModel(self.objective, model), group)
-        self.adaptation = model.trained_parameters()  # what checkpoints hold
-        self.parameters = self.adaptation | self.objective.trained_parameters()
+        self.adaptation = model.adaptation()  # what checkpoints hold
+        self.state = self.adaptation | self.objective.trained_parameters()  # what the run needs to go on
+        self.parameters = {name: parameter for name, parameter in self.state.items() if parameter.requires_grad}
         self.optimizer = build_optimizer(self.parameters, config.train)
         self.schedule = build_schedule(self.optimizer, config.train)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -92,17 +89,26 @@ class Training:
         self.batches = DeviceBatches(self.loader, device, model.image_mean, model.image_std, model.pack_captions)
         self.log = MetricsLog(run_dir, config.train.tensorboard, writes=group.is_main)
 
-    def measure_zero_shot(self) -> None:
-        """The frozen backbone alone, on the test split and on the split that is watched."""
+    def begin(self, start: Mapping[str, Tensor]) -> None:
+        """Measures the backbone alone; then takes the parameters `start`, if there are any, and measures those, too."""
         self.log.start(after=0)
         with self.model.zero_shot():
-            self.progress.zero_shot = self.evaluate("test").metrics
-            watched = self.progress.zero_shot if self.watched == "test" else self.evaluate(self.watched).metrics
-        self.progress.history.append({"epoch": 0, **watched})
-        for split, metrics in {"test": self.progress.zero_shot, self.watched: watched}.items():
-            self.log.write("zero_shot", 0, split=split, **metrics)
-        self.group.say(f"zero-shot CLIP   {self.watched} {short(watched)}")
+            measured = self.measure("zero_shot", "zero-shot CLIP")
+        self.progress.zero_shot = measured["test"]
+        if start:
+            copy_parameters(start, {name: self.adaptation[name] for name in start}, str(self.config.train.start_from))
+            measured = self.measure("start", "start")
+            self.progress.start = measured["test"]
+        self.progress.history.append({"epoch": 0, **measured[self.watched]})
         self.save_state()
+
+    def measure(self, kind: str, name: str) -> dict[str, dict[str, float]]:
+        """The metrics before the first epoch on the test split and on the split that is watched, logged and said."""
+        measured = {split: self.evaluate(split).metrics for split in dict.fromkeys(("test", self.watched))}
+        for split, metrics in measured.items():
+            self.log.write(kind, 0, split=split, **metrics)
+        self.group.say(f"{name:<14}   {self.watched} {short(measured[self.watched])}")
+        return measured
 
     def train_epoch(self) -> None:
         """The batches of this epoch that are still to do."""
@@ -216,6 +222,7 @@ class Training:
             self.splits["test"],
             progress.zero_shot,
             retrieval.metrics,
+            start=progress.start,
             selection=self.selection,
             epoch=progress.best_epoch,
             trained_parameters=count(self.parameters.values()),
@@ -223,7 +230,7 @@ class Training:
         )
         self.log.write("result", progress.step, epoch=progress.best_epoch, split="test", **retrieval.metrics)
         if self.group.is_main:
-            write_atomically(self.run_dir / run_folder.CURVE, report.curve(progress.history, self.watched, results))
+            write_atomically(self.run_dir / run_folder.CURVE, report.curve([progress.history], self.watched, results))
             write_results(self.run_dir, self.config, self.best, results, self.splits["test"], retrieval)
         self.log.close()
         self.group.wait()
@@ -247,7 +254,7 @@ class Training:
     def position(self) -> str:
         """Where the run stands, and what becomes of it if it ends here."""
         return (f"in epoch {self.progress.epoch}, after step {self.progress.step}; see its message; what was saved in "
-                f"{self.run_dir} is good, continue with --resume {self.run_dir}")
+                f"{self.run_dir} is good, continue with --resume {self.whole}")
 
     def stop(self) -> None:
         self.save_state()
@@ -255,7 +262,7 @@ class Training:
         self.group.wait()
         raise RunInterrupted(
             f"stopped in epoch {self.progress.epoch} after step {self.progress.step}, all is saved; "
-            f"continue with --resume {self.run_dir}"
+            f"continue with --resume {self.whole}"
         )
 
     def save_state(self) -> None:
@@ -268,7 +275,7 @@ class Training:
         self.progress.log_bytes = self.log.sync()
         state = {
             "progress": asdict(self.progress),
-            "parameters": self.parameters,
+            "parameters": self.state,
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -280,7 +287,7 @@ class Training:
     def load_state(self, state: dict[str, Any]) -> None:
         self.progress = Progress(**state["progress"])
         self.log.start(self.progress.log_bytes, self.progress.step)
-        copy_parameters(state["parameters"], self.parameters, str(self.run_dir / run_folder.RESUME))
+        copy_parameters(state["parameters"], self.state, str(self.run_dir / run_folder.RESUME))
         self.best = state["best"]
         for saved, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
             saved["fused"] = own["fused"]  # of this device, which need not be the one where the state was saved
@@ -299,3 +306,16 @@ class Training:
         save_checkpoint(self.run_dir / run_folder.BEST, self.best, self.config, best)
         last = {"selection": "last", "split": self.watched, **history[-1]}
         save_checkpoint(self.run_dir / run_folder.LAST, self.adaptation, self.config, last)
+
+
+def build_objective(config: Config, model: AdaptedCLIP, splits: dict[str, list[Sample]], group: Group = ALONE
+                    ) -> Objective:
+    return Objective(
+        config.train.losses,
+        temperature=config.train.temperature,
+        width=model.embedding_width,
+        vocabulary=model.tokenizer.vocab_size,
+        person_ids=(sample.person_id for sample in splits["train"]),
+        mask_captions=config.data.mask_captions,
+        group=group,
+    )

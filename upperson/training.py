@@ -1,33 +1,39 @@
 """The whole job: read, check, build, measure zero-shot, train, select, test, report. It can be killed and resumed."""
 
+import functools
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kernels.backend import resolve
+from upperson.checkpoint import parameters_to_start_from
 from upperson.config import Config
 from upperson.data import DataError, ImageCache, Sample, check_images
 from upperson.distributed import Group, contact, process_group
 from upperson.interruption import Interruption
-from upperson.model import UPPerson
+from upperson.model import AdaptedCLIP
 from upperson.resources import resources
 from upperson.results import RunResult, announce, count, results_of, write_results
 from upperson.retrieval import search
-from upperson.run_folder import RunError, claim_folder, refuse_used_folder, saved_state
+from upperson.run_folder import RunError, claim_folder, refuse_used_folder, require_same_run, saved_state
 from upperson.splits import read_splits
-from upperson.trainer import Training
+from upperson.stages import stages_of, train_stages
+from upperson.trainer import Training, build_objective
 
 
 def fit(config: Config) -> RunResult:
-    """Trains, selects and tests UP-Person as `config` says, and writes everything to one run folder.
+    """Trains, selects and tests a method as `config` says, in its stages, and writes everything to one run folder.
 
     Started by torchrun, all processes call it alike; each trains on its share of every batch, the results are those of
     one process, and the first of them writes. The run folder must be one that all of them see.
 
-    Raises DataError, BackboneError, CheckpointError or RunError for what the user can mend, OSError where nothing
-    can be written, RunInterrupted after Ctrl-C. A run that was stopped in any way, by SIGKILL too, continues with
-    `resume=True` and ends with the numbers of a run that was not.
+    Raises DataError, BackboneError, MethodError, CheckpointError or RunError for what the user can mend, OSError where
+    nothing can be written, RunInterrupted after Ctrl-C. A run that was stopped in any way, by SIGKILL too, continues
+    with `resume=True` and ends with the numbers of a run that was not.
     """
     group = Group.of_environment()
     device, precision = resources(config.train, group)
@@ -42,32 +48,63 @@ def fit(config: Config) -> RunResult:
         return _fit(config, group, device, precision)
 
 
+@dataclass(frozen=True)
+class Job:
+    """Where a training takes place and what it reads: the same in all its stages."""
+
+    group: Group
+    device: torch.device
+    precision: str
+    splits: dict[str, list[Sample]]
+    images: Callable[[], ImageCache | None]                             # checks them all when it is called first
+    interruption: Interruption
+
+
 def _fit(config: Config, group: Group, device: torch.device, precision: str) -> RunResult:
-    run_dir, saved = config.train.run_dir, None
     if config.train.resume:
-        saved = saved_state(config)
-    elif run_dir is not None and group.is_main:
-        refuse_used_folder(run_dir)
-
+        require_same_run(config)
+    elif config.train.run_dir is not None and group.is_main:
+        refuse_used_folder(config.train.run_dir)
     splits = read_splits(config.data)
-    torch.manual_seed(config.train.seed)
-    model = UPPerson(config.model).to(device)
-    if not model.trained_parameters() and config.model.method != "zero-shot":
-        raise RunError("nothing to train: prefix, lora, the adapters and their depths leave no module in any block; "
-                       "--method zero-shot evaluates without training")
-    cache = read_images(config, list(itertools.chain.from_iterable(splits.values())), group)
-    if not config.train.resume:
-        run_dir = group.broadcast(claim_folder(config) if group.is_main else None)
-    announce(config, model, splits, run_dir, device, precision, group)
+    samples = list(itertools.chain.from_iterable(splits.values()))
+    images = functools.cache(lambda: read_images(config, samples, group))
+    job = Job(group, device, precision, splits, images, Interruption(group))
+    stages = [of_stage for _, of_stage in stages_of(config)]
+    if not stages:
+        return train(config, job)
 
-    if config.model.method == "zero-shot":
-        return measure(config, model, splits["test"], run_dir, precision, group, cache)
-    interruption = Interruption(group)
-    training = Training(config, model, splits, run_dir, device, precision, interruption, group, cache)
+    # Each is built before the first is trained, so that what cannot be built is known at once.
+    sizes: dict[str, int] = {}
+    for of_stage in stages:
+        model = build_model(of_stage)
+        if of_stage is stages[0] and not config.train.resume:
+            start_of(of_stage, model)
+        parameters = model.trained_parameters() | build_objective(of_stage, model, splits).trained_parameters()
+        sizes |= {name: parameter.numel() for name, parameter in parameters.items()}
+    images()
+    run_dir = own_folder(config, group)
+    return train_stages(config, run_dir, lambda of_stage: train(of_stage, job, whole=run_dir), sum(sizes.values()),
+                        group, job.interruption)
+
+
+def train(config: Config, job: Job, whole: Path | None = None) -> RunResult:
+    """One run. `whole`: the folder to resume, where the run is a stage of what that holds."""
+    group, splits = job.group, job.splits
+    saved = saved_state(config.train.run_dir) if config.train.resume else None
+    model = build_model(config).to(job.device)
+    start = start_of(config, model) if saved is None else {}
+    cache = job.images()
+    run_dir = own_folder(config, group)
+    announce(config, model, splits, run_dir, job.device, job.precision, group, start)
+
+    if not config.model.method.trains:
+        return measure(config, model, splits["test"], run_dir, job.precision, group, cache)
+    training = Training(config, model, splits, run_dir, job.device, job.precision, job.interruption, group, cache,
+                        whole=whole)
     with contact(training.position):
-        with interruption:
+        with job.interruption:
             if saved is None:
-                training.measure_zero_shot()
+                training.begin(start)
             else:
                 training.load_state(saved)
             training.start_clock()
@@ -75,6 +112,32 @@ def _fit(config: Config, group: Group, device: torch.device, precision: str) -> 
                 training.train_epoch()
                 training.finish_epoch()
         return training.finish()
+
+
+def build_model(config: Config) -> AdaptedCLIP:
+    """The model with its initial values, which the seed decides, and what is frozen in it. It has something to train,
+    unless the method is none that does.
+    """
+    torch.manual_seed(config.train.seed)
+    model = AdaptedCLIP(config.model)
+    model.freeze(config.train.freeze)
+    method = config.model.method
+    if method.trains and not model.trained_parameters():
+        raise RunError(f"nothing to train: the options of --method {method.name} and --freeze leave no parameter")
+    return model
+
+
+def start_of(config: Config, model: AdaptedCLIP) -> dict[str, Tensor]:
+    """The parameters of the checkpoint that a training starts from; none, where there is no checkpoint."""
+    path = config.train.start_from
+    return {} if path is None else parameters_to_start_from(path, config, model)
+
+
+def own_folder(config: Config, group: Group) -> Path:
+    """The run folder: that of the run that is resumed, or a new one."""
+    if config.train.resume:
+        return config.train.run_dir
+    return group.broadcast(claim_folder(config) if group.is_main else None)
 
 
 def read_images(config: Config, samples: list[Sample], group: Group) -> ImageCache | None:
@@ -101,7 +164,7 @@ def read_images(config: Config, samples: list[Sample], group: Group) -> ImageCac
 
 def measure(
     config: Config,
-    model: UPPerson,
+    model: AdaptedCLIP,
     test: list[Sample],
     run_dir: Path,
     precision: str,

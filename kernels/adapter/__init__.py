@@ -25,8 +25,7 @@ def layernorm_adapter(x: Tensor, weight: Tensor, bias: Tensor, down_weight: Tens
     """LN(x) + scale · up(relu(down(x))). The adapter reads x itself, beside LayerNorm and not after it.
 
     With norm_weight and norm_bias the adapter has a LayerNorm of its own, LN', with the statistics of the other, and
-    adds to the residual stream: LN(x) and x + scale · up(relu(down(LN'(x)))), the adapter of arXiv 2309.09496
-    (arXiv 2309.09496).
+    adds to the residual stream: LN(x) and x + scale · up(relu(down(LN'(x)))), as in arXiv 2309.09496.
 
     Args:
         x: (..., C), of any strides; float32, float16 or bfloat16 on a GPU, float64, float32 or float16 in

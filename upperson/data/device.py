@@ -21,7 +21,7 @@ def to_device(
 ) -> Batch:
     """A batch of `train_loader` on `device`, its images augmented and normalised there: [B, 3, H, W] float32.
 
-    "augmentation" is used up; all else is moved as it is, the captions after `pack`, such as UPPerson.pack_captions.
+    "augmentation" is used up; all else is moved as it is, the captions after `pack`, such as AdaptedCLIP.pack_captions.
     Copies from pinned memory do not wait for the device.
     """
     batch = batch | {"captions": pack(batch["captions"])}

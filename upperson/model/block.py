@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from kernels import prefix_attention, quick_gelu
 from kernels.attention.reference import unpack
 from upperson.model.attention import attend_once
-from upperson.model.petl import FROZEN, Adapter, LoRA, Prefix
+from upperson.petl import FROZEN, Adapter, LoRA, Prefix, Prompt
 
-MODULES = ("prefix", "lora", "adapter_attn", "adapter_mlp")
+KINDS = ("prefix", "lora", "adapter_attn", "adapter_mlp", "prompt")
 
 
 class Stream(NamedTuple):
@@ -33,14 +33,15 @@ class Sequences(NamedTuple):
 
 
 class Block(nn.Module):
-    """Takes the place of an open_clip ResidualAttentionBlock, whose layers it keeps, within UPPerson.
+    """Takes the place of an open_clip ResidualAttentionBlock, whose layers it keeps, within AdaptedCLIP.
 
         y = LN₁(x) + adapter_attn(x)
         x = x + out_proj(prefix_attention(in_proj(y)))          low-rank updates on in_proj's keys and values
         x = x + MLP(LN₂(x) + adapter_mlp(x))
 
-    with L-Adapters; the others stand elsewhere, see petl/adapters.py. The trained modules are None until `set_modules`
-    puts them in. With `adapted` False the block computes what open_clip's own does.
+    with L-Adapters; the others stand elsewhere, see petl/adapters.py. Prompts are tokens, which the tower puts in front
+    of the block (prompts.py). The trained modules are None until `set_modules` puts them in. With `adapted` False the
+    block computes what open_clip's own does.
 
     `attention` and `activation` are the operators, kernels.prefix_attention and, where the model has QuickGELU,
     kernels.quick_gelu; else open_clip's activation runs.
@@ -59,35 +60,40 @@ class Block(nn.Module):
         self.set_modules()
 
     def set_modules(self, prefix: Prefix | None = None, lora: LoRA | None = None, adapter_attn: Adapter | None = None,
-                    adapter_mlp: Adapter | None = None) -> None:
-        """Replaces the trained modules."""
+                    adapter_mlp: Adapter | None = None, prompt: Prompt | None = None) -> None:
+        """Replaces the trained modules. ValueError for a prefix beside prompts, which take its place."""
+        if prefix is not None and prompt is not None:
+            raise ValueError("a block has room for a prefix or for prompts, not for both")
         self.prefix, self.lora, self.adapter_attn, self.adapter_mlp = prefix, lora, adapter_attn, adapter_mlp
+        self.prompt = prompt
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """The trained modules by name."""
-        return {name: getattr(self, name) for name in MODULES if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in KINDS if getattr(self, name) is not None}
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters of the trained modules, by name within the block."""
         return parameters_of(self.trained_modules())
 
-    def forward(self, stream: Stream, sequences: Sequences | None = None, read: Tensor | None = None) -> Stream:
+    def forward(self, stream: Stream, sequences: Sequences | None = None, read: Tensor | None = None,
+                shared: Tensor | None = None) -> Stream:
         """The stream behind the block.
 
+        `shared`: tokens (m, C) of the stream before the block that all tokens of all sequences see as well.
         `read`: where only one token of each sequence is read afterwards, which one it is, (B,) int64: a position, or of
         packed sequences the row of the last token. Only these are then computed, and the stream that leaves is (B, C).
         """
         x, update = stream
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, update = x.to(dtype), update if update is None else update.to(dtype)
+            x, update, shared = x.to(dtype), *(t if t is None else t.to(dtype) for t in (update, shared))
         at_attention, at_mlp = self.active(self.adapter_attn), self.active(self.adapter_mlp)
         y, x = at_attention.normalise(self.ln_1, x, update, self.backend)
         if read is None:
-            attended = self.attend(y, sequences)
+            attended = self.attend(y, sequences, shared)
         else:
             tokens, x, y = y, rows_of(x, read), rows_of(y, read)
-            attended = self.attend_from(y, tokens, sequences, read)
+            attended = self.attend_from(y, tokens, sequences, read, shared)
         attended = at_attention.finish(y, self.ls_1(self.attn.out_proj(attended)))
         y, x = at_mlp.normalise(self.ln_2, attended, x, self.backend)
         return Stream(x, at_mlp.finish(y, self.ls_2(self.feed_forward(y))))
@@ -95,16 +101,17 @@ class Block(nn.Module):
     def active(self, adapter: Adapter | None) -> Adapter:
         return FROZEN if adapter is None or not self.adapted else adapter
 
-    def attend(self, y: Tensor, sequences: Sequences | None) -> Tensor:
+    def attend(self, y: Tensor, sequences: Sequences | None, shared: Tensor | None) -> Tensor:
         """What the heads read, side by side, for the normalised input y: both (B, N, C), or packed (T, C)."""
         heads = self.attn.num_heads
         qkv = self.project(y).unflatten(-1, (3, heads, -1))
-        key, value, scale, target = self.prefix_columns(qkv)
+        key, value, scale, target = self.prefix_columns(qkv, shared)
         cu_seqlens, longest = (None, None) if sequences is None else sequences
         return self.attention(qkv, key, value, scale, causal=self.causal, scale_target=target, cu_seqlens=cu_seqlens,
                               max_seqlen=longest, backend=self.backend).flatten(-2)
 
-    def attend_from(self, y: Tensor, tokens: Tensor, sequences: Sequences | None, read: Tensor) -> Tensor:
+    def attend_from(self, y: Tensor, tokens: Tensor, sequences: Sequences | None, read: Tensor,
+                    shared: Tensor | None) -> Tensor:
         """The same for those at `read` alone, y (B, C), among all `tokens`, (B, N, C) or packed (T, C)."""
         heads, width = self.attn.num_heads, self.attn.embed_dim
         query = F.linear(y, self.attn.in_proj_weight[:width], self.attn.in_proj_bias[:width])
@@ -115,7 +122,7 @@ class Block(nn.Module):
             visible = torch.arange(sequences.longest, device=y.device) < sequences.cu_seqlens.diff()[:, None]
         elif self.causal:
             visible = torch.arange(tokens.shape[1], device=y.device) <= read[:, None]
-        prefix_key, prefix_value, scale, target = self.prefix_columns(key_value)
+        prefix_key, prefix_value, scale, target = self.prefix_columns(key_value, shared)
         query = query.unflatten(-1, (heads, -1))
         return attend_once(query, *key_value.unbind(2), prefix_key, prefix_value, scale,
                            scale_target=target, visible=visible).flatten(-2)
@@ -127,8 +134,12 @@ class Block(nn.Module):
             return F.linear(y, weight, bias)
         return self.lora.linear(y, weight, bias, self.low_rank_gradients)
 
-    def prefix_columns(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor, str]:
+    def prefix_columns(self, like: Tensor, shared: Tensor | None) -> tuple[Tensor, Tensor, Tensor, str]:
         """Keys and values of the prefix, (P, heads, head width), λ, and what it multiplies. `like`: (…, heads, D)."""
+        if shared is not None:
+            y, _ = self.active(self.adapter_attn).normalise(self.ln_1, shared, None, self.backend)
+            key_value = self.project(y, self.attn.embed_dim).unflatten(-1, (2, *like.shape[-2:]))
+            return *key_value.unbind(1), like.new_ones(()), "weights"
         if self.prefix is not None and self.adapted:
             return *self.prefix(self.attn.num_heads), self.prefix.target
         key = value = like.new_empty(0, *like.shape[-2:])

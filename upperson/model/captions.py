@@ -28,8 +28,19 @@ class PackedCaptions:
         return len(self.cu_seqlens) - 1
 
 
-def pack_captions(tokens: Tensor) -> PackedCaptions:
+def words_of(tokens: Tensor, room: int) -> Tensor:
+    """Captions (S, L) int64 without their start token, and cut to `room` tokens, of which the last is the end token."""
+    ends, words = tokens.amax(1), tokens[:, 1 : 1 + room]
+    if tokens.shape[1] > 1 + room:
+        cut = tokens.argmax(1) > room
+        words = torch.cat([words[:, :-1], ends.where(cut, words[:, -1]).unsqueeze(1)], 1)
+    return words
+
+
+def pack_captions(tokens: Tensor, first_position: int = 0) -> PackedCaptions:
     """Packs padded captions (S, L) int64. The end token is the one with the largest id, as everywhere in CLIP.
+
+    Their first tokens are at `first_position`.
 
     On a GPU this waits for the tokens; on the CPU, before they are copied, it does not.
     """
@@ -39,4 +50,4 @@ def pack_captions(tokens: Tensor) -> PackedCaptions:
     cu_seqlens = torch.zeros(len(tokens) + 1, dtype=torch.int32, device=tokens.device)
     cu_seqlens[1:] = (ends + 1).cumsum(0)
     longest = int(ends.max()) + 1 if len(tokens) else 0
-    return PackedCaptions(tokens[kept], positions[kept], cu_seqlens, longest)
+    return PackedCaptions(tokens[kept], first_position + positions[kept], cu_seqlens, longest)

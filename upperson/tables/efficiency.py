@@ -1,10 +1,11 @@
-"""Table IV: what each method costs on the machine at hand: parameters, FLOPs, memory, time.
+"""What methods cost on the machine at hand: parameters, FLOPs, memory, time.
 
-Measured with random images and captions of full length, in a process of its own for each row, so that no row finds
-memory or caches that another left.
+Measured with random images and captions of full length, in a process of its own for each row and stage, so that none
+finds memory or caches that another left.
 """
 
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -17,21 +18,24 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from upperson.config import Config
-from upperson.model import UPPerson
+from upperson.model import AdaptedCLIP
 from upperson.objective import Objective
 from upperson.optimization import build_optimizer
+from upperson.presets import PRESETS
 from upperson.resources import resources
 from upperson.results import count
 from upperson.retrieval import autocast
-from upperson.tables.rows import L_ADAPTER, NO_MODULES, Setting
+from upperson.tables.rows import Configs, trainings
 
+BATCH, DRAWN_BATCH = 128, 64
+FULL_SIZE, FULL_SIZE_BATCH = "cuhk-pedes", 2  # whose model is measured beside the embedded one
 QUERIES, GALLERY = 50, 3000  # of a search; its time is given for 1,000 queries
 REPETITIONS = 2
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One row of Table IV. FLOPs count a multiplication and an addition as two."""
+    """What a training, or a stage of one, costs. FLOPs count a multiplication and an addition as two."""
 
     trained_parameters: int
     all_parameters: int
@@ -42,34 +46,50 @@ class Cost:
     query_seconds: float  # embedding 1,000 captions, 50 at once, and ranking 3,000 embedded images for them
 
 
-def methods(setting: Setting, dataset: str) -> dict[str, Config]:
-    base = setting[dataset]
-    return {
-        "zero-shot CLIP": base.replace(method="zero-shot"),
-        "full fine-tuning": base.replace(**setting.full),
-        "S-Prefix": base.replace(**NO_MODULES | {"prefix": "salable"}),
-        "LoRA": base.replace(**NO_MODULES | {"lora": "lora"}),
-        "L-Adapter": base.replace(**NO_MODULES | L_ADAPTER),
-        "UP-Person": base,
-    }
+Costs = dict[str, dict[str, list[Cost]]]  # by model, then by row: one, or one of each stage of the method
 
 
-def measure_apart(config: Config, batch_size: int) -> Cost:
-    """measure() in a fresh process."""
+def measure_costs(rows: Callable[[Config], Configs], base: Config, device: str) -> Costs:
+    """The costs of what `rows` makes of a preset; where that is of a drawn data set, with ViT-B/16 as well."""
+    parts = [(base, DRAWN_BATCH if base.data.is_drawn else BATCH)]
+    if base.data.is_drawn:
+        parts.append((PRESETS[FULL_SIZE], FULL_SIZE_BATCH))
+    costs: Costs = {}
+    for of_model, batch in parts:
+        model = of_model.model
+        title = f"{model.model}, {model.image_size[0]}×{model.image_size[1]}, batch {batch}"
+        for name, config in rows(of_model).items():
+            print(f"measuring {name}, {title}", file=sys.stderr, flush=True)
+            # What the weights are changes no cost, and random ones need no download.
+            config = config.replace(device=device, pretrained="none")
+            costs.setdefault(title, {})[name] = measure_apart(config, batch)
+    return costs
+
+
+def how_measured(config: Config, device: str) -> str:
+    found, precision = resources(config.replace(device=device).train)
+    return (f"Measured on {found.type} in {precision}, with random images and captions of full length; memory is what "
+            "forward and backward pass allocate, gradients included; FLOPs of inference at batch 1, low-rank updates "
+            "merged in them.")
+
+
+def measure_apart(config: Config, batch_size: int) -> list[Cost]:
+    """measure() in a fresh process, for each stage of the method; one cost where it has none."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
-        return process.submit(measure, config, batch_size).result()
+    with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as process:
+        return [process.submit(measure, part, batch_size).result() for part in trainings(config)]
 
 
 def measure(config: Config, batch_size: int) -> Cost:
-    """The costs of a configuration with batches of `batch_size` pairs, on the device and in the precision it names.
+    """The costs of one training with batches of `batch_size` pairs, on the device and in the precision it names.
 
     The loss is SDM, whatever the configuration names. The peak memory of a CPU is that of the process, so this should
     be its first work there.
     """
     device, precision = resources(config.train)
     torch.manual_seed(0)
-    model = UPPerson(config.model).to(device)
+    model = AdaptedCLIP(config.model).to(device)
+    model.freeze(config.train.freeze)
     parameters = model.trained_parameters()
     objective = Objective("sdm", config.train.temperature, model.embedding_width, model.tokenizer.vocab_size, ())
     batch = random_batch(model, batch_size, device)
@@ -105,7 +125,7 @@ def measure(config: Config, batch_size: int) -> Cost:
     return Cost(count(parameters.values()), count(model.parameters()), **costs)
 
 
-def random_batch(model: UPPerson, size: int, device: torch.device) -> dict[str, Tensor]:
+def random_batch(model: AdaptedCLIP, size: int, device: torch.device) -> dict[str, Tensor]:
     """Pairs as upperson.data.train_loader gives them; the captions fill the context."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(size, 3, *model.config.image_size, generator=generator)
@@ -114,7 +134,7 @@ def random_batch(model: UPPerson, size: int, device: torch.device) -> dict[str, 
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def search(model: UPPerson, caption: Tensor, gallery: Tensor, precision: str) -> Tensor:
+def search(model: AdaptedCLIP, caption: Tensor, gallery: Tensor, precision: str) -> Tensor:
     """The ten best of the gallery (G, E) for QUERIES captions; `caption` (1, L) stands for all."""
     with torch.inference_mode(), autocast(caption.device, precision):
         features = model.encode_text(caption.expand(QUERIES, -1)).float()

@@ -1,8 +1,9 @@
-"""Tables as Markdown and CSV beside the paper's figures, and the plots of Figure 6 and of the report."""
+"""Tables as Markdown and CSV beside the paper's figures, and the plots of sweeps and of rows side by side."""
 
 import csv
 import io
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -11,8 +12,10 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from upperson.config import Config
 from upperson.report import MAIN, METRICS, QUIET, SECOND, STYLE, aligned, as_png
-from upperson.tables.efficiency import Cost
+from upperson.tables.efficiency import Cost, Costs
+from upperson.tables.rows import Table, trainings
 
 ARROWS = {"text_to_image": "text → image", "image_to_text": "image → text"}
 COSTS = {
@@ -24,6 +27,8 @@ COSTS = {
     "step_milliseconds": ("ms, step", "{:,.1f}"),
     "query_seconds": ("s, 1,000 queries", "{:.2f}"),
 }
+OF_A_STEP = ("step_gflops", "step_megabytes", "step_milliseconds")
+OF_A_STAGE = ("trained_parameters", *OF_A_STEP)  # the others are of the model that all stages are of
 
 
 @dataclass(frozen=True)
@@ -57,22 +62,44 @@ def paper_figures(number: str) -> dict[str, tuple[str, str]]:
         return {row["row"]: (row["value"], row["source"]) for row in csv.DictReader(file) if row["table"] == number}
 
 
-def markdown(number: str, title: str, rows: Sequence[Measured], directions: Sequence[str], conditions: str) -> str:
-    """The table with its title, what it was measured on, and the paper's R@1 on CUHK-PEDES where that is known."""
+def markdown(number: str, title: str, rows: Sequence[Measured], directions: Sequence[str], conditions: str,
+             costs: dict[str, list[Cost]] | None = None) -> str:
+    """The table with its title, what it was measured on, and the paper's R@1 on CUHK-PEDES where that is known.
+
+    `costs`: what a step of each row costs, in further columns.
+    """
     paper = paper_figures(number)
     header = ["", "trained", *(f"{metric}, {ARROWS[direction]}" if len(directions) > 1 else metric
                                for direction in directions for metric in METRICS)]
+    header += [COSTS[key][0] for key in OF_A_STEP] if costs else []
     header += ["R@1, paper"] if paper else []
     body = []
     for row in rows:
         cells = [row.cell(direction, metric) for direction in directions for metric in METRICS]
+        cells += [cost_cell(costs[row.name], key) for key in OF_A_STEP] if costs else []
         body.append([row.name, row.trained, *cells, *([paper.get(row.name, ("",))[0]] if paper else [])])
-    lines = [f"# {label(number)}. {title}", "", conditions, "", *aligned(header, body), ""]
+    lines = [f"# {heading(number, title)}", "", conditions, "", *aligned(header, body), ""]
     if paper:
         sources = "; ".join(dict.fromkeys(source for _, source in paper.values()))
         lines += [f"The paper's figures are those on CUHK-PEDES that could be traced ({sources}); empty cells are "
                   "figures that this project does not have (upperson/tables/paper.csv).", ""]
     return "\n".join(lines)
+
+
+def how_trained(table: Table, seeds: Sequence[int]) -> str:
+    config, datasets = table.rows[0].config, {row.config.data.dataset for row in table.rows}
+    spread = f"{len(seeds)} seeds, mean ± standard deviation" if len(seeds) > 1 else "one seed"
+    usual = epochs(config)
+    others = ", ".join(f"{row.name} {epochs(row.config)}" for row in table.rows if epochs(row.config) != usual)
+    size = f", {config.data.embedded_identities[0]:,} identities to train on" if config.data.is_drawn else ""
+    return (f"Percent on the test split; {spread}; the epoch that is best on the validation split (the last one where "
+            f"there is none); model {config.model.model}, {usual} epochs{f' ({others})' if others else ''}{size}"
+            + ("." if len(datasets) == 1 else "; each data set with its own preset."))
+
+
+def epochs(config: Config) -> str:
+    """Of each stage."""
+    return " + ".join(str(part.train.epochs) for part in trainings(config))
 
 
 def comma_separated(number: str, rows: Sequence[Measured], directions: Sequence[str], seeds: Sequence[int]) -> str:
@@ -90,53 +117,60 @@ def comma_separated(number: str, rows: Sequence[Measured], directions: Sequence[
     return text.getvalue()
 
 
-def costs_markdown(tables: dict[str, dict[str, Cost]], conditions: str) -> str:
-    """Table IV: one part a model, with what was measured on it."""
-    lines = ["# Table IV. What the methods cost", "", conditions, ""]
+def costs_markdown(tables: Costs) -> str:
+    """All costs, one table a model."""
+    lines = []
     for model, rows in tables.items():
         header = [model, *(title for title, _ in COSTS.values())]
-        body = [[name, *("" if value is None else COSTS[key][1].format(value) for key, value in asdict(cost).items())]
-                for name, cost in rows.items()]
-        lines += [*aligned(header, body), ""]
-    lines += ["Of the paper's Table IV this project has one row: UP-Person with ViT-B/16 has 7.4 M trained parameters "
-              "of 157 M and needs 3,262 MB on an RTX 4090 (arXiv 2504.10084; the memory from a summary of it).", ""]
+        lines += [*aligned(header, [[name, *(cost_cell(costs, key) for key in COSTS)] for name, costs in rows.items()]),
+                  ""]
     return "\n".join(lines)
 
 
-def costs_csv(tables: dict[str, dict[str, Cost]]) -> str:
+def cost_cell(costs: Sequence[Cost], key: str) -> str:
+    """One figure of a row; "a / b" where it is another in each stage."""
+    values = [getattr(cost, key) for cost in (costs if key in OF_A_STAGE else costs[-1:])]
+    return " / ".join("" if value is None else COSTS[key][1].format(value) for value in values)
+
+
+def costs_csv(tables: Costs) -> str:
+    """One line a model, row and stage."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "method", *COSTS])
+    writer.writerow(["model", "method", "stage", *COSTS])
     for model, rows in tables.items():
-        for name, cost in rows.items():
-            writer.writerow([model, name, *asdict(cost).values()])
+        for name, costs in rows.items():
+            for stage, cost in enumerate(costs, 1):
+                writer.writerow([model, name, stage, *asdict(cost).values()])
     return text.getvalue()
 
 
-def sweep_plot(rows: Sequence[Measured], title: str) -> bytes:
-    """PNG of Figure 6: R@1 over each option that was varied, means with the range over the seeds."""
-    panels: dict[str, list[tuple[int, list[float]]]] = {}
-    for row in rows:
-        option, value = row.name.rsplit(" ", 1)
-        panels.setdefault(option, []).append((int(value), row.values("text_to_image", "R@1")))
+def sweep_plot(rows: Sequence[tuple[str, str, Measured]], title: str) -> bytes:
+    """PNG of a sweep: R@1 over the labels of each axis, means with the range over the seeds.
+
+    `rows`: title of the axis, label on it, and what was measured there.
+    """
+    axes_of: dict[str, list[tuple[str, list[float]]]] = {}
+    for axis, point, row in rows:
+        axes_of.setdefault(axis, []).append((point, row.values("text_to_image", "R@1")))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 3.4), layout="constrained")
-        for axes, (option, points) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
-            points = [(value, found) for value, found in points if found]
+        panels = figure.subplots(1, len(axes_of), sharey=True, squeeze=False)[0]
+        for axes, (axis, points) in zip(panels, axes_of.items(), strict=True):
+            found = [(place, values) for place, (_, values) in enumerate(points) if values]  # none: diverged
+            means = [statistics.mean(values) for _, values in found]
             axes.errorbar(
-                [value for value, _ in points],
-                means := [statistics.mean(found) for _, found in points],
+                [place for place, _ in found],
+                means,
                 yerr=[
-                    [mean - min(found) for mean, (_, found) in zip(means, points, strict=True)],
-                    [max(found) - mean for mean, (_, found) in zip(means, points, strict=True)],
+                    [mean - min(values) for mean, (_, values) in zip(means, found, strict=True)],
+                    [max(values) - mean for mean, (_, values) in zip(means, found, strict=True)],
                 ],
                 color=MAIN, marker="o", capsize=3,
             )  # fmt: skip
-            axes.set_xscale("log", base=2)
-            axes.set_xticks([value for value, _ in points], [str(value) for value, _ in points])
-            axes.minorticks_off()
-            axes.set(title=option.replace("_", " "), xlabel=option.replace("_", " "))
-        figure.axes[0].set_ylabel("R@1, percent")
+            axes.set_xticks(range(len(points)), [point for point, _ in points])
+            axes.set_xlabel(textwrap.fill(axis.replace("_", " "), 34))
+        panels[0].set_ylabel("R@1, percent")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         return as_png(figure)
 
@@ -163,5 +197,8 @@ def bars(rows: Sequence[Measured], title: str) -> bytes:
         return as_png(figure)
 
 
-def label(number: str) -> str:
-    return f"Figure {number.removeprefix('figure')}" if number.startswith("figure") else f"Table {number}"
+def heading(number: str, title: str) -> str:
+    """The title, with the number of a table or figure of the paper before it."""
+    if number.startswith("figure"):
+        return f"Figure {number.removeprefix('figure')}. {title}"
+    return f"Table {number}. {title}" if number.isupper() else title

@@ -1,26 +1,32 @@
-"""Which runs each table of the paper is made of."""
+"""Which runs each table is made of: those of the paper, and those that compare and vary the methods."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from upperson.config import PRESETS, Config
+from upperson.config import Config
+from upperson.methods import BASELINES, DEFAULT, METHODS
+from upperson.presets import PRESETS, with_method
 
 NO_MODULES: dict[str, Any] = {"prefix": "none", "lora": "none", "adapter_attn": "none", "adapter_mlp": "none"}
 L_ADAPTER = {"adapter_attn": "l-parallel", "adapter_mlp": "l-parallel"}
 LAMBDA_ALONE = 150.0  # where λ of a prefix without other modules starts
-FULL_LEARNING_RATE = 1e-5  # of full fine-tuning on real data, as IRRA's
+Configs = dict[str, Config]  # by the name of the row, or of the data set
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run of a table, and what it is tested on where that is not the data set it was trained on."""
+    """One run of a table, and what it is tested on where that is not the data set it was trained on.
+
+    `point`: of a sweep, the title of the axis that it belongs to, and its label there.
+    """
 
     name: str
     config: Config
     tested_on: Config | None = None
+    point: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,10 +42,8 @@ class Table:
 class Setting:
     """Where the tables are run: the configuration of UP-Person on each data set, of people and of everything else."""
 
-    people: dict[str, Config]
-    general: dict[str, Config]
-    full: dict[str, Any]  # what full fine-tuning changes
-    sweeps: dict[str, tuple[int, ...]]  # Figure 6
+    people: Configs
+    general: Configs
 
     def __getitem__(self, dataset: str) -> Config:
         return (self.people | self.general)[dataset]
@@ -52,8 +56,6 @@ def embedded_setting() -> Setting:
     return Setting(
         {name: small.replace(dataset=name) for name in ("embedded", "embedded-night")},
         {name: scenes.replace(dataset=name) for name in ("embedded-scenes", "embedded-scenes-night")},
-        {"method": "full", "learning_rate": 3e-4},
-        {"lora_rank": (2, 4, 8, 16), "prefix_length": (1, 2, 4, 8), "adapter_reduction": (2, 4, 8, 16)},
     )
 
 
@@ -63,27 +65,52 @@ def real_setting(root: Path) -> Setting:
         {name: PRESETS[name].replace(data_root=root) for name in names}
         for names in (("cuhk-pedes", "icfg-pedes", "rstpreid"), ("flickr30k", "mscoco"))
     )
-    return Setting(
-        people,
-        general,
-        {"method": "full", "learning_rate": FULL_LEARNING_RATE},
-        {"lora_rank": (8, 16, 32, 64), "prefix_length": (2, 6, 10, 14, 18), "adapter_reduction": (4, 8, 16, 32)},
-    )
+    return Setting(people, general)
+
+
+# ------------------------------------------------------------------------------------ configurations
+
+
+def trainings(config: Config) -> list[Config]:
+    """What is trained one after the other: a configuration for each stage of the method, or its own."""
+    return [config.replace(**stage.changes) for stage in config.model.method.stages()] or [config]
+
+
+def by_method(base: Config, methods: Iterable[str]) -> Configs:
+    """Methods, each with its recipe, by their titles."""
+    configs = (with_method(base, method) for method in methods)
+    return {config.model.method.title: config for config in configs}
+
+
+def every_method(base: Config) -> Configs:
+    """All methods, baselines first."""
+    return by_method(base, dict.fromkeys((*BASELINES, *METHODS)))
+
+
+def modules_alone(base: Config) -> Configs:
+    """What Table IV measures: the baselines, each kind of module alone, all together."""
+    alone = {"S-Prefix": {"prefix": "salable"}, "LoRA": {"lora": "lora"}, "L-Adapter": L_ADAPTER}
+    return (by_method(base, BASELINES)
+            | {name: base.replace(**NO_MODULES | changes) for name, changes in alone.items()}
+            | by_method(base, (DEFAULT,)))
+
+
+# ------------------------------------------------------------------------------------ tables
 
 
 def build_tables(setting: Setting, dataset: str) -> dict[str, Table]:
-    """All tables but IV, by number. Those of one data set are of `dataset`, one of the setting's."""
+    """All tables of the paper but IV, by number, and `methods`. Those of one data set are of `dataset`."""
     base = setting[dataset]
 
-    def table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
-        return Table(f"{title}, {dataset}", tuple(Row(name, base.replace(**changes)) for name, changes in rows.items()))
+    def table(title: str, rows: dict[str, dict[str, Any]], before: Configs | None = None) -> Table:
+        """The configurations `before`, and what `rows` make of the base."""
+        configs = (before or {}) | {name: base.replace(**changes) for name, changes in rows.items()}
+        return Table(f"{title}, {dataset}", tuple(Row(name, config) for name, config in configs.items()))
 
     return {
         "V": table(
             "The parts of UP-Person, alone and together",
             {
-                "zero-shot CLIP": {"method": "zero-shot"},
-                "full fine-tuning": setting.full,
                 "S-Prefix": NO_MODULES | {"prefix": "salable", "prefix_scale": LAMBDA_ALONE},
                 "LoRA": NO_MODULES | {"lora": "lora"},
                 "L-Adapter": NO_MODULES | L_ADAPTER,
@@ -92,6 +119,7 @@ def build_tables(setting: Setting, dataset: str) -> dict[str, Table]:
                 "LoRA + L-Adapter": {"prefix": "none"},
                 "UP-Person": {},
             },
+            before=by_method(base, BASELINES),
         ),
         "VI": table(
             "UP-Person with other low-rank updates", {name: {"lora": name.lower()} for name in ("LoRA", "DoRA", "WoRA")}
@@ -132,38 +160,47 @@ def build_tables(setting: Setting, dataset: str) -> dict[str, Table]:
             {losses.upper().replace("+", " + "): {"losses": losses}
              for losses in ("sdm", "itc", "sdm+itc", "sdm+id", "sdm+id+mlm")},
         ),
-        "XI": Table("Trained on one data set of people, tested on another", tuple(crossings(setting, setting.people))),
+        "XI": Table("Trained on one data set of people, tested on another", tuple(crossings(setting.people))),
         "XII": Table(
             "Retrieval of other images",
             tuple(
-                Row(f"{name}, {dataset}", config.replace(**changes))
-                for dataset, config in setting.general.items()
-                for name, changes in methods(setting)
+                Row(f"{name}, {dataset}", config)
+                for dataset, base in setting.general.items()
+                for name, config in by_method(base, (*BASELINES, DEFAULT)).items()
             ),
             both_directions=True,
         ),
         "XIII": Table(
             "Trained on one data set of other images, tested on another",
-            tuple(crossings(setting, setting.general)),
+            tuple(crossings(setting.general)),
             both_directions=True,
         ),
-        "figure6": table(
-            "LoRA's rank, prefix length and adapter reduction",
-            {f"{field} {value}": {field: value} for field, values in setting.sweeps.items() for value in values},
-        ),
+        "figure6": Table(f"LoRA's rank, prefix length and adapter reduction, {dataset}", tuple(swept(base))),
         "figure7": table("What captions find", {"UP-Person": {}}),
+        "methods": table("Every method with its recipe", {}, before=every_method(base)),
     }  # fmt: skip
 
 
-def methods(setting: Setting) -> tuple[tuple[str, dict[str, Any]], ...]:
-    return ("zero-shot CLIP", {"method": "zero-shot"}), ("full fine-tuning", setting.full), ("UP-Person", {})
+def sweep_table(setting: Setting, dataset: str, method: str) -> Table:
+    """All values that a method's sweeps go through."""
+    base = with_method(setting[dataset], method)
+    return Table(f"{base.model.method.title} with other options, {dataset}", tuple(swept(base)))
 
 
-def crossings(setting: Setting, datasets: dict[str, Config]) -> Iterator[Row]:
-    """Each method on each ordered pair of data sets; zero-shot, which is not trained, once a test set."""
-    for name, changes in methods(setting):
-        if name == "zero-shot CLIP":
-            yield from (Row(f"{name}, → {target}", datasets[target].replace(**changes)) for target in datasets)
+def swept(base: Config) -> Iterator[Row]:
+    method = base.model.method
+    for axis, points in method.sweeps(base.data.is_drawn).items():
+        for label, changes in points.items():
+            yield Row(f"{axis} {label}", base.replace(**changes), point=(axis, label))
+
+
+def crossings(datasets: Configs) -> Iterator[Row]:
+    """What the paper compares on each ordered pair of data sets; what is not trained, once a test set."""
+    for method in (*BASELINES, DEFAULT):
+        configs = {name: with_method(config, method) for name, config in datasets.items()}
+        title = METHODS[method]().title
+        if not METHODS[method]().trains:
+            yield from (Row(f"{title}, → {target}", config) for target, config in configs.items())
             continue
-        for source, target in permutations(datasets, 2):
-            yield Row(f"{name}, {source} → {target}", datasets[source].replace(**changes), datasets[target])
+        for source, target in permutations(configs, 2):
+            yield Row(f"{title}, {source} → {target}", configs[source], datasets[target])

@@ -20,14 +20,15 @@ import torch
 
 from upperson.checkpoint import load_checkpoint, write_atomically
 from upperson.config import Config, DataConfig
+from upperson.data import Sample
 from upperson.evaluate import evaluate_checkpoint
 from upperson.interruption import Interruption
-from upperson.model import UPPerson
+from upperson.model import AdaptedCLIP
 from upperson.resources import resources
 from upperson.retrieval import embed
-from upperson.run_folder import BEST, CONFIG, RESULTS, RunError
+from upperson.run_folder import BEST, CONFIG, RESULTS, read_results
 from upperson.splits import read_splits
-from upperson.tables.rows import Row
+from upperson.tables.rows import Row, trainings
 from upperson.trainer import Diverged, Training
 from upperson.training import fit
 
@@ -51,10 +52,13 @@ class Runs:
 
     def place(self, config: Config) -> Path:
         """The folder of a run: another for every configuration, data folder and precision."""
-        values = fields_that_matter(config.model) | fields_that_matter(config.train) | self.identity(config.data)
+        values: dict[str, Any] = {}
+        for section in (config.model, config.model.method, config.train):
+            values |= fields_that_matter(section)
         del values["seed"]
+        values |= self.identity(config.data) | {"method": config.model.method.name}
         values["precision"] = resources(config.replace(**self.settings).train)[1]
-        words = re.sub(r"[^a-z0-9]+", "-", config.model.title.lower()).strip("-")
+        words = re.sub(r"[^a-z0-9]+", "-", config.model.method.title.lower()).strip("-")
         return self.folder / config.data.dataset / f"{words}-{digest(values)}" / f"seed-{config.train.seed}"
 
     @staticmethod
@@ -144,10 +148,16 @@ def begin_process(threads: int) -> None:
 
 
 def seconds_of(config: Config) -> float:
-    """About how long a run takes on this machine, from a few batches of its training and some of its evaluation."""
-    device, precision = resources(config.train)
+    """About how long a run takes on this machine, with all its stages."""
     splits = read_splits(config.data)
-    model = UPPerson(config.model).to(device)
+    return sum(seconds_of_training(part, splits) for part in trainings(config))
+
+
+def seconds_of_training(config: Config, splits: dict[str, list[Sample]]) -> float:
+    """The same of one stage, from a few batches of its training and some of its evaluation."""
+    device, precision = resources(config.train)
+    model = AdaptedCLIP(config.model).to(device)
+    model.freeze(config.train.freeze)
     watched = splits.get("val", splits["test"])
     with TemporaryDirectory() as folder:
         training = Training(config, model, splits, Path(folder), device, precision, Interruption())
@@ -165,13 +175,6 @@ def seconds_of(config: Config) -> float:
     item = (time.monotonic() - started) / len(watched[:EVALUATED])
     epochs = config.train.epochs
     return epochs * len(splits["train"]) * step + item * ((epochs + 1) * len(watched) + 2 * len(splits["test"]))
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path}: not JSON ({error}); delete it, and the same command makes it again") from error
 
 
 def fields_that_matter(section: Any) -> dict[str, Any]:

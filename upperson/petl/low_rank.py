@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from upperson.model.petl.initial import scalar, uniform_fan_in
+from upperson.petl.initial import scalar, uniform_fan_in
 
 
 class LoRA(nn.Module):

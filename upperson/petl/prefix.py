@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from upperson.model.petl.initial import scalar
+from upperson.petl.initial import scalar
 
 
 class Prefix(nn.Module):

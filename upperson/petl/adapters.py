@@ -8,6 +8,7 @@ With the frozen sublayer F, the residual stream x, the bottleneck A(u) = s · up
     parallel      x + F(y) + A(y),  y = LN(x)           beside the sublayer (arXiv 2110.04366, 2205.13535)
     sequential    x + u + A(u),     u = F(LN(x))        after the sublayer (arXiv 1902.00751)
     ln-tuning     x + F(LN(x)), with LN's gain and bias trained
+    normed        x + F(LN(x)) + A(LN'(x)), LN' trained     beside the sublayer (arXiv 2309.09496), s a constant
 """
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import layernorm_adapter
-from upperson.model.petl.initial import scalar, uniform_fan_in
+from upperson.petl.initial import normal, scalar, uniform_fan_in
 
 
 class Adapter(nn.Module):
@@ -89,6 +90,32 @@ class SequentialAdapter(Bottleneck):
 
     def finish(self, y: Tensor, out: Tensor) -> Tensor:
         return out + self.bottleneck(out)
+
+
+class NormedAdapter(Adapter):
+    """Beside the sublayer, reading the residual stream through a LayerNorm of its own, on the fused operator.
+
+    Args:
+        norm: the frozen LayerNorm of the sublayer.
+        hidden: width of the bottleneck.
+        scale: s, a constant.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, hidden: int, scale: float):
+        super().__init__()
+        width = norm.normalized_shape[0]
+        self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.down_weight, self.down_bias = normal(hidden, width), nn.Parameter(torch.zeros(hidden))
+        self.up_weight, self.up_bias = normal(width, hidden), nn.Parameter(torch.zeros(width))
+        self.scale = scale
+
+    def normalise(self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None,
+                  backend: str | None) -> tuple[Tensor, Tensor]:
+        """What the adapter makes of the stream is added to it here, and so reaches the sum with the sublayer's."""
+        scale = torch.full_like(self.up_bias[0], self.scale, requires_grad=False)
+        return layernorm_adapter(x, norm.weight, norm.bias, self.down_weight, self.down_bias, self.up_weight,
+                                 self.up_bias, scale, eps=norm.eps, residual=residual,
+                                 norm_weight=self.norm_weight, norm_bias=self.norm_bias, backend=backend)
 
 
 class LayerNormTuning(Adapter):

@@ -1,4 +1,4 @@
-"""The model: a frozen open_clip CLIP whose blocks carry UP-Person's trained modules."""
+"""The model: a frozen open_clip CLIP whose blocks carry a method's trained modules."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,25 +10,27 @@ from torch import Tensor, nn
 
 from kernels.attention.reference import unpack
 from upperson.config import ModelConfig
-from upperson.model.backbone import BackboneError, build_clip, fit_image_size, pooling, require_transformers, text_tower
-from upperson.model.block import MODULES, Block, Sequences, Stream, parameters_of, rows_of
-from upperson.model.captions import PackedCaptions, pack_captions
-from upperson.model.petl import ADAPTERS, LOW_RANK, PREFIXES
+from upperson.methods import MethodError
+from upperson.model.backbone import build_clip, fit_image_size, pooling, require_transformers, text_tower
+from upperson.model.block import KINDS, Block, Sequences, Stream, parameters_of, rows_of
+from upperson.model.captions import PackedCaptions, pack_captions, words_of
+from upperson.model.prompts import run_captions, run_images
 
 GRAPHS = 64  # of a block, each for a kind of input; some 20 are met in a training with its evaluations
 
 
-class UPPerson(nn.Module):
-    """CLIP adapted to text-based person retrieval by S-Prefix, LoRA and L-Adapter (arXiv 2504.10084), or by a variant.
+class AdaptedCLIP(nn.Module):
+    """CLIP adapted to text-based person retrieval by the method that `config` names.
 
     Args:
         config: what to build; see ModelConfig.
         clip: an open_clip model to adapt and freeze in place, instead of the one that `config` names.
 
-    Only the parameters of the trained modules require gradients; with method "full" those of CLIP, with "zero-shot"
-    none. There is no dropout: train() and eval() agree.
+    Only the parameters of the method's modules require gradients, and those of CLIP where the method trains them. There
+    is no dropout: train() and eval() agree.
 
-    Raises BackboneError for a backbone that cannot be built, loaded or adapted.
+    Raises BackboneError for a backbone that cannot be built, loaded or adapted, MethodError for a method that has no
+    room in it.
     """
 
     def __init__(self, config: ModelConfig, clip: nn.Module | None = None):
@@ -45,14 +47,12 @@ class UPPerson(nn.Module):
         options = dict(backend=backend, low_rank_gradients=config.low_rank_gradients)
         self.image_blocks = replace_blocks(self.clip.visual.transformer, causal=False, **options)
         self.text_blocks = replace_blocks(text.transformer, causal=self.text_causal, **options)
-        if config.method == "up-person":
-            self.set_modules(config, self.new_modules(config))
-        elif config.method == "full":
-            for parameter in self.clip_parameters().values():
-                parameter.requires_grad_()
         self.context_length = text.context_length
         self.embedding_width = self.clip.visual.output_dim                                  # E
-        self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
+        self.set_modules(config, self.new_modules(config))
+        if config.method.trains_clip:
+            for parameter in self.clip_parameters().values():
+                parameter.requires_grad_()
         preprocessing = open_clip.get_model_preprocess_cfg(self.clip)
         self.image_mean = tuple(preprocessing.get("mean", open_clip.OPENAI_DATASET_MEAN))
         self.image_std = tuple(preprocessing.get("std", open_clip.OPENAI_DATASET_STD))
@@ -77,7 +77,11 @@ class UPPerson(nn.Module):
 
     def image_stream(self, images: Tensor, read: Tensor | None = None) -> Tensor:
         """What the image tower's last block leaves: of all tokens (B, N, C), or of those at `read` (B,), (B, C)."""
-        return run(self.image_blocks, self.clip.visual._embeds(images), None, read)
+        x = self.clip.visual._embeds(images)
+        if not prompted(self.image_blocks):
+            return run(self.image_blocks, x, None, read)
+        first, *others = self.prompts("image")                              # the first ones come before ln_pre
+        return run_images(self.image_blocks, x, [self.clip.visual.ln_pre(first), *others], read)
 
     # -------------------------------------------------------------------------------- captions
 
@@ -90,20 +94,25 @@ class UPPerson(nn.Module):
         if isinstance(captions, PackedCaptions):
             read = captions.cu_seqlens[1:].long() - 1
         else:
+            captions = self.words_seen(captions)
             read = self.pooled_positions(captions)
         if self.config.skip_unread:
-            return self.project_text(self.text_stream(captions, read))
-        return self.project_text(rows_of(self.text_stream(captions), read))
+            return self.project_text(self.text_stream(captions, read)[0])
+        return self.project_text(rows_of(self.text_stream(captions)[0], read))
 
     def encode_text_tokens(self, captions: Tensor | PackedCaptions) -> tuple[Tensor, Tensor]:
         """encode_text's result, and all tokens projected alike, (B, L, E), L at least the longest caption's."""
         captions = self.pack_captions(captions)
-        x = self.text_stream(captions)
+        if not isinstance(captions, PackedCaptions):
+            captions = self.words_seen(captions)
+        x, start = self.text_stream(captions)
         if isinstance(captions, PackedCaptions):
             x, *_ = unpack(x, captions.cu_seqlens, captions.longest)
             read = captions.cu_seqlens.diff().long() - 1
         else:
             read = self.pooled_positions(captions)
+        if start is not None:
+            x, read = torch.cat([start.expand(len(x), 1, -1), x], 1), read + 1
         x = self.project_text(x)
         return rows_of(x, read), x
 
@@ -116,17 +125,38 @@ class UPPerson(nn.Module):
         packable = self.text_causal and pooling(self.clip)[0] == "argmax" and self.config.pack_captions
         if not packable or isinstance(captions, PackedCaptions) or torch.compiler.is_compiling():
             return captions
-        return pack_captions(captions)
+        return pack_captions(self.words_seen(captions), self.first_position)
 
-    def text_stream(self, captions: Tensor | PackedCaptions, read: Tensor | None = None) -> Tensor:
-        """What the text tower's last block leaves: of all tokens, (B, L, C) or packed (T, C), or of those at `read`."""
+    def words_seen(self, captions: Tensor) -> Tensor:
+        """What of token ids (B, L) runs once a caption: with prompts not the start token, nor words without room."""
+        return words_of(captions, self.context_length - self.first_position) if self.first_position else captions
+
+    @property
+    def first_position(self) -> int:
+        """The position of the first token that runs once a caption: without prompts the start token's."""
+        return 1 + self.config.method.positions_taken if prompted(self.text_blocks) else 0
+
+    def text_stream(self, captions: Tensor | PackedCaptions, read: Tensor | None = None
+                    ) -> tuple[Tensor, Tensor | None]:
+        """What the text tower's last block leaves: of all tokens, (B, L, C) or packed (T, C), or of those at `read`.
+
+        With prompts, the captions are without their start tokens. What it leaves of those, (1, C), comes second, if all
+        tokens are wanted; else None.
+        """
         text, sequences = text_tower(self.clip), None
         if isinstance(captions, PackedCaptions):
             x = text.token_embedding(captions.token_ids) + text.positional_embedding[captions.positions]
             sequences = Sequences(captions.cu_seqlens, captions.longest)
         else:
-            x = text.token_embedding(captions) + text.positional_embedding[: captions.shape[1]]
-        return run(self.text_blocks, x, sequences, read)
+            first = self.first_position
+            x = text.token_embedding(captions) + text.positional_embedding[first : first + captions.shape[1]]
+        if not prompted(self.text_blocks):
+            return run(self.text_blocks, x, sequences, read), None
+        start = text.token_embedding.weight[self.tokenizer.sot_token_id] + text.positional_embedding[0]
+        rows = self.prompts("text")
+        if taken := self.config.method.positions_taken:
+            rows[0] = rows[0] + text.positional_embedding[1 : 1 + taken]
+        return run_captions(self.text_blocks, start.unsqueeze(0), x, rows, sequences, read)
 
     def pooled_positions(self, tokens: Tensor) -> Tensor:
         """The position (B,) of the token that stands for each caption of (B, L)."""
@@ -145,27 +175,69 @@ class UPPerson(nn.Module):
 
     # -------------------------------------------------------------------------------- what is trained
 
-    def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name: {image,text}.blocks.{i}.{prefix,lora,adapter_attn,adapter_mlp}.…
+    def adaptation(self) -> dict[str, nn.Parameter]:
+        """All that the method changes, by name, and what a checkpoint holds: {image,text}.blocks.{i}.{kind}.…
 
-        With method "full" those of CLIP, by open_clip's names.
+        Where it trains CLIP, its parameters as well, by open_clip's names.
         """
-        return self.clip_parameters() if self.config.method == "full" else parameters_of(self.trained_modules())
+        parameters = parameters_of(self.trained_modules())
+        return parameters | self.clip_parameters() if self.config.method.trains_clip else parameters
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What of it has gradients: all that is not frozen."""
+        return {name: parameter for name, parameter in self.adaptation().items() if parameter.requires_grad}
+
+    def freeze(self, kinds: str) -> None:
+        """Leaves these kinds of parameters as they are, joined by +: of upperson.model.block.KINDS, or clip.
+
+        Raises MethodError for a kind that the method does not train.
+        """
+        groups: dict[str, list[nn.Parameter]] = {"clip": list(self.clip_parameters().values())
+                                                 if self.config.method.trains_clip else []}
+        for name, module in self.trained_modules().items():
+            groups.setdefault(name.rpartition(".")[2], []).extend(module.parameters())
+        known = [kind for kind, parameters in groups.items() if parameters]
+        for kind in filter(None, kinds.split("+")):
+            if kind not in known:
+                raise MethodError(f"freeze: {kind!r} is nothing that {self.config.method.name} trains here; expected "
+                                  f"some of {', '.join(known) or 'nothing'}, joined by +")
+            for parameter in groups[kind]:
+                parameter.requires_grad_(False)
 
     def trained_modules(self) -> dict[str, nn.Module]:
-        """The trained modules by name: {image,text}.blocks.{i}.{prefix,lora,adapter_attn,adapter_mlp}."""
+        """The trained modules by name: {image,text}.blocks.{i}.{kind}; the kinds are upperson.model.block.KINDS."""
         return {f"{block_name}.{name}": module for block_name, block in self.blocks().items()
                 for name, module in block.trained_modules().items()}
 
     def new_modules(self, config: ModelConfig) -> dict[str, nn.Module]:
-        """New modules of the kinds that `config` names, by the same names. The model stays as it is."""
-        return new_modules("image", self.image_blocks, config) | new_modules("text", self.text_blocks, config)
+        """New modules of the method that `config` names, by the same names. The model stays as it is."""
+        modules = config.method.modules({"image": self.image_blocks, "text": self.text_blocks})
+        if any(name.endswith(".prompt") for name in modules):
+            if not self.text_causal or pooling(self.clip)[0] != "argmax":
+                raise MethodError(f"{config.method.name}: prompts need a causal text tower that ends at the end token, "
+                                  f"as CLIP's; that of {config.model} is another")
+            left = self.context_length - config.method.positions_taken
+            if left < 3:
+                raise MethodError(f"{config.method.name}: prompts would take {config.method.positions_taken} of the "
+                                  f"{self.context_length} positions of a caption; expected at most "
+                                  f"{self.context_length - 3}, or --no-prompt-positions")
+        return modules
 
     def set_modules(self, config: ModelConfig, modules: dict[str, nn.Module]) -> None:
         """Makes these modules, which `config` describes, the trained ones. The backbone must be that of `config`."""
         self.config = config
         for block_name, block in self.blocks().items():
-            block.set_modules(**{name: modules.get(f"{block_name}.{name}") for name in MODULES})
+            block.set_modules(**{kind: modules.get(f"{block_name}.{kind}") for kind in KINDS})
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length - config.method.positions_taken)
+
+    def prompts(self, tower: str) -> list[Tensor]:
+        """The prompts (m, C) of layers 0, 1, … of a tower."""
+        own, other = self.image_blocks, self.text_blocks
+        if tower == "text":
+            own, other = other, own
+        partners = [block.prompt for block in other] + [None] * len(own)            # the other tower may be shallower
+        return [block.prompt.rows(partner) for block, partner in zip(own, partners, strict=False)
+                if block.prompt is not None]
 
     def blocks(self) -> dict[str, Block]:
         """By name: {image,text}.blocks.{i}."""
@@ -175,8 +247,9 @@ class UPPerson(nn.Module):
 
     def clip_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of CLIP that its features depend on: all but the temperature of its own loss."""
+        added = {id(parameter) for module in self.trained_modules().values() for parameter in module.parameters()}
         return {name: parameter for name, parameter in self.clip.named_parameters()
-                if name not in ("logit_scale", "logit_bias")}
+                if name not in ("logit_scale", "logit_bias") and id(parameter) not in added}
 
     def compile_blocks(self, **options: Any) -> None:
         """Puts every block through torch.compile, from its next call on; `options` are those of torch.compile.
@@ -190,7 +263,7 @@ class UPPerson(nn.Module):
 
     @contextmanager
     def zero_shot(self) -> Iterator[None]:
-        """Within it the model computes the backbone alone (with method "full" as far as that has been trained)."""
+        """Within it the model computes the backbone alone (as far as that has been trained)."""
         for block in self.blocks().values():
             block.adapted = False
         try:
@@ -207,37 +280,14 @@ def replace_blocks(transformer: nn.Module, **options: Any) -> list[Block]:
     return list(transformer.resblocks)
 
 
+def prompted(blocks: list[Block]) -> bool:
+    """Whether a tower has prompts, and not the backbone alone is computed."""
+    return blocks[0].prompt is not None and blocks[0].adapted
+
+
 def run(blocks: list[Block], x: Tensor, sequences: Sequences | None, read: Tensor | None) -> Tensor:
     """The tokens behind the last of `blocks`; see Block.forward."""
     stream = Stream(x)
     for block in blocks[:-1]:
         stream = block(stream, sequences)
     return blocks[-1](stream, sequences, read).total()
-
-
-def new_modules(tower: str, blocks: list[Block], config: ModelConfig) -> dict[str, nn.Module]:
-    """New trained modules of the kinds that `config` names, for the blocks of a tower.
-
-    LoRA and prefix act in blocks i < depth, adapters in blocks i ≥ depth. Raises BackboneError for a depth or a
-    reduction that the tower does not have room for.
-    """
-    for field, most in (("depth_prefix", len(blocks)), ("depth_lora", len(blocks)), ("depth_adapter", len(blocks)),
-                        ("adapter_reduction", blocks[0].attn.embed_dim)):
-        if (getattr(config, field) or 0) > most:
-            what = "the width" if field == "adapter_reduction" else "the number of blocks"
-            raise BackboneError(f"{field}: {getattr(config, field)} is more than {what} of the {tower} tower, {most}")
-    depth_prefix = len(blocks) if config.depth_prefix is None else config.depth_prefix
-    depth_lora = len(blocks) if config.depth_lora is None else config.depth_lora
-    modules: dict[str, nn.Module] = {}
-    for i, block in enumerate(blocks):
-        name, width = f"{tower}.blocks.{i}", block.attn.embed_dim
-        if config.prefix != "none" and i < depth_prefix:
-            modules[f"{name}.prefix"] = PREFIXES[config.prefix](config.prefix_length, width, config.prefix_scale,
-                                                                config.scale_target)
-        if config.lora != "none" and i < depth_lora:
-            modules[f"{name}.lora"] = LOW_RANK[config.lora](config.lora_rank, block.attn.in_proj_weight)
-        for place, kind, norm in (("adapter_attn", config.adapter_attn, block.ln_1),
-                                  ("adapter_mlp", config.adapter_mlp, block.ln_2)):
-            if kind != "none" and i >= config.depth_adapter:
-                modules[f"{name}.{place}"] = ADAPTERS[kind](norm, width // config.adapter_reduction)
-    return modules

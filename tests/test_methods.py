@@ -1,0 +1,321 @@
+"""The methods: each trains, saves, loads and evaluates alike; a method is a file; prompts against their definition."""
+
+import io
+import json
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from operators import DEVICE, EXACT
+from test_model import TINY_CLIP, build, inputs, stirred
+
+from upperson import AdaptedCLIP, Config, ModelConfig, fit, preset
+from upperson.checkpoint import load_checkpoint, load_model, save_checkpoint
+from upperson.evaluate import evaluate_checkpoint
+from upperson.merge import main as merge_command
+from upperson.methods import METHODS, MethodError
+from upperson.model.block import Stream
+from upperson.model.captions import words_of
+
+PROJECT = Path(__file__).parents[1]
+PROMPTED = [
+    dict(method="cskt", prompt_length=1),
+    dict(method="cskt", prompt_length=2, depth_prompt=2, adapter_reduction=4),
+    dict(method="cskt", prompt_length=3, depth_prompt=1, prompt_positions=False, adapters=False),
+    dict(method="prompt-decoupling", prompt_length=3, stage="prompts"),
+    dict(method="prompt-decoupling", prompt_length=5, depth_prompt=2, prompt_positions=False),
+]
+
+
+def words(changes):
+    return "-".join(map(str, changes.values()))
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Three blocks a tower of another width each, captions of twelve tokens."""
+    path = tmp_path / "tiny.json"
+    text = TINY_CLIP["text_cfg"] | dict(width=48, heads=3)
+    path.write_text(json.dumps(TINY_CLIP | dict(text_cfg=text)))
+    return ModelConfig(str(path), "none", (48, 16), backend="torch")
+
+
+# ---------------------------------------------------------------------------------------- a method is a file
+
+
+def test_no_other_file_names_a_method():
+    """Neither as a value nor as a class, nor the younger ones in prose; UP-Person is the project's own name as well."""
+    own = [PROJECT / "upperson" / "methods", PROJECT / "upperson" / "presets.py"]
+    files = [path for folder in ("upperson", "kernels", "bench") for path in (PROJECT / folder).rglob("*.py")]
+    files = [path for path in [*files, PROJECT / "train.py"] if not any(path.is_relative_to(each) for each in own)]
+    assert len(files) > 60
+    classes = {method.__name__ for method in METHODS.values()}
+    for path in files:
+        source = path.read_text(encoding="utf-8")
+        assert not re.search(r"cskt|prompt[-_ ]?decoupling", source, re.IGNORECASE), path
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.STRING:
+                assert token.string.strip("\"'") not in METHODS, f"{path}:{token.start[0]}"
+            assert token.type != tokenize.NAME or token.string not in classes, f"{path}:{token.start[0]}"
+
+
+def test_the_example_of_the_documentation(tmp_path):
+    """A method in ten lines: as it stands on the page it trains, and its checkpoint loads."""
+    page = (PROJECT / "upperson" / "methods" / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = [line for line in example.splitlines() if line and not line.startswith(("from", "import"))]
+    assert len(code) <= 10
+    before = dict(METHODS)
+    try:
+        exec(example, {"__name__": "example"})
+        (name,) = METHODS.keys() - before.keys()
+        config = small(preset("embedded", name), tmp_path / "run")
+        results, best = fit(config).results, tmp_path / "run" / "best.safetensors"
+        trained = load_model(best).trained_parameters().values()
+        assert results["trained_parameters"] == sum(p.numel() for p in trained) > 0
+        assert load_model(best).config.method == config.model.method
+    finally:
+        METHODS.clear()
+        METHODS.update(before)
+
+
+# ---------------------------------------------------------------------------------------- from data to results
+
+
+def small(config, run_dir):
+    changes = dict(embedded_identities=(10, 3, 4), embedded_views=2, epochs=1, warmup_epochs=0, batch_size=8,
+                   image_size=(64, 32), backend="torch", workers=0, run_dir=run_dir)
+    if config.model.method.stages():
+        changes |= dict(encoder_epochs=1, encoder_warmup_epochs=0)
+    return config.replace(**changes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_saves_loads_and_evaluates(method, tmp_path, capsys):
+    config = small(preset("embedded", method), tmp_path / "run")
+    results = fit(config).results
+    assert results["method"] == config.model.method.title and results["adapted"]["R@10"] > 0
+    best = tmp_path / "run" / "best.safetensors"
+    checkpoint, model = load_checkpoint(best), load_model(best)
+    for name, parameter in model.adaptation().items():
+        assert torch.equal(parameter, checkpoint.parameters[name]), name
+    assert bool(checkpoint.parameters) == config.model.method.trains
+    again = evaluate_checkpoint(checkpoint, checkpoint.config.replace(run_dir=None), best, "test", tmp_path / "again")
+    assert {key: again["text_to_image"][key] for key in results["adapted"]} == pytest.approx(results["adapted"])
+    assert again["method"] == results["method"]
+    assert config.model.method.title in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("changes", "trained"), [
+    (dict(prompts=False), ("adapter_mlp",)), (dict(adapters=False), ("prompt",)), (dict(), ("prompt", "adapter_mlp")),
+])
+def test_parts_of_cskt(tiny, changes, trained):
+    model = build(tiny.replace(method="cskt", prompt_length=2, **changes))
+    assert {name.split(".")[3] for name in model.trained_parameters()} == set(trained)
+    images, tokens = inputs()
+    (model.encode_image(images) * model.encode_text(tokens)).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.trained_parameters().values())
+
+
+def test_initial_values(tiny):
+    """N(0, 0.02²), biases 0, LayerNorms of the adapters 1 and 0; two models of one seed are the same."""
+    for method in ("cskt", "prompt-decoupling"):
+        config = tiny.replace(method=method, prompt_positions=False, prompt_length=40)
+        models = [build(config, seed=1).adaptation() for _ in range(2)]
+        for name, parameter in models[0].items():
+            assert torch.equal(parameter, models[1][name])
+            if ".blocks." not in name:
+                continue
+            if name.endswith("norm_weight"):
+                assert torch.all(parameter == 1)
+            elif name.endswith("bias"):
+                assert torch.all(parameter == 0)
+            else:
+                assert 0.016 < parameter.detach().std() < 0.024 and parameter.detach().mean().abs() < 0.005, name
+
+
+# ---------------------------------------------------------------------------------------- prompts
+
+
+def token_by_token(model, images, tokens):
+    """Features as prompts define them: tokens of every image and caption, replaced before every block."""
+    def replaced(x, rows, first):
+        return torch.cat([x[:, :first], rows.expand(len(x), -1, -1), x[:, first + len(rows):]], 1)
+
+    clip, taken = model.clip, model.config.method.positions_taken
+    rows = model.prompts("image")
+    x = clip.visual._embeds(images)
+    length = x.shape[1]
+    x = torch.cat([x, clip.visual.ln_pre(rows[0]).expand(len(x), -1, -1)], 1)
+    for i, block in enumerate(model.image_blocks):
+        x = replaced(x, rows[i], length) if 0 < i < len(rows) else x
+        x = block(Stream(x)).total()
+    image_features = clip.visual.ln_post(x[:, 0]) @ clip.visual.proj
+
+    rows, positions = model.prompts("text"), clip.positional_embedding
+    seen = words_of(tokens, model.context_length - 1 - taken)
+    start = (clip.token_embedding(tokens[:1, 0]) + positions[0]).expand(len(tokens), 1, -1)
+    first = rows[0] + positions[1:1 + taken] if taken else rows[0]
+    x = clip.token_embedding(seen) + positions[1 + taken:1 + taken + seen.shape[1]]
+    x = torch.cat([start, first.expand(len(x), -1, -1), x], 1)
+    for i, block in enumerate(model.text_blocks):
+        x = replaced(x, rows[i], 1) if 0 < i < len(rows) else x
+        x = block(Stream(x)).total()
+    ends = 1 + len(rows[0]) + seen.argmax(1)
+    return image_features, model.project_text(x[torch.arange(len(x)), ends])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("changes", PROMPTED, ids=words)
+def test_prompts_that_the_batch_shares_are_tokens_of_each_sample(tiny, changes, backend):
+    """Features and all gradients, with and without the switches that spare operations."""
+    bound = 1e-9 if torch.float64 == EXACT else 1e-3
+    images, tokens = (t.to(DEVICE) for t in inputs(EXACT))
+    found = []
+    for switches in (None, {}, dict(skip_unread=False), dict(pack_captions=False)):
+        model = stirred(build(tiny.replace(backend="torch" if switches is None else backend, **changes,
+                                           **(switches or {}))), scale=0.05).to(DEVICE, EXACT)
+        features = token_by_token(model, images, tokens) if switches is None else (
+            model.encode_image(images), model.encode_text(tokens))
+        parameters = model.trained_parameters()
+        gradients = torch.autograd.grad((features[0] * features[1]).sum(), parameters.values(), materialize_grads=True)
+        found.append((*features, *gradients))
+    names = ["image features", "text features", *parameters]
+    for others in found[1:]:
+        for name, ours, defined in zip(names, others, found[0], strict=True):
+            torch.testing.assert_close(ours, defined, rtol=bound, atol=bound, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", PROMPTED, ids=words)
+@pytest.mark.parametrize("pack_captions", [True, False])
+def test_all_tokens_of_a_caption(tiny, changes, pack_captions):
+    """What mlm reads: its end token is the caption's embedding, its start token stands first."""
+    model = stirred(build(tiny.replace(pack_captions=pack_captions, **changes))).double()
+    tokens = model.tokenizer(["a man", "a woman in a red coat with a small white handbag and a dog", "girl"])
+    assert tokens.shape[1] == model.context_length - model.config.method.positions_taken
+    embedding, x = model.encode_text_tokens(tokens)
+    torch.testing.assert_close(embedding, model.encode_text(tokens), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(x[torch.arange(3), tokens.argmax(1)], embedding, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(x[0, 0], x[1, 0], rtol=1e-12, atol=1e-12)
+    with model.zero_shot():
+        assert model.encode_text(tokens).shape == embedding.shape
+
+
+@pytest.mark.parametrize("losses", ["sdm+id+mlm"])
+@pytest.mark.parametrize("method", ["cskt", "prompt-decoupling"])
+def test_every_loss_trains(method, losses, tmp_path):
+    changes = dict(losses=losses, mask_captions=True) | ({"stage": "prompts"} if method != "cskt" else {})
+    fit(small(preset("embedded", method), tmp_path / "run").replace(**changes))
+
+
+@pytest.mark.parametrize("changes", PROMPTED[:1] + PROMPTED[3:4], ids=words)
+def test_autocast_keeps_parameters_and_gradients_in_float32(tiny, changes):
+    images, tokens = inputs()
+    model = stirred(build(tiny.replace(**changes)), scale=0.05)
+    exact = F.cosine_similarity(model.encode_image(images), model.encode_text(tokens))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cosine_similarity(model.encode_image(images), model.encode_text(tokens))
+    torch.testing.assert_close(loss.float(), exact, rtol=0, atol=0.02)
+    loss = loss.sum()
+    loss.backward()
+    for name, parameter in model.trained_parameters().items():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), name
+
+
+def test_compiled_blocks_compute_the_same(tiny):
+    images, tokens = inputs()
+    model = stirred(build(tiny.replace(method="cskt", prompt_length=2)), scale=0.05)
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            model.compile_blocks(backend="aot_eager")
+        loss = F.cosine_similarity(model.encode_image(images), model.encode_text(tokens)).sum()
+        found.append([loss, *torch.autograd.grad(loss, list(model.trained_parameters().values()))])
+    for eager, other in zip(*found, strict=True):
+        torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(method="cskt", prompt_length=5),
+     "cskt: prompts would take 10 of the 12 positions of a caption; expected at most 9, or --no-prompt-positions"),
+    (dict(method="cskt", depth_prompt=4), "depth_prompt: 4 is more than the number of blocks of the image tower, 3"),
+    (dict(method="cskt", adapter_reduction=40), "adapter_reduction: 40 is more than the width of the image tower, 32"),
+    (dict(method="prompt-decoupling", depth_prompt=4), "depth_prompt: 4 is more than the number of blocks of the im"),
+])
+def test_refused(tiny, changes, message):
+    with pytest.raises(MethodError, match=message):
+        AdaptedCLIP(tiny.replace(**changes))
+
+
+def test_prompts_need_a_causal_text_tower(tiny, tmp_path):
+    path = tmp_path / "not-causal.json"
+    path.write_text(json.dumps(TINY_CLIP | dict(text_cfg=TINY_CLIP["text_cfg"] | dict(no_causal_mask=True))))
+    with pytest.raises(MethodError, match=r"cskt: prompts need a causal text tower .*not-causal.json is another"):
+        AdaptedCLIP(tiny.replace(model=str(path), method="cskt", prompt_length=2))
+
+
+def test_towers_of_other_depths(tiny, tmp_path):
+    """As ViT-L/14's: coupled prompts go as deep as the shallower tower, others as deep as each."""
+    path = tmp_path / "deep.json"
+    path.write_text(json.dumps(TINY_CLIP | dict(vision_cfg=TINY_CLIP["vision_cfg"] | dict(layers=4))))
+    images, tokens = inputs(torch.float64)
+    for changes, layers in ((dict(method="cskt", prompt_length=2), (3, 3)),
+                            (dict(method="prompt-decoupling", stage="prompts"), (4, 3))):
+        model = stirred(build(tiny.replace(model=str(path), **changes))).double()
+        found = tuple(len(model.prompts(tower)) for tower in ("image", "text"))
+        assert found == layers
+        defined = token_by_token(model, images, tokens)
+        torch.testing.assert_close((model.encode_image(images), model.encode_text(tokens)), defined)
+
+
+# ---------------------------------------------------------------------------------------- merging, freezing
+
+
+def test_fine_tuned_encoders_merge_and_the_prompts_remain(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = tiny.replace(method="prompt-decoupling", prompt_length=3)
+    model = stirred(build(config))
+    save_checkpoint(tmp_path / "best.safetensors", model.adaptation(), Config(config), {"epoch": 3})
+    assert merge_command(["best.safetensors", "merged.safetensors"]) == 1
+    assert "does not fold into weights that open_clip can use: prompt Prompt; --rest FILE" in capsys.readouterr().err
+    assert merge_command(["best.safetensors", "merged.safetensors", "--rest", "rest.safetensors"]) == 0
+    rest = load_model("rest.safetensors")
+    assert set(rest.adaptation()) == {name for name in model.adaptation() if ".prompt." in name}
+    images, tokens = inputs()
+    with torch.no_grad():
+        assert torch.equal(rest.encode_image(images), model.encode_image(images))
+        assert torch.equal(rest.encode_text(tokens), model.encode_text(tokens))
+
+
+def test_nothing_of_cskt_merges(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = tiny.replace(method="cskt", prompt_length=2)
+    save_checkpoint(tmp_path / "best.safetensors", build(config).adaptation(), Config(config), {"epoch": 3})
+    assert merge_command(["best.safetensors", "merged.safetensors"]) == 1
+    assert "adapter_mlp NormedAdapter, prompt CoupledPrompt; --rest" in capsys.readouterr().err
+    assert merge_command(["best.safetensors", "merged.safetensors", "--rest", "rest.safetensors"]) == 1
+    assert "error: nothing of CSKT folds into weights of CLIP" in capsys.readouterr().err
+    assert not Path("merged.safetensors").exists()
+
+
+def test_a_prefix_and_prompts_exclude_each_other(tiny):
+    prefix, prompt = (build(tiny.replace(**changes)).image_blocks[0] for changes in ({}, PROMPTED[0]))
+    with pytest.raises(ValueError, match="a prefix or for prompts, not for both"):
+        prefix.set_modules(prefix=prefix.prefix, prompt=prompt.prompt)
+
+
+def test_freezing_kinds_of_parameters(tiny):
+    model = build(tiny)
+    everything = set(model.trained_parameters())
+    model.freeze("prefix+lora")
+    assert {name.split(".")[3] for name in model.trained_parameters()} == {"adapter_attn", "adapter_mlp"}
+    assert set(model.adaptation()) == everything
+    both = build(tiny.replace(method="prompt-decoupling", prompt_length=3))
+    both.freeze("prompt")
+    assert set(both.trained_parameters()) == set(both.clip_parameters())
+    with pytest.raises(MethodError, match="freeze: 'clip' is nothing that up-person trains here; expected some of pre"):
+        model.freeze("clip")

@@ -1,0 +1,83 @@
+"""CSKT (arXiv 2309.09496): prompts coupled between the towers in both directions, adapters beside the MLP."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from upperson.methods.method import Method, Towers, require_room
+from upperson.options import option
+from upperson.petl import CoupledPrompt, NormedAdapter
+
+
+@dataclass(frozen=True)
+class CSKT(Method):
+    """Its two parts, each of which may stand alone, with the released code's values."""
+
+    name: ClassVar[str] = "cskt"
+
+    prompts: bool = option(True, "prompts in both towers, each projected into the other one, too")
+    prompt_length: int = option(
+        4, "prompts n that a layer of each tower has of its own; with the other tower's it carries 2 n", at_least=1
+    )
+    depth_prompt: int | None = option(
+        None, "prompts in the first so many layers; none: in all of the shallower tower", at_least=1
+    )
+    prompt_positions: bool = option(
+        True, "text prompts take 2 n positions of the caption, whose words move behind them and are cut at the end; "
+        "else words stay and prompts have none"
+    )  # fmt: skip
+    adapters: bool = option(True, "an adapter with a LayerNorm of its own beside each MLP")
+    adapter_reduction: int = option(8, "adapter width is tower width / this", at_least=1)
+    adapter_scale_image: float = option(0.1, "constant factor on the adapters of the image tower")
+    adapter_scale_text: float = option(4.0, "constant factor on those of the text tower")
+
+    @property
+    def title(self) -> str:
+        if self.prompts and self.adapters:
+            return "CSKT"
+        return "coupled prompts" if self.prompts else "CSKT's adapters" if self.adapters else "CSKT without its parts"
+
+    @property
+    def positions_taken(self) -> int:
+        return 2 * self.prompt_length if self.prompts and self.prompt_positions else 0
+
+    @classmethod
+    def recipe(cls, drawn: bool) -> dict[str, Any]:
+        """That of the released code; weight decay, schedule and temperature are UP-Person's."""
+        if drawn:
+            return {"adapter_reduction": 4}
+        return {"learning_rate": 3e-4, "bias_learning_rate": 6e-4, "mask_captions": False}
+
+    @classmethod
+    def sweeps(cls, drawn: bool) -> dict[str, dict[str, dict[str, Any]]]:
+        """More prompts than a caption has positions for stand without any."""
+        lengths, reductions = (2, 4, 8, 16, 32, 64), (100, 32, 16, 8, 4, 2)
+        return {
+            "prompts a layer, taking positions of the caption": {
+                str(2 * n): {"prompt_length": n} for n in lengths if 2 * n <= 64},
+            "prompts a layer, without positions": {
+                str(2 * n): {"prompt_length": n, "prompt_positions": False} for n in lengths},
+            "adapter width, of the tower's": {
+                f"{1 / reduction:.2f}": {"adapter_reduction": reduction} for reduction in reductions},
+        }
+
+    def modules(self, towers: Towers) -> dict[str, nn.Module]:
+        """Prompts in layers i < depth, the input counting as layer 0; adapters in all blocks, whatever the depth."""
+        widths = {tower: blocks[0].attn.embed_dim for tower, blocks in towers.items()}
+        scales = {"image": self.adapter_scale_image, "text": self.adapter_scale_text}
+        modules: dict[str, nn.Module] = {}
+        for tower, blocks in towers.items():
+            width = widths[tower]
+            other_width = widths["text" if tower == "image" else "image"]
+            require_room(tower, "depth_prompt", self.depth_prompt, len(blocks))
+            require_room(tower, "adapter_reduction", self.adapter_reduction, width, "the width")
+            depth = min(map(len, towers.values())) if self.depth_prompt is None else self.depth_prompt
+            for i, block in enumerate(blocks):
+                name = f"{tower}.blocks.{i}"
+                if self.prompts and i < depth:
+                    modules[f"{name}.prompt"] = CoupledPrompt(self.prompt_length, width, other_width, tower == "text")
+                if self.adapters:
+                    modules[f"{name}.adapter_mlp"] = NormedAdapter(block.ln_2, width // self.adapter_reduction,
+                                                                   scales[tower])
+        return modules

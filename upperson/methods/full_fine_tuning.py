@@ -1,0 +1,29 @@
+"""Full fine-tuning: all weights of CLIP that its features depend on are trained."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from upperson.methods.method import Method
+
+
+@dataclass(frozen=True)
+class FullFineTuning(Method):
+    """All of CLIP, at the learning rate of IRRA (arXiv 2303.12501)."""
+
+    name: ClassVar[str] = "full"
+
+    @property
+    def title(self) -> str:
+        return "full fine-tuning"
+
+    @property
+    def trains_clip(self) -> bool:
+        return True
+
+    @classmethod
+    def recipe(cls, drawn: bool) -> dict[str, Any]:
+        return {"learning_rate": 3e-4 if drawn else 1e-5}
+
+    def without(self, kinds: Iterable[str]) -> Method:
+        return self

@@ -1,0 +1,93 @@
+"""Prompt Decoupling (arXiv 2401.02173): prompts adapt CLIP to the domain, then fine-tuning adapts it to the task.
+
+Stage one trains prompts in both towers, with both encoders frozen; stage two freezes the prompts and fine-tunes the
+encoders. No code was released and the hyper-parameters could not be found. What is known is the backbone, CLIP
+ViT-B/16, and these two stages; the rest are defaults of this project: deep prompts without coupling, of length 4, the
+SDM loss in both stages, stage two at a learning rate of 1e-5.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from upperson.losses import parse_losses
+from upperson.methods.method import Method, Stage, Towers, require_room
+from upperson.options import option
+from upperson.petl import Prompt
+
+
+@dataclass(frozen=True)
+class PromptDecoupling(Method):
+    """The prompts and the two stages. Stage one is trained as --epochs, --learning-rate and --losses say."""
+
+    name: ClassVar[str] = "prompt-decoupling"
+
+    stage: Literal["both", "prompts", "encoders"] = option(
+        "both", "one after the other; or only the prompts, or only the encoders (with --start-from a checkpoint of the "
+        "prompts)"
+    )  # fmt: skip
+    prompt_length: int = option(4, "prompts in a layer, each tower its own", at_least=1)
+    depth_prompt: int | None = option(None, "prompts in the first so many layers; none: in all", at_least=1)
+    prompt_positions: bool = option(
+        True, "text prompts take positions of the caption, whose words move behind them and are cut at the end; else "
+        "words stay and prompts have none"
+    )  # fmt: skip
+    encoder_epochs: int = option(60, "epochs of stage two", at_least=1)
+    encoder_warmup_epochs: int = option(5, "epochs of linear warm-up in stage two; fewer than its epochs", at_least=0)
+    encoder_learning_rate: float = option(1e-5, "learning rate of stage two", above=0)
+    encoder_losses: str = option("sdm", "losses of stage two, as in --losses")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encoder_warmup_epochs >= self.encoder_epochs:
+            raise ValueError(f"encoder_warmup_epochs: {self.encoder_warmup_epochs} is not allowed; it must be below "
+                             f"encoder_epochs, which is {self.encoder_epochs}")
+        try:
+            parse_losses(self.encoder_losses)
+        except ValueError as error:
+            raise ValueError(f"encoder_losses: {error}") from None
+
+    @property
+    def title(self) -> str:
+        return {"both": "Prompt Decoupling", "prompts": "Prompt Decoupling, stage one",
+                "encoders": "Prompt Decoupling"}[self.stage]
+
+    @property
+    def trains_clip(self) -> bool:
+        return self.stage != "prompts"
+
+    @property
+    def positions_taken(self) -> int:
+        return self.prompt_length if self.prompt_positions else 0
+
+    @classmethod
+    def recipe(cls, drawn: bool) -> dict[str, Any]:
+        if drawn:
+            return {"encoder_epochs": 4, "encoder_warmup_epochs": 1, "encoder_learning_rate": 3e-4}
+        return {"learning_rate": 1e-3, "mask_captions": False}
+
+    def stages(self) -> Sequence[Stage]:
+        if self.stage != "both":
+            return ()
+        fine_tuning = {
+            "stage": "encoders", "freeze": "prompt", "epochs": self.encoder_epochs,
+            "warmup_epochs": self.encoder_warmup_epochs, "learning_rate": self.encoder_learning_rate,
+            "losses": self.encoder_losses,
+        }  # fmt: skip
+        return (Stage("prompts", "domain adaptation, prompts", {"stage": "prompts"}),
+                Stage("encoders", "task adaptation, encoders", fine_tuning))
+
+    def modules(self, towers: Towers) -> dict[str, nn.Module]:
+        """Prompts in layers i < depth, the input counting as layer 0."""
+        modules: dict[str, nn.Module] = {}
+        for tower, blocks in towers.items():
+            require_room(tower, "depth_prompt", self.depth_prompt, len(blocks))
+            for i, block in enumerate(blocks[:self.depth_prompt]):
+                modules[f"{tower}.blocks.{i}.prompt"] = Prompt(self.prompt_length, block.attn.embed_dim)
+        return modules
+
+    def without(self, kinds: Iterable[str]) -> "PromptDecoupling":
+        """The encoders have become the backbone."""
+        return replace(self, stage="prompts")

@@ -1,0 +1,101 @@
+"""UP-Person (arXiv 2504.10084): salable prefixes, LoRA and L-Adapters in every block of a frozen CLIP, and the variants
+that its tables compare.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from upperson.methods.method import Method, Towers, require_room
+from upperson.options import option
+from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES
+
+AdapterKind = Literal["l-parallel", "l-sequential", "parallel", "sequential", "ln-tuning", "none"]
+PLACES = (
+    "beside LayerNorm (L-Adapter), after LayerNorm, beside the attention, after the attention, LayerNorm's own gain "
+    "and bias, or none"
+)
+TITLES = {
+    "salable": "S-Prefix", "vanilla": "prefix", "lora": "LoRA", "dora": "DoRA", "wora": "WoRA",
+    "l-parallel": "L-Adapter", "l-sequential": "sequential L-Adapter", "parallel": "parallel adapter",
+    "sequential": "sequential adapter", "ln-tuning": "LN-tuning",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class UPPerson(Method):
+    """What is added to each block. Depths count blocks from the input."""
+
+    name: ClassVar[str] = "up-person"
+
+    prefix: Literal["salable", "vanilla", "none"] = option(
+        "salable",
+        "prefix in the attention: with a learnable λ (S-Prefix), without (prefix tuning), or none",
+        added=True,
+    )
+    prefix_length: int = option(10, "prefix tokens P in a block, each tower its own", at_least=1)
+    prefix_scale: float = option(10.0, "initial value of the learnable λ on the salable prefix")
+    scale_target: Literal["weights", "logits"] = option(
+        "weights", "what λ multiplies: the prefix's attention weights (the paper's Eq. 15) or its logits"
+    )
+    lora: Literal["lora", "dora", "wora", "none"] = option(
+        "lora", "low-rank update of the key and value projections: LoRA, DoRA, WoRA, or none", added=True
+    )
+    lora_rank: int = option(32, "rank of that update", at_least=1)
+    adapter_attn: AdapterKind = option("l-parallel", f"adapter at the attention: {PLACES}", added=True)
+    adapter_mlp: AdapterKind = option("l-parallel", "adapter at the MLP, of the same kinds", added=True)
+    adapter_reduction: int = option(8, "adapter width is tower width / this", at_least=1)
+    depth_prefix: int | None = option(None, "prefix in the first so many blocks; none: in all", at_least=0)
+    depth_lora: int | None = option(None, "LoRA in the first so many blocks; none: in all", at_least=0)
+    depth_adapter: int = option(0, "adapters in all but the first so many blocks", at_least=0)
+
+    @property
+    def title(self) -> str:
+        parts = [TITLES[kind] for kind in (self.prefix, self.lora) if kind != "none"]
+        adapters = [self.adapter_attn, self.adapter_mlp]
+        if adapters[0] == adapters[1]:
+            parts += [TITLES[kind] for kind in adapters[:1] if kind != "none"]
+        else:
+            places = zip(adapters, ("attention", "MLP"), strict=True)
+            parts += [f"{TITLES[kind]} at the {place}" for kind, place in places if kind != "none"]
+        return "UP-Person" if parts == ["S-Prefix", "LoRA", "L-Adapter"] else " + ".join(parts)
+
+    @classmethod
+    def sweeps(cls, drawn: bool) -> dict[str, dict[str, dict[str, Any]]]:
+        """Figure 6."""
+        values: dict[str, tuple[int, ...]] = {
+            "lora_rank": (2, 4, 8, 16) if drawn else (8, 16, 32, 64),
+            "prefix_length": (1, 2, 4, 8) if drawn else (2, 6, 10, 14, 18),
+            "adapter_reduction": (2, 4, 8, 16) if drawn else (4, 8, 16, 32),
+        }
+        return {field: {str(value): {field: value} for value in numbers} for field, numbers in values.items()}
+
+    def modules(self, towers: Towers) -> dict[str, nn.Module]:
+        """LoRA and prefix in blocks i < depth, adapters in blocks i ≥ depth."""
+        modules: dict[str, nn.Module] = {}
+        for tower, blocks in towers.items():
+            width = blocks[0].attn.embed_dim
+            for field in ("depth_prefix", "depth_lora", "depth_adapter"):
+                require_room(tower, field, getattr(self, field), len(blocks))
+            require_room(tower, "adapter_reduction", self.adapter_reduction, width, "the width")
+            depth_prefix = len(blocks) if self.depth_prefix is None else self.depth_prefix
+            depth_lora = len(blocks) if self.depth_lora is None else self.depth_lora
+            for i, block in enumerate(blocks):
+                name = f"{tower}.blocks.{i}"
+                if self.prefix != "none" and i < depth_prefix:
+                    modules[f"{name}.prefix"] = PREFIXES[self.prefix](self.prefix_length, width, self.prefix_scale,
+                                                                      self.scale_target)
+                if self.lora != "none" and i < depth_lora:
+                    modules[f"{name}.lora"] = LOW_RANK[self.lora](self.lora_rank, block.attn.in_proj_weight)
+                for place, kind, norm in (("adapter_attn", self.adapter_attn, block.ln_1),
+                                          ("adapter_mlp", self.adapter_mlp, block.ln_2)):
+                    if kind != "none" and i >= self.depth_adapter:
+                        modules[f"{name}.{place}"] = ADAPTERS[kind](norm, width // self.adapter_reduction)
+        return modules
+
+    def without(self, kinds: Iterable[str]) -> "UPPerson":
+        """Its kinds of modules are the fields that choose them."""
+        own = ("prefix", "lora", "adapter_attn", "adapter_mlp")
+        return replace(self, **{kind: "none" for kind in kinds if kind in own})
