@@ -1,4 +1,4 @@
-"""Trains UP-Person for text-based person retrieval.
+"""Trains a method for text-based person retrieval: UP-Person, or the one that --method names.
 
 python train.py                                                the embedded data set and model, no network
 python train.py --preset cuhk-pedes --data-root DIR            a real data set with CLIP ViT-B/16

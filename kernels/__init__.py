@@ -1,8 +1,8 @@
 """Fused Triton operators for parameter-efficient CLIP, usable on their own.
 
 prefix_attention    multi-head attention with a learned prefix scaled by a learnable λ
-layernorm_adapter   LayerNorm with a bottleneck adapter in parallel, optionally after a residual addition, or with a LayerNorm
-                    of the adapter's own
+layernorm_adapter   LayerNorm with a bottleneck adapter in parallel, optionally after a residual addition, or with a
+                    LayerNorm of the adapter's own
 quick_gelu          the activation of OpenAI's CLIP with the bias before it, backward from its input alone
 
 PrefixAttention and LayerNormAdapter are the same as modules that own their parameters.

@@ -161,8 +161,8 @@ def test_presets_of_the_released_cskt():
         recipe = dict(
             learning_rate=3e-4, bias_learning_rate=6e-4, weight_decay=4e-5, adam_epsilon=1e-3, epochs=60,
             batch_size=128, warmup_epochs=5, warmup_factor=0.1, temperature=0.02, losses="sdm", mask_captions=False,
-            prompt_length=4, depth_prompt=None, adapter_reduction=8, adapter_scale_image=0.1, adapter_scale_text=4.0, prompts=True,
-            adapters=True, prompt_positions=True, prefix_learning_rate=None, image_size=(384, 128),
+            prompt_length=4, depth_prompt=None, adapter_reduction=8, adapter_scale_image=0.1, adapter_scale_text=4.0,
+            prompts=True, adapters=True, prompt_positions=True, prefix_learning_rate=None, image_size=(384, 128),
         )  # fmt: skip
         values = preset(name, "cskt").values()
         assert values | recipe == values

@@ -176,8 +176,8 @@ def test_the_caption_edit(n):
 
 
 def test_captions_are_cut_alike_by_the_tokenizer(model, recipe, batch, numbers):
-    """What the loaders give has room for the prompts already."""
-    tokens = model.tokenizer(recipe.CAPTIONS)
+    """What the training loader gives has room for the prompts already."""
+    tokens = model.tokenizer(recipe.CAPTIONS, context_length=model.caption_length)
     assert tokens.shape == (8, 69)
     assert torch.equal(words_of(tokens, 68), words_of(batch[1], 68))
     assert torch.equal(words_of(batch[1], 68), torch.from_numpy(numbers["model_caption_ids"])[:, 9:])

@@ -1,24 +1,33 @@
 """The methods: each trains, saves, loads and evaluates alike; a method is a file; prompts against their definition."""
 
+import dataclasses
 import io
 import json
 import re
 import tokenize
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from operators import DEVICE, EXACT
+from safetensors.torch import save_file
 from test_model import TINY_CLIP, build, inputs, stirred
 
 from upperson import AdaptedCLIP, Config, ModelConfig, fit, preset
 from upperson.checkpoint import load_checkpoint, load_model, save_checkpoint
 from upperson.evaluate import evaluate_checkpoint
+from upperson.interruption import Interruption
 from upperson.merge import main as merge_command
-from upperson.methods import METHODS, MethodError
+from upperson.methods import METHODS, Method, MethodError
 from upperson.model.block import Stream
 from upperson.model.captions import words_of
+from upperson.options import option
+from upperson.petl import PREFIXES
+from upperson.splits import read_splits
+from upperson.switching import Adaptations
+from upperson.trainer import Training
 
 PROJECT = Path(__file__).parents[1]
 PROMPTED = [
@@ -195,8 +204,8 @@ def test_prompts_that_the_batch_shares_are_tokens_of_each_sample(tiny, changes, 
 def test_all_tokens_of_a_caption(tiny, changes, pack_captions):
     """What mlm reads: its end token is the caption's embedding, its start token stands first."""
     model = stirred(build(tiny.replace(pack_captions=pack_captions, **changes))).double()
-    tokens = model.tokenizer(["a man", "a woman in a red coat with a small white handbag and a dog", "girl"])
-    assert tokens.shape[1] == model.context_length - model.config.method.positions_taken
+    captions = ["a man", "a woman in a red coat with a small white handbag and a dog", "girl"]
+    tokens = model.tokenizer(captions, context_length=model.caption_length)
     embedding, x = model.encode_text_tokens(tokens)
     torch.testing.assert_close(embedding, model.encode_text(tokens), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(x[torch.arange(3), tokens.argmax(1)], embedding, rtol=1e-10, atol=1e-10)
@@ -205,11 +214,112 @@ def test_all_tokens_of_a_caption(tiny, changes, pack_captions):
         assert model.encode_text(tokens).shape == embedding.shape
 
 
-@pytest.mark.parametrize("losses", ["sdm+id+mlm"])
 @pytest.mark.parametrize("method", ["cskt", "prompt-decoupling"])
-def test_every_loss_trains(method, losses, tmp_path):
-    changes = dict(losses=losses, mask_captions=True) | ({"stage": "prompts"} if method != "cskt" else {})
-    fit(small(preset("embedded", method), tmp_path / "run").replace(**changes))
+def test_masked_language_modelling_beside_prompts(method, tmp_path):
+    """A caption is cut to the room beside prompts before its words are masked, so mlm asks for none that is gone."""
+    options = dict(prompt_length=30) | ({"stage": "prompts"} if method != "cskt" else {})
+    config = small(preset("embedded", method), tmp_path / "run")
+    config = config.replace(losses="sdm+mlm", mask_captions=True, **options)
+    model = AdaptedCLIP(config.model)
+    splits = read_splits(config.data)
+    training = Training(config, model, splits, tmp_path, torch.device("cpu"), "fp32", Interruption())
+    batch = next(iter(training.batches))
+    assert batch["masked_captions"].shape[1] == batch["mask_labels"].shape[1] == model.caption_length
+    measured = training.step(batch)
+    assert set(measured) >= {"loss_sdm", "loss_mlm"} and measured["gradient_norm"] > 0
+    training.log.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_shot_is_the_backbone_alone_whatever_the_method(tiny, method):
+    """Also for a caption that the method's prompts leave no room for."""
+    caption = "a man in a blue coat and white shoes with a bag and an umbrella"
+    options = dict(prompt_length=4) if method in ("cskt", "prompt-decoupling") else {}
+    found = []
+    for config in (tiny.replace(method="zero-shot"), tiny.replace(method=method, **options)):
+        model = build(config)
+        with torch.no_grad(), model.zero_shot():
+            found.append(model.encode_text(model.tokenizer([caption, "girl"])))
+    assert torch.equal(*found)
+
+
+def test_captions_that_were_packed_for_others(tiny):
+    prompted, plain = (build(tiny.replace(**changes)) for changes in (PROMPTED[0], {}))
+    captions = plain.tokenizer(["a man in a coat", "girl"])
+    with pytest.raises(ValueError, match="packed for a first token at position 0, and are now read with prompts .* 3"):
+        prompted.encode_text(plain.pack_captions(captions))
+    packed = prompted.pack_captions(captions)
+    with prompted.zero_shot(), pytest.raises(ValueError, match="packed for a first token at position 3, .* at 0"):
+        prompted.encode_text_tokens(packed)
+
+
+def test_switching_between_methods(tiny, tmp_path):
+    """Each computes what its checkpoint does alone, long captions included."""
+    torch.manual_seed(5)
+    save_file(open_clip.CLIP(**json.loads(Path(tiny.model).read_text())).state_dict(), tmp_path / "clip.safetensors")
+    tiny = tiny.replace(pretrained=str(tmp_path / "clip.safetensors"))
+    adaptations = Adaptations(AdaptedCLIP(tiny))
+    captions = adaptations.model.tokenizer(["a man in a blue coat and white shoes with a bag", "girl"])
+    models = {}
+    for name, changes in {"up": {}, "coupled": dict(PROMPTED[1], prompt_length=4), "deep": PROMPTED[3]}.items():
+        models[name] = stirred(build(tiny.replace(**changes)))
+        path = tmp_path / f"{name}.safetensors"
+        save_checkpoint(path, models[name].adaptation(), Config(models[name].config), {})
+        adaptations.add(name, path)
+    with torch.no_grad():
+        for name in ("up", "coupled", "deep", "coupled", "up"):
+            adaptations.use(name)
+            assert torch.equal(adaptations.model.encode_text(captions), models[name].encode_text(captions))
+
+
+class Gap(METHODS["prompt-decoupling"]):
+    name = "gap"
+
+    def modules(self, towers):
+        modules = super().modules(towers)
+        del modules["image.blocks.1.prompt"]
+        return modules
+
+
+class Both(METHODS["prompt-decoupling"]):
+    name = "both"
+
+    def modules(self, towers):
+        return super().modules(towers) | {"text.blocks.2.prefix": PREFIXES["vanilla"](2, 48, 1.0, "weights")}
+
+
+@pytest.mark.parametrize(("method", "message"), [
+    (Gap, r"gap: expected prompts in layers 0, 1, … of the image tower.* found prompts in \[0, 2\], a prefix in \[\]"),
+    (Both, r"both: .* and then no prefix there; found prompts in \[0, 1\], a prefix in \[2\]"),
+])
+def test_places_that_a_method_cannot_use(tiny, method, message):
+    with pytest.raises(MethodError, match=message):
+        depth = None if method is Gap else 2
+        AdaptedCLIP(dataclasses.replace(tiny, method=method(stage="prompts", depth_prompt=depth)))
+
+
+def test_an_option_with_the_name_of_another_field(tiny):
+    @dataclasses.dataclass(frozen=True)
+    class Epochs(Method):
+        name = "epochs"
+        epochs: int = option(3, "epochs of its own")
+
+    with pytest.raises(ValueError, match="method epochs: its option epochs has the name of another field"):
+        Config(dataclasses.replace(tiny, method=Epochs()))
+
+
+def test_adapters_too_wide_for_the_kernels_are_computed_by_pytorch(tmp_path):
+    path = tmp_path / "wide.json"
+    wide = {name: TINY_CLIP[name] | dict(width=512, layers=1) for name in ("vision_cfg", "text_cfg")}
+    wide["text_cfg"]["heads"] = 8
+    path.write_text(json.dumps(TINY_CLIP | wide))
+    config = ModelConfig(str(path), "none", (16, 16))
+    images, tokens = inputs()
+    for changes in (dict(method="cskt", prompts=False, adapter_reduction=1), dict(adapter_reduction=1)):
+        with torch.no_grad():
+            fused, plain = (build(config.replace(backend=backend, **changes)).to(DEVICE).encode_image(
+                images[:1, :, :16].to(DEVICE)) for backend in ("triton", "torch"))
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", PROMPTED[:1] + PROMPTED[3:4], ids=words)
@@ -241,7 +351,8 @@ def test_compiled_blocks_compute_the_same(tiny):
 
 @pytest.mark.parametrize(("changes", "message"), [
     (dict(method="cskt", prompt_length=5),
-     "cskt: prompts would take 10 of the 12 positions of a caption; expected at most 9, or --no-prompt-positions"),
+     "cskt: prompts would take 10 of the 12 positions of a caption; expected at most 9, or prompts "
+     "without positions"),
     (dict(method="cskt", depth_prompt=4), "depth_prompt: 4 is more than the number of blocks of the image tower, 3"),
     (dict(method="cskt", adapter_reduction=40), "adapter_reduction: 40 is more than the width of the image tower, 32"),
     (dict(method="prompt-decoupling", depth_prompt=4), "depth_prompt: 4 is more than the number of blocks of the im"),
@@ -298,14 +409,8 @@ def test_nothing_of_cskt_merges(tiny, tmp_path, monkeypatch, capsys):
     assert merge_command(["best.safetensors", "merged.safetensors"]) == 1
     assert "adapter_mlp NormedAdapter, prompt CoupledPrompt; --rest" in capsys.readouterr().err
     assert merge_command(["best.safetensors", "merged.safetensors", "--rest", "rest.safetensors"]) == 1
-    assert "error: nothing of CSKT folds into weights of CLIP" in capsys.readouterr().err
+    assert "error: CSKT does not say what is left of it without prefix, lora, adapter_attn" in capsys.readouterr().err
     assert not Path("merged.safetensors").exists()
-
-
-def test_a_prefix_and_prompts_exclude_each_other(tiny):
-    prefix, prompt = (build(tiny.replace(**changes)).image_blocks[0] for changes in ({}, PROMPTED[0]))
-    with pytest.raises(ValueError, match="a prefix or for prompts, not for both"):
-        prefix.set_modules(prefix=prefix.prefix, prompt=prompt.prompt)
 
 
 def test_freezing_kinds_of_parameters(tiny):
@@ -317,5 +422,5 @@ def test_freezing_kinds_of_parameters(tiny):
     both = build(tiny.replace(method="prompt-decoupling", prompt_length=3))
     both.freeze("prompt")
     assert set(both.trained_parameters()) == set(both.clip_parameters())
-    with pytest.raises(MethodError, match="freeze: 'clip' is nothing that up-person trains here; expected some of pre"):
+    with pytest.raises(MethodError, match="freeze: 'clip' is nothing that up-person trains here; expected prefix"):
         model.freeze("clip")

@@ -371,3 +371,34 @@ def test_the_command_line_shows_them_in_a_line(one_stage, tmp_path, monkeypatch,
     assert run_command(monkeypatch, *flags) == 1
     assert capsys.readouterr().err == (f"error: {tmp_path / 'nowhere.safetensors'}: there is no such file; expected an "
                                        "upperson checkpoint\n")
+
+
+def test_the_folder_of_a_stage_that_holds_another_run_is_not_touched(config, whole, tmp_path):
+    """Neither by a new training, nor by a resumed one in whose folder somebody has put it."""
+    place = tmp_path / "run" / "prompts"
+    shutil.copytree(whole / "prompts", place)
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    with pytest.raises(RunError, match=r"prompts already holds a run \(config.json\)"):
+        fit(config.replace(losses="itc"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["prompts"]
+
+    (tmp_path / "run" / "config.json").write_text(config.replace(losses="itc").to_json())
+    with pytest.raises(RunError, match="prompts: the run was started with another configuration: losses: itc, not sdm"):
+        fit(config.replace(losses="itc", resume=True))
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+
+
+def test_biases_of_stage_two_have_its_learning_rate(config):
+    (_, first), (_, second) = stages_of(config.replace(bias_learning_rate=0.5))
+    assert (first.train.bias_learning_rate, second.train.bias_learning_rate) == (0.5, None)
+
+
+def test_a_checkpoint_without_parameters_is_no_start(one_stage, tmp_path):
+    fit(one_stage.replace(method="zero-shot", run_dir=tmp_path / "nothing"))
+    with pytest.raises(CheckpointError, match="start_from a checkpoint that holds no parameters"):
+        fit(one_stage.replace(start_from=tmp_path / "nothing" / "best.safetensors"))
+
+
+def test_a_learning_rate_for_prefixes_needs_some(config):
+    with pytest.raises(MethodError, match="prefix_learning_rate: there is no prefix to train"):
+        fit(config.replace(prefix_learning_rate=0.1))

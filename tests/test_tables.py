@@ -247,7 +247,7 @@ def test_a_sweep_of_several_fields(run, output, monkeypatch, capsys):
 
 
 def test_every_method_in_one_table(run, setting, output, monkeypatch, capsys):
-    monkeypatch.setattr(efficiency, "FULL_SIZE", "embedded")
+    monkeypatch.setitem(efficiency.PRESETS, efficiency.FULL_SIZE, setting["embedded"])
     monkeypatch.setattr(efficiency, "DRAWN_BATCH", 4)
     monkeypatch.setattr(efficiency, "measure_apart", measure_parts)
     assert run("methods") == 0
@@ -386,10 +386,10 @@ def test_peak_memory():
     assert 190 < of_block < 260 and of_nothing < 20
 
 
-def test_costs_from_the_command(run, output, monkeypatch, capsys):
+def test_costs_from_the_command(run, setting, output, monkeypatch, capsys):
     monkeypatch.setattr(efficiency, "DRAWN_BATCH", 4)
     monkeypatch.setattr(efficiency, "measure_apart", measure_parts)
-    monkeypatch.setattr(efficiency, "FULL_SIZE", "embedded")
+    monkeypatch.setitem(efficiency.PRESETS, efficiency.FULL_SIZE, setting["embedded"])
     assert run("IV") == 0
     text = (output / "IV-embedded.md").read_text()
     assert text in capsys.readouterr().out and "GFLOPs" in text and text.count("| UP-Person") == 2

@@ -89,6 +89,8 @@ def parameters_to_start_from(path: Path | str, config: Config, model: AdaptedCLI
     if differences:
         raise CheckpointError(f"{path}: start_from a checkpoint of another backbone, {differences} as in this training")
     found, adaptation = checkpoint.parameters, model.adaptation()
+    if not found:
+        raise CheckpointError(f"{path}: start_from a checkpoint that holds no parameters")
     problems = mismatch(found, {name: adaptation[name] for name in found if name in adaptation})
     if problems:
         raise CheckpointError(f"{path}: start_from parameters that do not fit what is trained: {problems}")

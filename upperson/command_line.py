@@ -11,7 +11,7 @@ from typing import Any, Literal
 from upperson.config import Config, TrainConfig
 from upperson.methods import METHODS
 from upperson.options import fields_of
-from upperson.presets import PRESETS, preset, with_method
+from upperson.presets import PRESETS, preset
 
 CHOOSERS = ("method", "resume")                                         # fields that are asked for before the others
 
@@ -32,7 +32,10 @@ def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argpars
         if choice.resume:
             if choice.preset:
                 chooser.error("--preset and --resume RUN_DIR exclude each other: the run has its own configuration")
-            base = with_method(_configuration_of_run(Path(choice.resume), chooser), choice.method)
+            base = _configuration_of_run(Path(choice.resume), chooser)
+            if choice.method not in (None, base.model.method.name):
+                chooser.error(f"--method {choice.method}: the run in {choice.resume} was started with method "
+                              f"{base.model.method.name}")
             resume["run_dir"] = Path(choice.resume)
 
     shown = "the run" if resume.get("run_dir") else f"preset {choice.preset or 'embedded'}"

@@ -200,6 +200,13 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        others = {spec.name for name, section in self.sections().items() if name != "method"
+                  for spec in dataclasses.fields(section)}
+        taken = others & {spec.name for spec in dataclasses.fields(self.model.method)}
+        if taken:
+            raise ValueError(f"method {self.model.method.name}: its option {taken.pop()} has the name of another field")
+
     def sections(self) -> dict[str, Any]:
         """The parts that hold fields, by name; the method is a part of the model."""
         return {"model": self.model, "method": self.model.method, "data": self.data, "train": self.train}

@@ -5,13 +5,16 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from upperson.config import TrainConfig
+from upperson.methods import MethodError
 
 
 def build_optimizer(parameters: dict[str, nn.Parameter], settings: TrainConfig) -> Adam:
     """Adam with coupled weight decay, none on biases; biases and prefixes may have a learning rate of their own.
 
-    On a GPU a step is one kernel for many parameters.
+    On a GPU a step is one kernel for many parameters. Raises MethodError for the rate of prefixes where there are none.
     """
+    if settings.prefix_learning_rate is not None and not any(".prefix." in name for name in parameters):
+        raise MethodError("prefix_learning_rate: there is no prefix to train")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         rate = settings.learning_rate

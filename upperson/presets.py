@@ -5,7 +5,7 @@ preset, and brings its own recipe.
 """
 
 from upperson.config import Config, DataConfig, ModelConfig, TrainConfig
-from upperson.methods import METHODS
+from upperson.methods import DEFAULT, METHODS
 from upperson.methods.up_person import UPPerson
 
 _BACKBONE = {"model": "ViT-B-16-quickgelu", "pretrained": "openai", "image_size": (384, 128)}
@@ -40,7 +40,13 @@ def preset(name: str, method: str | None = None) -> Config:
 
 
 def with_method(config: Config, method: str | None) -> Config:
-    """A configuration with another method and that one's recipe; None and its own leave it as it is."""
+    """A configuration with another method and that one's recipe; None and its own leave it as it is.
+
+    Recipes are told by how they differ from UP-Person's, so ValueError for a configuration of a third method.
+    """
     if method in (None, config.model.method.name):
         return config
+    if config.model.method.name != DEFAULT:
+        raise ValueError(f"method: a configuration of {config.model.method.name} cannot become one of {method}; start "
+                         "from a preset")
     return config.replace(method=method, **METHODS[method].recipe(config.data.is_drawn))

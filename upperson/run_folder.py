@@ -32,16 +32,29 @@ def require_same_run(config: Config) -> None:
     run_dir = config.train.run_dir
     if run_dir is None:
         raise RunError("run_dir: a run can only be resumed by name")
-    path = run_dir / CONFIG
-    if not path.is_file():
+    if not (run_dir / CONFIG).is_file():
         raise RunError(f"{run_dir}: there is no run to continue ({CONFIG} is not there)")
-    try:
-        saved = Config.from_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    differences = config.differences(saved)
+    require_same(config, run_dir)
+
+
+def require_same_stage(config: Config, place: Path) -> None:
+    """RunError if the folder of a stage holds a run of another configuration; the whole may have been moved since."""
+    if (place / CONFIG).is_file():
+        require_same(config.replace(start_from=saved_configuration(place).train.start_from), place)
+
+
+def require_same(config: Config, run_dir: Path) -> None:
+    differences = config.differences(saved_configuration(run_dir))
     if differences:
         raise RunError(f"{run_dir}: the run was started with another configuration: {'; '.join(differences)} as there")
+
+
+def saved_configuration(run_dir: Path) -> Config:
+    path = run_dir / CONFIG
+    try:
+        return Config.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def saved_state(run_dir: Path) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """A training on its way: steps, epochs and evaluations, and how they are logged, saved and taken up again."""
 
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -74,7 +75,8 @@ class Training:
         self.watched = "val" if self.selection == "val" else "test"  # the split that is evaluated every epoch
         self.loader = train_loader(
             splits["train"],
-            tokenizer=model.tokenizer,
+            # Cut to the room beside prompts here, so that mlm asks for no word that is cut off later.
+            tokenizer=functools.partial(model.tokenizer, context_length=model.caption_length),
             image_size=config.model.image_size,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
@@ -182,7 +184,7 @@ class Training:
                 raise Diverged(
                     f"epoch {self.progress.epoch}, step {self.progress.step + 1}: the {words} is {measured[name]}, and "
                     f"the step was not taken. What was saved in {self.run_dir} before is good and stays. A lower "
-                    "--learning-rate, a longer --warmup-epochs or --precision fp32 may help"
+                    "learning rate, a longer warm-up or --precision fp32 may help"
                 )
         self.scaler.step(self.optimizer)
         self.scaler.update()

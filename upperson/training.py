@@ -19,7 +19,14 @@ from upperson.model import AdaptedCLIP
 from upperson.resources import resources
 from upperson.results import RunResult, announce, count, results_of, write_results
 from upperson.retrieval import search
-from upperson.run_folder import RunError, claim_folder, refuse_used_folder, require_same_run, saved_state
+from upperson.run_folder import (
+    RunError,
+    claim_folder,
+    refuse_used_folder,
+    require_same_run,
+    require_same_stage,
+    saved_state,
+)
 from upperson.splits import read_splits
 from upperson.stages import stages_of, train_stages
 from upperson.trainer import Training, build_objective
@@ -61,30 +68,39 @@ class Job:
 
 
 def _fit(config: Config, group: Group, device: torch.device, precision: str) -> RunResult:
+    run_dir, stages = config.train.run_dir, stages_of(config)
     if config.train.resume:
         require_same_run(config)
-    elif config.train.run_dir is not None and group.is_main:
-        refuse_used_folder(config.train.run_dir)
+        for stage, of_stage in stages:
+            require_same_stage(of_stage, run_dir / stage.name)
+    elif run_dir is not None and group.is_main:
+        for place in (run_dir, *(run_dir / stage.name for stage, _ in stages)):
+            refuse_used_folder(place)
     splits = read_splits(config.data)
     samples = list(itertools.chain.from_iterable(splits.values()))
     images = functools.cache(lambda: read_images(config, samples, group))
     job = Job(group, device, precision, splits, images, Interruption(group))
-    stages = [of_stage for _, of_stage in stages_of(config)]
     if not stages:
         return train(config, job)
+    trained_parameters = trained_in_stages(config, splits)
+    images()
+    run_dir = own_folder(config, group)
+    return train_stages(config, run_dir, lambda of_stage: train(of_stage, job, whole=run_dir), trained_parameters,
+                        group, job.interruption)
 
-    # Each is built before the first is trained, so that what cannot be built is known at once.
+
+def trained_in_stages(config: Config, splits: dict[str, list[Sample]]) -> int:
+    """How many parameters are trained in one stage or another. Each is built for that before the first is trained, so
+    that what cannot be built is known at once.
+    """
     sizes: dict[str, int] = {}
-    for of_stage in stages:
+    for number, (_, of_stage) in enumerate(stages_of(config)):
         model = build_model(of_stage)
-        if of_stage is stages[0] and not config.train.resume:
+        if number == 0 and not config.train.resume:
             start_of(of_stage, model)
         parameters = model.trained_parameters() | build_objective(of_stage, model, splits).trained_parameters()
         sizes |= {name: parameter.numel() for name, parameter in parameters.items()}
-    images()
-    run_dir = own_folder(config, group)
-    return train_stages(config, run_dir, lambda of_stage: train(of_stage, job, whole=run_dir), sum(sizes.values()),
-                        group, job.interruption)
+    return sum(sizes.values())
 
 
 def train(config: Config, job: Job, whole: Path | None = None) -> RunResult:

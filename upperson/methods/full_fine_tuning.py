@@ -1,6 +1,5 @@
 """Full fine-tuning: all weights of CLIP that its features depend on are trained."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +23,3 @@ class FullFineTuning(Method):
     @classmethod
     def recipe(cls, drawn: bool) -> dict[str, Any]:
         return {"learning_rate": 3e-4 if drawn else 1e-5}
-
-    def without(self, kinds: Iterable[str]) -> Method:
-        return self

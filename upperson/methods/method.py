@@ -53,7 +53,7 @@ class Method(Checked):
 
     @property
     def positions_taken(self) -> int:
-        """Positions behind a caption's start token that prompts take from its words."""
+        """Positions behind a caption's start token that prompts take from its words: as many as they are, or none."""
         return 0
 
     @classmethod
@@ -72,7 +72,8 @@ class Method(Checked):
     def modules(self, towers: Towers) -> dict[str, nn.Module]:
         """New trained modules with initial values, by name: {image,text}.blocks.{i}.{kind}.
 
-        The kinds are those that upperson.model.block.Block has a place for. Raises MethodError.
+        The kinds are those that upperson.model.block.Block has a place for. A tower has prompts in its first layers, or
+        prefixes anywhere, but not both. Raises MethodError.
         """
         return {}
 
@@ -82,7 +83,7 @@ class Method(Checked):
 
     def without(self, kinds: Iterable[str]) -> "Method":
         """The method that is left when its modules of these kinds have become weights of CLIP (upperson.merge)."""
-        raise MethodError(f"nothing of {self.title} folds into weights of CLIP")
+        raise MethodError(f"{self.title} does not say what is left of it without {', '.join(kinds)}")
 
 
 def require_room(tower: str, field: str, value: int | None, most: int, what: str = "the number of blocks") -> None:

@@ -51,8 +51,7 @@ class PromptDecoupling(Method):
 
     @property
     def title(self) -> str:
-        return {"both": "Prompt Decoupling", "prompts": "Prompt Decoupling, stage one",
-                "encoders": "Prompt Decoupling"}[self.stage]
+        return "Prompt Decoupling's prompts" if self.stage == "prompts" else "Prompt Decoupling"
 
     @property
     def trains_clip(self) -> bool:
@@ -65,7 +64,8 @@ class PromptDecoupling(Method):
     @classmethod
     def recipe(cls, drawn: bool) -> dict[str, Any]:
         if drawn:
-            return {"encoder_epochs": 4, "encoder_warmup_epochs": 1, "encoder_learning_rate": 3e-4}
+            return {"learning_rate": 1e-2, "encoder_epochs": 4, "encoder_warmup_epochs": 1,
+                    "encoder_learning_rate": 3e-4}
         return {"learning_rate": 1e-3, "mask_captions": False}
 
     def stages(self) -> Sequence[Stage]:
@@ -74,7 +74,7 @@ class PromptDecoupling(Method):
         fine_tuning = {
             "stage": "encoders", "freeze": "prompt", "epochs": self.encoder_epochs,
             "warmup_epochs": self.encoder_warmup_epochs, "learning_rate": self.encoder_learning_rate,
-            "losses": self.encoder_losses,
+            "bias_learning_rate": None, "losses": self.encoder_losses,
         }  # fmt: skip
         return (Stage("prompts", "domain adaptation, prompts", {"stage": "prompts"}),
                 Stage("encoders", "task adaptation, encoders", fine_tuning))

@@ -49,6 +49,7 @@ class AdaptedCLIP(nn.Module):
         self.text_blocks = replace_blocks(text.transformer, causal=self.text_causal, **options)
         self.context_length = text.context_length
         self.embedding_width = self.clip.visual.output_dim                                  # E
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
         self.set_modules(config, self.new_modules(config))
         if config.method.trains_clip:
             for parameter in self.clip_parameters().values():
@@ -86,9 +87,9 @@ class AdaptedCLIP(nn.Module):
     # -------------------------------------------------------------------------------- captions
 
     def encode_text(self, captions: Tensor | PackedCaptions) -> Tensor:
-        """Embeddings (B, E), not normalised, of token ids (B, context_length), int64, or of packed captions.
+        """Embeddings (B, E), not normalised, of token ids (B, L), int64, or of packed captions.
 
-        Token ids go through `pack_captions` first.
+        Token ids go through `pack_captions` first. ValueError for captions that were packed with other prompts.
         """
         captions = self.pack_captions(captions)
         if isinstance(captions, PackedCaptions):
@@ -122,14 +123,24 @@ class AdaptedCLIP(nn.Module):
         Done on the CPU, before they are copied to a GPU, this spares waiting for them there. Under torch.compile they
         stay as they are, since a graph cannot depend on them, and the padding is computed too, which changes nothing.
         """
+        if isinstance(captions, PackedCaptions):
+            if captions.first_position != self.first_position:
+                raise ValueError(f"captions were packed for a first token at position {captions.first_position}, and "
+                                 f"are now read with prompts that put it at {self.first_position}")
+            return captions
         packable = self.text_causal and pooling(self.clip)[0] == "argmax" and self.config.pack_captions
-        if not packable or isinstance(captions, PackedCaptions) or torch.compiler.is_compiling():
+        if not packable or torch.compiler.is_compiling():
             return captions
         return pack_captions(self.words_seen(captions), self.first_position)
 
     def words_seen(self, captions: Tensor) -> Tensor:
         """What of token ids (B, L) runs once a caption: with prompts not the start token, nor words without room."""
         return words_of(captions, self.context_length - self.first_position) if self.first_position else captions
+
+    @property
+    def caption_length(self) -> int:
+        """Tokens of a caption that there is room for beside prompts, start and end token included."""
+        return self.context_length - self.config.method.positions_taken
 
     @property
     def first_position(self) -> int:
@@ -197,10 +208,10 @@ class AdaptedCLIP(nn.Module):
         for name, module in self.trained_modules().items():
             groups.setdefault(name.rpartition(".")[2], []).extend(module.parameters())
         known = [kind for kind, parameters in groups.items() if parameters]
-        for kind in filter(None, kinds.split("+")):
+        for kind in filter(None, map(str.strip, kinds.split("+"))):
             if kind not in known:
                 raise MethodError(f"freeze: {kind!r} is nothing that {self.config.method.name} trains here; expected "
-                                  f"some of {', '.join(known) or 'nothing'}, joined by +")
+                                  f"{', '.join(known) or 'nothing'}; several are joined by +")
             for parameter in groups[kind]:
                 parameter.requires_grad_(False)
 
@@ -212,15 +223,21 @@ class AdaptedCLIP(nn.Module):
     def new_modules(self, config: ModelConfig) -> dict[str, nn.Module]:
         """New modules of the method that `config` names, by the same names. The model stays as it is."""
         modules = config.method.modules({"image": self.image_blocks, "text": self.text_blocks})
+        for tower, blocks in (("image", self.image_blocks), ("text", self.text_blocks)):
+            with_prompts, with_prefix = ([i for i in range(len(blocks)) if f"{tower}.blocks.{i}.{kind}" in modules]
+                                         for kind in ("prompt", "prefix"))
+            if with_prompts and (with_prefix or with_prompts != list(range(len(with_prompts)))):
+                raise MethodError(f"{config.method.name}: expected prompts in layers 0, 1, … of the {tower} tower, and "
+                                  f"then no prefix there; found prompts in {with_prompts}, a prefix in {with_prefix}")
         if any(name.endswith(".prompt") for name in modules):
             if not self.text_causal or pooling(self.clip)[0] != "argmax":
                 raise MethodError(f"{config.method.name}: prompts need a causal text tower that ends at the end token, "
                                   f"as CLIP's; that of {config.model} is another")
-            left = self.context_length - config.method.positions_taken
-            if left < 3:
-                raise MethodError(f"{config.method.name}: prompts would take {config.method.positions_taken} of the "
-                                  f"{self.context_length} positions of a caption; expected at most "
-                                  f"{self.context_length - 3}, or --no-prompt-positions")
+            taken = config.method.positions_taken
+            if self.context_length - taken < 3:
+                raise MethodError(f"{config.method.name}: prompts would take {taken} of the {self.context_length} "
+                                  f"positions of a caption; expected at most {self.context_length - 3}, or prompts "
+                                  "without positions")
         return modules
 
     def set_modules(self, config: ModelConfig, modules: dict[str, nn.Module]) -> None:
@@ -228,7 +245,6 @@ class AdaptedCLIP(nn.Module):
         self.config = config
         for block_name, block in self.blocks().items():
             block.set_modules(**{kind: modules.get(f"{block_name}.{kind}") for kind in KINDS})
-        self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length - config.method.positions_taken)
 
     def prompts(self, tower: str) -> list[Tensor]:
         """The prompts (m, C) of layers 0, 1, … of a tower."""

@@ -140,12 +140,12 @@ def pooling(clip: nn.Module) -> tuple[str, int | None]:
 def require_transformers(name: str, clip: nn.Module) -> None:
     """Raises BackboneError unless both towers are open_clip's own transformers and read CLIP's vocabulary."""
     if not isinstance(clip.visual, VisionTransformer):
-        raise BackboneError(f"{name}: the image tower is a {type(clip.visual).__name__}; UP-Person adapts open_clip's "
+        raise BackboneError(f"{name}: the image tower is a {type(clip.visual).__name__}; expected open_clip's "
                             "VisionTransformer (its ViT CLIP models)")
     text = text_tower(clip)
     if not isinstance(clip, open_clip.CLIP) and (not isinstance(text, TextTransformer) or text.cls_emb is not None):
-        raise BackboneError(f"{name}: the text tower is not open_clip's own text transformer with an end token, which "
-                            "UP-Person adapts")
+        raise BackboneError(f"{name}: the text tower is not open_clip's own text transformer with an end token, "
+                            "which is expected here")
     pool_type, _ = pooling(clip)
     if pool_type not in ("argmax", "eos", "first", "last"):
         raise BackboneError(f"{name}: the text tower has pool type {pool_type!r}; expected argmax, eos, first or last, "
@@ -154,10 +154,10 @@ def require_transformers(name: str, clip: nn.Module) -> None:
         kind = type(transformer.resblocks[0])
         if kind is not ResidualAttentionBlock:
             raise BackboneError(f"{name}: the {tower} tower is made of {kind.__name__}, not of open_clip's "
-                                "ResidualAttentionBlock, which UP-Person adapts")
+                                "ResidualAttentionBlock")
     vocabulary = text.token_embedding.num_embeddings
     if vocabulary != CLIP_VOCABULARY:
-        raise BackboneError(f"{name}: the vocabulary has {vocabulary} tokens; UP-Person reads captions with CLIP's "
+        raise BackboneError(f"{name}: the vocabulary has {vocabulary} tokens; captions are read with CLIP's "
                             f"own tokenizer, of {CLIP_VOCABULARY}")
 
 

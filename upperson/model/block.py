@@ -61,9 +61,7 @@ class Block(nn.Module):
 
     def set_modules(self, prefix: Prefix | None = None, lora: LoRA | None = None, adapter_attn: Adapter | None = None,
                     adapter_mlp: Adapter | None = None, prompt: Prompt | None = None) -> None:
-        """Replaces the trained modules. ValueError for a prefix beside prompts, which take its place."""
-        if prefix is not None and prompt is not None:
-            raise ValueError("a block has room for a prefix or for prompts, not for both")
+        """Replaces the trained modules."""
         self.prefix, self.lora, self.adapter_attn, self.adapter_mlp = prefix, lora, adapter_attn, adapter_mlp
         self.prompt = prompt
 

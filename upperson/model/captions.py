@@ -8,16 +8,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedCaptions:
-    """S captions of T tokens in all, each from its start token to its end token."""
+    """S captions of T tokens in all, each to its end token, from its start token or, with prompts, its first word."""
 
     token_ids: Tensor  # (T,) int64
     positions: Tensor  # (T,) int64, of each token in its caption
     cu_seqlens: Tensor  # (S + 1,) int32: caption i is tokens cu_seqlens[i] to cu_seqlens[i + 1]
     longest: int  # tokens of the longest caption
+    first_position: int  # of each caption's first token: 0, or behind the prompts
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedCaptions":
         tensors = (self.token_ids, self.positions, self.cu_seqlens)
-        return PackedCaptions(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors), self.longest)
+        return PackedCaptions(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors), self.longest,
+                              self.first_position)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """As of tensors: their memory is not used again before `stream` is done with it."""
@@ -50,4 +52,4 @@ def pack_captions(tokens: Tensor, first_position: int = 0) -> PackedCaptions:
     cu_seqlens = torch.zeros(len(tokens) + 1, dtype=torch.int32, device=tokens.device)
     cu_seqlens[1:] = (ends + 1).cumsum(0)
     longest = int(ends.max()) + 1 if len(tokens) else 0
-    return PackedCaptions(tokens[kept], first_position + positions[kept], cu_seqlens, longest)
+    return PackedCaptions(tokens[kept], first_position + positions[kept], cu_seqlens, longest, first_position)

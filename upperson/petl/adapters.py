@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import layernorm_adapter
+from kernels.adapter import MAX_HIDDEN_WIDTH
 from upperson.petl.initial import normal, scalar, uniform_fan_in
 
 
@@ -36,6 +37,11 @@ class Adapter(nn.Module):
     def finish(self, y: Tensor, out: Tensor) -> Tensor:
         """What is added to the residual stream, given the sublayer's input and output; all (B, N, C)."""
         return out
+
+
+def backend_for(hidden: int, backend: str | None) -> str | None:
+    """The kernels hold the whole bottleneck in a tile; PyTorch computes those that are too wide for that."""
+    return "torch" if hidden > MAX_HIDDEN_WIDTH else backend
 
 
 class Bottleneck(Adapter):
@@ -65,6 +71,7 @@ class LAdapter(Bottleneck):
 
     def normalise(self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None,
                   backend: str | None) -> tuple[Tensor, Tensor]:
+        backend = backend_for(len(self.down_weight), backend)
         result = layernorm_adapter(x, norm.weight, norm.bias, self.down_weight, self.down_bias, self.up_weight,
                                    self.up_bias, self.scale, eps=norm.eps, residual=residual, backend=backend)
         return (result, x) if residual is None else result
@@ -112,7 +119,8 @@ class NormedAdapter(Adapter):
     def normalise(self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None,
                   backend: str | None) -> tuple[Tensor, Tensor]:
         """What the adapter makes of the stream is added to it here, and so reaches the sum with the sublayer's."""
-        scale = torch.full_like(self.up_bias[0], self.scale, requires_grad=False)
+        backend = backend_for(len(self.down_weight), backend)
+        scale = torch.full_like(self.up_bias[0], self.scale, requires_grad=False)       # exact in every dtype
         return layernorm_adapter(x, norm.weight, norm.bias, self.down_weight, self.down_bias, self.up_weight,
                                  self.up_bias, scale, eps=norm.eps, residual=residual,
                                  norm_weight=self.norm_weight, norm_bias=self.norm_bias, backend=backend)

@@ -9,6 +9,7 @@ from typing import Any
 from upperson.config import Config
 from upperson.methods import BASELINES, DEFAULT, METHODS
 from upperson.presets import PRESETS, with_method
+from upperson.stages import stages_of
 
 NO_MODULES: dict[str, Any] = {"prefix": "none", "lora": "none", "adapter_attn": "none", "adapter_mlp": "none"}
 L_ADAPTER = {"adapter_attn": "l-parallel", "adapter_mlp": "l-parallel"}
@@ -73,7 +74,7 @@ def real_setting(root: Path) -> Setting:
 
 def trainings(config: Config) -> list[Config]:
     """What is trained one after the other: a configuration for each stage of the method, or its own."""
-    return [config.replace(**stage.changes) for stage in config.model.method.stages()] or [config]
+    return [of_stage for _, of_stage in stages_of(config)] or [config]
 
 
 def by_method(base: Config, methods: Iterable[str]) -> Configs:
