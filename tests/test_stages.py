@@ -331,8 +331,8 @@ def test_zero_shot_is_clip_even_where_a_fine_tuned_one_is_started_from(one_stage
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), [
-    ({"freeze": "prefix+lore"}, MethodError, "freeze: 'lore' is nothing that up-person trains here; expected some of "
-                                             "prefix, lora, adapter_attn, adapter_mlp, joined by [+]"),
+    ({"freeze": "prefix+lore"}, MethodError, "freeze: 'lore' is nothing that up-person trains here; expected prefix, "
+                                             "lora, adapter_attn, adapter_mlp; several are joined by [+]"),
     ({"freeze": "prefix+lora+adapter_attn+adapter_mlp"}, RunError, "nothing to train: .* --freeze leave no parameter"),
     ({"freeze": "clip"}, MethodError, "freeze: 'clip' is nothing that up-person trains here"),
     ({"start_from": "nowhere.safetensors"}, CheckpointError, "nowhere.safetensors: there is no such file"),
