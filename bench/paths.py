@@ -41,7 +41,7 @@ class Path:
 
     def configuration(self, base: Config) -> Config:
         """The base with the method, its recipe and the path's changes."""
-        return with_method(base, self.method).replace(**self.changes)
+        return with_method(base, self.method).replace(**self.changes).settled()
 
 
 def further_methods() -> Iterator[tuple[str, Path]]:

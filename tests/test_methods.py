@@ -272,6 +272,13 @@ def test_switching_between_methods(tiny, tmp_path):
             assert torch.equal(adaptations.model.encode_text(captions), models[name].encode_text(captions))
 
 
+class Misplaced(METHODS["up-person"]):
+    name = "misplaced"
+
+    def modules(self, towers):
+        return super().modules(towers) | {"image.block.0.lora": torch.nn.Identity()}
+
+
 class Gap(METHODS["prompt-decoupling"]):
     name = "gap"
 
@@ -289,13 +296,14 @@ class Both(METHODS["prompt-decoupling"]):
 
 
 @pytest.mark.parametrize(("method", "message"), [
+    (Misplaced, r"misplaced: there is no place for a module 'image.block.0.lora'; expected {image,text}.blocks.N.KIND"),
     (Gap, r"gap: expected prompts in layers 0, 1, … of the image tower.* found prompts in \[0, 2\], a prefix in \[\]"),
     (Both, r"both: .* and then no prefix there; found prompts in \[0, 1\], a prefix in \[2\]"),
 ])
 def test_places_that_a_method_cannot_use(tiny, method, message):
     with pytest.raises(MethodError, match=message):
-        depth = None if method is Gap else 2
-        AdaptedCLIP(dataclasses.replace(tiny, method=method(stage="prompts", depth_prompt=depth)))
+        options = {Gap: dict(stage="prompts"), Both: dict(stage="prompts", depth_prompt=2)}.get(method, {})
+        AdaptedCLIP(dataclasses.replace(tiny, method=method(**options)))
 
 
 def test_an_option_with_the_name_of_another_field(tiny):
@@ -304,6 +312,13 @@ def test_an_option_with_the_name_of_another_field(tiny):
         name = "epochs"
         epochs: int = option(3, "epochs of its own")
 
+    @dataclasses.dataclass(frozen=True)
+    class Plain(Method):
+        name = "plain"
+        rank: int = 4
+
+    with pytest.raises(TypeError, match="Plain.rank: expected a default made by upperson.options.option"):
+        Plain()
     with pytest.raises(ValueError, match="method epochs: its option epochs has the name of another field"):
         Config(dataclasses.replace(tiny, method=Epochs()))
 
@@ -402,15 +417,25 @@ def test_fine_tuned_encoders_merge_and_the_prompts_remain(tiny, tmp_path, monkey
         assert torch.equal(rest.encode_text(tokens), model.encode_text(tokens))
 
 
-def test_nothing_of_cskt_merges(tiny, tmp_path, monkeypatch, capsys):
+def test_cskt_remains_as_it_is_beside_merged_weights(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = tiny.replace(method="cskt", prompt_length=2)
-    save_checkpoint(tmp_path / "best.safetensors", build(config).adaptation(), Config(config), {"epoch": 3})
+    model = stirred(build(config))
+    save_checkpoint(tmp_path / "best.safetensors", model.adaptation(), Config(config), {"epoch": 3})
     assert merge_command(["best.safetensors", "merged.safetensors"]) == 1
     assert "adapter_mlp NormedAdapter, prompt CoupledPrompt; --rest" in capsys.readouterr().err
-    assert merge_command(["best.safetensors", "merged.safetensors", "--rest", "rest.safetensors"]) == 1
-    assert "error: CSKT does not say what is left of it without prefix, lora, adapter_attn" in capsys.readouterr().err
-    assert not Path("merged.safetensors").exists()
+    assert merge_command(["best.safetensors", "merged.safetensors", "--rest", "rest.safetensors"]) == 0
+    rest = load_model("rest.safetensors")
+    assert rest.config.method == config.method
+    images, tokens = inputs()
+    with torch.no_grad():
+        assert torch.equal(rest.encode_image(images), model.encode_image(images))
+        assert torch.equal(rest.encode_text(tokens), model.encode_text(tokens))
+
+
+def test_what_is_left_of_a_method_that_does_not_say(tiny):
+    with pytest.raises(MethodError, match="CSKT does not say what is left of it without lora"):
+        METHODS["cskt"]().without(["lora"])
 
 
 def test_freezing_kinds_of_parameters(tiny):

@@ -114,7 +114,7 @@ def test_the_whole_leaves_what_a_run_leaves_with_a_row_for_each_stage(config, wh
     for number, title in enumerate(titles, 1):
         assert shown.count(f"stage {number} of 2: {title}\n") == 1
     best = run_dir / "prompts" / "best.safetensors"
-    assert f"start   {best}, 4 parameter tensors; 61 others have their initial values\n" in shown
+    assert f"start   {best}, 4 parameter tensors; the other 61 start as without it\n" in shown
 
 
 def test_a_stage_changes_what_is_its_own_and_nothing_else(config, monkeypatch):
@@ -314,7 +314,8 @@ def test_what_a_checkpoint_lacks_keeps_its_initial_values(one_stage, tmp_path, c
     assert set(taken) < set(end) == set(initial)
     for name, values in end.items():
         torch.testing.assert_close(values, taken.get(name, initial[name]), rtol=0, atol=1e-6, check_device=False)
-    assert f"start   {path}, {len(taken)} parameter tensors; {len(end) - len(taken)} others" in capsys.readouterr().out
+    others = len(end) - len(taken)
+    assert f"start   {path}, {len(taken)} parameter tensors; the other {others} start" in capsys.readouterr().out
     assert results["start"] == results_of(tmp_path / "prefixes")["adapted"]
     assert "| start |" in (tmp_path / "all" / "results.md").read_text()
 
@@ -337,8 +338,8 @@ def test_zero_shot_is_clip_even_where_a_fine_tuned_one_is_started_from(one_stage
     ({"freeze": "clip"}, MethodError, "freeze: 'clip' is nothing that up-person trains here"),
     ({"start_from": "nowhere.safetensors"}, CheckpointError, "nowhere.safetensors: there is no such file"),
     ({"start_from": "prompts/resume.safetensors"}, CheckpointError, "expected an upperson checkpoint, found an upp"),
-    ({"start_from": "prompts/best.safetensors"}, CheckpointError, "best.safetensors: start_from parameters that do not "
-                                                                  "fit what is trained: 4 unexpected: image.blocks.0"),
+    ({"start_from": "prompts/best.safetensors"}, CheckpointError, "a checkpoint of Prompt Decoupling's prompts, which "
+                                                                  "does not fit UP-Person: 4 unexpected: image"),
     ({"start_from": "prompts/best.safetensors", "image_size": (32, 16)}, CheckpointError,
      r"start_from a checkpoint of another backbone, image_size: \(48, 16\), not \(32, 16\) as in this training"),
     ({"start_from": "prompts/best.safetensors", "model": "embedded", "pretrained": "embedded"}, CheckpointError,
@@ -355,7 +356,7 @@ def test_what_cannot_be_frozen_or_started_from(one_stage, whole, changes, error,
 
 @pytest.mark.parametrize(("changes", "error", "message"), [
     ({"prompt_length": 3}, CheckpointError, r"4 of another shape: .* \(2, 32\), expected \(3, 32\)"),
-    ({"start_from": "best.safetensors"}, CheckpointError, "do not fit what is trained: 61 unexpected: ln_final"),
+    ({"start_from": "best.safetensors"}, CheckpointError, "does not fit .* 61 unexpected: ln_final"),
     ({"freeze": "prompt"}, RunError, "nothing to train"),
     ({"depth_prompt": 3}, MethodError, "depth_prompt: 3 is more than the number of blocks"),
 ])  # fmt: skip
@@ -402,3 +403,12 @@ def test_a_checkpoint_without_parameters_is_no_start(one_stage, tmp_path):
 def test_a_learning_rate_for_prefixes_needs_some(config):
     with pytest.raises(MethodError, match="prefix_learning_rate: there is no prefix to train"):
         fit(config.replace(prefix_learning_rate=0.1))
+
+
+def test_stage_two_by_hand_is_trained_as_its_options_say(config, whole, tmp_path):
+    with pytest.raises(RunError, match="start_from: with these options .* goes on from an earlier training"):
+        fit(config.replace(stage="encoders"))
+    by_hand = config.replace(stage="encoders", start_from=whole / "prompts" / "best.safetensors",
+                             run_dir=tmp_path / "by-hand")
+    assert fit(by_hand).results["adapted"] == results_of(whole)["adapted"]
+    assert fit(by_hand.replace(resume=True)).results["adapted"] == results_of(whole)["adapted"]

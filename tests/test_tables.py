@@ -310,9 +310,9 @@ def test_distinct_keeps_the_order():
     (["V", "--workers", "-1"], "workers: -1 is not allowed"),
     (["V", "--jobs", "0"], "--jobs: expected at least 1, found 0"),
     (["V", "--dataset", "cuhk-pedes"], "found cuhk-pedes; the real ones need --data-root"),
-    (["sweeps"], "--method: the table sweeps is of one of up-person, cskt; found none"),
-    (["sweeps", "--method", "full"], "--method: the table sweeps is of one of up-person, cskt; found full"),
-    (["V", "--method", "cskt"], "--method: of the tables, sweeps alone is of one method"),
+    (["sweeps"], "--method: the table sweeps needs one that has sweeps, up-person or cskt; found none"),
+    (["sweeps", "--method", "full"], "--method: the table sweeps needs one that has sweeps, up-person or cskt; found"),
+    (["V", "--method", "cskt"], "--method: only for the table sweeps"),
 ])
 def test_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:

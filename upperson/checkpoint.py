@@ -93,7 +93,8 @@ def parameters_to_start_from(path: Path | str, config: Config, model: AdaptedCLI
         raise CheckpointError(f"{path}: start_from a checkpoint that holds no parameters")
     problems = mismatch(found, {name: adaptation[name] for name in found if name in adaptation})
     if problems:
-        raise CheckpointError(f"{path}: start_from parameters that do not fit what is trained: {problems}")
+        theirs, ours = (each.model.method.title for each in (checkpoint.config, config))
+        raise CheckpointError(f"{path}: start_from a checkpoint of {theirs}, which does not fit {ours}: {problems}")
     return found
 
 
@@ -158,7 +159,8 @@ def _write(path: Path, kind: str, tensors: dict[str, Tensor], metadata: dict[str
 
 def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file; expected an {kind}")
+        found = "a folder" if path.is_dir() else "no such file"
+        raise CheckpointError(f"{path}: there is {found}; expected an {kind}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

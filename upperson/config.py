@@ -143,9 +143,10 @@ class TrainConfig(Checked):
     warmup_factor: float = option(0.1, "the warm-up starts at this share of the learning rate", above=0, at_most=1)
     losses: str = option("sdm", "sdm, itc, cmpm, id, mlm, or a weighted sum of them such as sdm+0.5*itc", added=True)
     temperature: float = option(0.02, "temperature of the SDM and ITC losses", above=0)
-    freeze: str = option(
-        "", "kinds of trained parameters to leave as they are, joined by +, such as prompt or lora+prefix", added=True
-    )
+    freeze: str | None = option(
+        None, "kinds of parameters to leave as they are: those that the method trains of prefix, lora, adapter_attn, "
+        "adapter_mlp, prompt, clip, joined by +; none: train all", added=True
+    )  # fmt: skip
     start_from: Path | None = option(
         None, "checkpoint whose parameters the training starts from; none: initial values", added=True
     )
@@ -229,6 +230,10 @@ class Config:
             own = {spec.name: changes.pop(spec.name) for spec in dataclasses.fields(section) if spec.name in changes}
             parts[name] = dataclasses.replace(section, **own) if own else section
         return Config(self.model.replace(**changes) if changes else self.model, **parts)
+
+    def settled(self) -> "Config":
+        """This configuration with what its method decides in it (Method.decided)."""
+        return self.replace(**self.model.method.decided())
 
     def to_json(self) -> str:
         content = dataclasses.asdict(self)

@@ -164,8 +164,8 @@ def merge_checkpoint(path: Path, config: Config, output: Path, rest: Path | None
     elif not remaining:
         raise MergeError(f"{path}: everything in it folds into {output}; nothing remains for {rest}")
     else:
-        kept = {kind_of(name) for name in remaining}
-        method = config.model.method.without(kind for kind in KINDS if kind not in kept)
+        kept, kinds = ({kind_of(name) for name in names} for names in (remaining, model.trained_modules()))
+        method = config.model.method.without([kind for kind in KINDS if kind in kinds - kept])
         state = folded(model)
 
     content = weights_as_bytes(state, config.model.image_size, model.image_mean, model.image_std)

@@ -4,8 +4,8 @@ Those of the paper's data sets are UP-Person's (arXiv 2504.10084); another metho
 preset, and brings its own recipe.
 """
 
-from upperson.config import Config, DataConfig, ModelConfig, TrainConfig
-from upperson.methods import DEFAULT, METHODS
+from upperson.config import Config, DataConfig, ModelConfig, TrainConfig, method_named
+from upperson.methods import DEFAULT
 from upperson.methods.up_person import UPPerson
 
 _BACKBONE = {"model": "ViT-B-16-quickgelu", "pretrained": "openai", "image_size": (384, 128)}
@@ -49,4 +49,4 @@ def with_method(config: Config, method: str | None) -> Config:
     if config.model.method.name != DEFAULT:
         raise ValueError(f"method: a configuration of {config.model.method.name} cannot become one of {method}; start "
                          "from a preset")
-    return config.replace(method=method, **METHODS[method].recipe(config.data.is_drawn))
+    return config.replace(method=method, **method_named(method).recipe(config.data.is_drawn))

@@ -76,11 +76,16 @@ def curve(histories: Sequence[Sequence[dict[str, Any]]], split: str, results: di
                 color=MAIN,
                 markersize=9,
                 markerfacecolor="none",
-                label=f"selected: epoch {chosen}",
+                clip_on=False,
+                label="selected" if not ended else None,
             )
             if ended:
                 left.axvline(ended + 0.5, color=QUIET)
-                right.axvline(ended + 0.5, color=QUIET, label=stage["title"])
+                right.axvline(ended + 0.5, color=QUIET)
+            if len(stages) > 1:
+                for axes in (left, right):
+                    axes.annotate(stage["title"], (ended + 0.6, 0.02), xycoords=("data", "axes fraction"), fontsize=8,
+                                  color=QUIET)
             ended = numbers[-1]
         left.set(title=f"Training loss ({losses})", xlabel="epoch", ylabel="loss, mean over the epoch")
         right.set(

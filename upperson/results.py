@@ -50,8 +50,9 @@ def announce(
         f"({100 * trained / everything:.1f} %)"
     )
     if start:
-        group.say(f"start   {config.train.start_from}, {len(start)} parameter tensors; "
-                  f"{len(model.adaptation()) - len(start)} others have their initial values")
+        others = len(model.adaptation()) - len(start)
+        group.say(f"start   {config.train.start_from}, {len(start)} parameter tensors"
+                  + (f"; the other {others} start as without it" if others else ""))
 
 
 def results_of(

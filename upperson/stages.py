@@ -24,7 +24,7 @@ from upperson.trainer import RunInterrupted
 
 def stages_of(config: Config) -> list[tuple[Stage, Config]]:
     """The stages of a training, each with the configuration of its run but for what the run folder decides."""
-    return [(stage, config.replace(**stage.changes)) for stage in config.model.method.stages()]
+    return [(stage, config.replace(**stage.changes).settled()) for stage in config.model.method.stages()]
 
 
 def train_stages(config: Config, run_dir: Path, train: Callable[[Config], RunResult], trained_parameters: int,

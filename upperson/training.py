@@ -42,6 +42,10 @@ def fit(config: Config) -> RunResult:
     nothing can be written, RunInterrupted after Ctrl-C. A run that was stopped in any way, by SIGKILL too, continues
     with `resume=True` and ends with the numbers of a run that was not.
     """
+    config, method = config.settled(), config.model.method
+    if method.continues and config.train.start_from is None:
+        raise RunError(f"start_from: with these options --method {method.name} goes on from an earlier training; "
+                       "expected a checkpoint of that, --start-from RUN_DIR/best.safetensors")
     group = Group.of_environment()
     device, precision = resources(config.train, group)
     try:
@@ -139,7 +143,8 @@ def build_model(config: Config) -> AdaptedCLIP:
     model.freeze(config.train.freeze)
     method = config.model.method
     if method.trains and not model.trained_parameters():
-        raise RunError(f"nothing to train: the options of --method {method.name} and --freeze leave no parameter")
+        raise RunError(f"nothing to train: the options of --method {method.name}"
+                       f"{' and --freeze' if config.train.freeze else ''} leave no parameter")
     return model
 
 

@@ -54,12 +54,12 @@ class CSKT(Method):
         """128 prompts have no room in a caption's 77 positions, and 64 leave eleven words."""
         lengths, reductions = (2, 4, 8, 16, 32, 64), (100, 32, 16, 8, 4, 2)
         return {
-            "prompts a layer": {
+            "prompts a layer, taking positions of the caption": {
                 str(2 * n): {"prompt_length": n} for n in lengths[:-1]},
-            "prompts a layer without positions": {
+            "prompts a layer, without positions": {
                 str(2 * n): {"prompt_length": n, "prompt_positions": False} for n in lengths},
-            "adapter width over the tower's": {
-                f"1/{reduction}": {"adapter_reduction": reduction} for reduction in reductions},
+            "adapter width, of the tower's": {
+                f"{1 / reduction:.2f}": {"adapter_reduction": reduction} for reduction in reductions},
         }
 
     def modules(self, towers: Towers) -> dict[str, nn.Module]:

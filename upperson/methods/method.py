@@ -77,13 +77,26 @@ class Method(Checked):
         """
         return {}
 
+    def decided(self) -> dict[str, Any]:
+        """Fields of the configuration that the method's own options decide, whatever stands in them."""
+        return {}
+
+    @property
+    def continues(self) -> bool:
+        """Whether a training only makes sense from the parameters of an earlier one (--start-from)."""
+        return False
+
     def stages(self) -> Sequence[Stage]:
         """The stages of a training, each a run of its own; none: it has no stages."""
         return ()
 
     def without(self, kinds: Iterable[str]) -> "Method":
-        """The method that is left when its modules of these kinds have become weights of CLIP (upperson.merge)."""
-        raise MethodError(f"{self.title} does not say what is left of it without {', '.join(kinds)}")
+        """The method that is left when its modules of these kinds have become weights of CLIP, and CLIP's own weights,
+        where it trains those, are the backbone's (upperson.merge).
+        """
+        if folded := list(kinds):
+            raise MethodError(f"{self.title} does not say what is left of it without {', '.join(folded)}")
+        return self
 
 
 def require_room(tower: str, field: str, value: int | None, most: int, what: str = "the number of blocks") -> None:

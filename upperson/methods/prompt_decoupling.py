@@ -25,8 +25,8 @@ class PromptDecoupling(Method):
     name: ClassVar[str] = "prompt-decoupling"
 
     stage: Literal["both", "prompts", "encoders"] = option(
-        "both", "one after the other; or only the prompts, or only the encoders (with --start-from a checkpoint of the "
-        "prompts)"
+        "both", "one after the other; or only the prompts, or only the encoders, with --start-from a checkpoint of the "
+        "prompts"
     )  # fmt: skip
     prompt_length: int = option(4, "prompts in a layer, each tower its own", at_least=1)
     depth_prompt: int | None = option(None, "prompts in the first so many layers; none: in all", at_least=1)
@@ -68,16 +68,24 @@ class PromptDecoupling(Method):
                     "encoder_learning_rate": 3e-4}
         return {"learning_rate": 1e-3, "mask_captions": False}
 
+    def decided(self) -> dict[str, Any]:
+        """Stage two is trained as the options for it say."""
+        if self.stage != "encoders":
+            return {}
+        return {
+            "freeze": "prompt", "epochs": self.encoder_epochs, "warmup_epochs": self.encoder_warmup_epochs,
+            "learning_rate": self.encoder_learning_rate, "bias_learning_rate": None, "losses": self.encoder_losses,
+        }  # fmt: skip
+
+    @property
+    def continues(self) -> bool:
+        return self.stage == "encoders"
+
     def stages(self) -> Sequence[Stage]:
         if self.stage != "both":
             return ()
-        fine_tuning = {
-            "stage": "encoders", "freeze": "prompt", "epochs": self.encoder_epochs,
-            "warmup_epochs": self.encoder_warmup_epochs, "learning_rate": self.encoder_learning_rate,
-            "bias_learning_rate": None, "losses": self.encoder_losses,
-        }  # fmt: skip
         return (Stage("prompts", "domain adaptation, prompts", {"stage": "prompts"}),
-                Stage("encoders", "task adaptation, encoders", fine_tuning))
+                Stage("encoders", "task adaptation, encoders", {"stage": "encoders"}))
 
     def modules(self, towers: Towers) -> dict[str, nn.Module]:
         """Prompts in layers i < depth, the input counting as layer 0."""

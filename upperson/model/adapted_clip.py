@@ -198,7 +198,7 @@ class AdaptedCLIP(nn.Module):
         """What of it has gradients: all that is not frozen."""
         return {name: parameter for name, parameter in self.adaptation().items() if parameter.requires_grad}
 
-    def freeze(self, kinds: str) -> None:
+    def freeze(self, kinds: str | None) -> None:
         """Leaves these kinds of parameters as they are, joined by +: of upperson.model.block.KINDS, or clip.
 
         Raises MethodError for a kind that the method does not train.
@@ -208,7 +208,7 @@ class AdaptedCLIP(nn.Module):
         for name, module in self.trained_modules().items():
             groups.setdefault(name.rpartition(".")[2], []).extend(module.parameters())
         known = [kind for kind, parameters in groups.items() if parameters]
-        for kind in filter(None, map(str.strip, kinds.split("+"))):
+        for kind in filter(None, map(str.strip, (kinds or "").split("+"))):
             if kind not in known:
                 raise MethodError(f"freeze: {kind!r} is nothing that {self.config.method.name} trains here; expected "
                                   f"{', '.join(known) or 'nothing'}; several are joined by +")
@@ -223,6 +223,10 @@ class AdaptedCLIP(nn.Module):
     def new_modules(self, config: ModelConfig) -> dict[str, nn.Module]:
         """New modules of the method that `config` names, by the same names. The model stays as it is."""
         modules = config.method.modules({"image": self.image_blocks, "text": self.text_blocks})
+        known = {f"{block}.{kind}" for block in self.blocks() for kind in KINDS}
+        if strange := [name for name in modules if name not in known]:
+            raise MethodError(f"{config.method.name}: there is no place for a module {strange[0]!r}; expected "
+                              f"{{image,text}}.blocks.N.KIND with a block of the tower and one of {', '.join(KINDS)}")
         for tower, blocks in (("image", self.image_blocks), ("text", self.text_blocks)):
             with_prompts, with_prefix = ([i for i in range(len(blocks)) if f"{tower}.blocks.{i}.{kind}" in modules]
                                          for kind in ("prompt", "prefix"))

@@ -114,9 +114,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: expected at least 1, found {getattr(options, name)}")
     varied = [name for name, method in METHODS.items() if method.sweeps(drawn=not options.data_root)]
     if "sweeps" in options.tables and options.method not in varied:
-        parser.error(f"--method: the table sweeps is of one of {', '.join(varied)}; found {options.method or 'none'}")
+        parser.error(f"--method: the table sweeps needs one that has sweeps, {' or '.join(varied)}; found "
+                     f"{options.method or 'none'}")
     if "sweeps" not in options.tables and options.method:
-        parser.error("--method: of the tables, sweeps alone is of one method")
+        parser.error("--method: only for the table sweeps")
     if options.workers is None:
         options.workers = 4 if options.data_root else 0
     options.setting = setting = real_setting(options.data_root) if options.data_root else embedded_setting()
