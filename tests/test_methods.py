@@ -420,12 +420,11 @@ def test_fine_tuned_encoders_merge_and_the_prompts_remain(tiny, tmp_path, monkey
 def test_cskt_remains_as_it_is_beside_merged_weights(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = tiny.replace(method="cskt", prompt_length=2)
-    model = stirred(build(config))
-    save_checkpoint(tmp_path / "best.safetensors", model.adaptation(), Config(config), {"epoch": 3})
+    save_checkpoint(tmp_path / "best.safetensors", stirred(build(config)).adaptation(), Config(config), {"epoch": 3})
     assert merge_command(["best.safetensors", "merged.safetensors"]) == 1
     assert "adapter_mlp NormedAdapter, prompt CoupledPrompt; --rest" in capsys.readouterr().err
     assert merge_command(["best.safetensors", "merged.safetensors", "--rest", "rest.safetensors"]) == 0
-    rest = load_model("rest.safetensors")
+    rest, model = load_model("rest.safetensors"), load_model("best.safetensors")
     assert rest.config.method == config.method
     images, tokens = inputs()
     with torch.no_grad():
