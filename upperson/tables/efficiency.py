@@ -30,7 +30,7 @@ from upperson.tables.rows import Configs, trainings
 BATCH, DRAWN_BATCH = 128, 64
 FULL_SIZE, FULL_SIZE_BATCH = "cuhk-pedes", 2  # whose model is measured beside the embedded one
 QUERIES, GALLERY = 50, 3000  # of a search; its time is given for 1,000 queries
-REPETITIONS = 2
+REPETITIONS = 5
 
 
 @dataclass(frozen=True)
