@@ -14,10 +14,9 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from test_golden_model import FEATURE_BOUND, GRADIENT_BOUND, assert_near
+from test_golden_model import FEATURE_BOUND, GRADIENT_BOUND, assert_near, assert_three_steps, weights_of
 
 from upperson import AdaptedCLIP, ModelConfig, preset
-from upperson.losses import sdm_loss
 from upperson.model.backbone import fit_image_size
 from upperson.model.captions import words_of
 from upperson.optimization import build_optimizer, build_schedule
@@ -41,12 +40,6 @@ def numbers():
 def neutral_name(name):
     """….prompt.projection.weight → ….prompt_projection.weight, as the golden files spell it."""
     return name.replace(".prompt.tokens", ".prompt").replace(".prompt.projection", ".prompt_projection")
-
-
-def weights_of(recipe, configuration):
-    """CLIP's weights by open_clip's names and the trained ones by neutral names, float64."""
-    shapes = recipe.clip_shapes(), recipe.petl_shapes(**recipe.CONFIGS[configuration])
-    return [{name: torch.from_numpy(w) for name, w in recipe.weights(configuration, part).items()} for part in shapes]
 
 
 def build(recipe, configuration, **changes):
@@ -186,7 +179,6 @@ def test_captions_are_cut_alike_by_the_tokenizer(model, recipe, batch, numbers):
 
 
 def test_features_gradients_and_three_steps(model, batch, numbers, recipe):
-    images, tokens, person_ids = batch
     parameters = model.trained_parameters()
     start = {name: p.detach().clone() for name, p in parameters.items()}
     settings = preset("cuhk-pedes", "cskt").train
@@ -197,33 +189,7 @@ def test_features_gradients_and_three_steps(model, batch, numbers, recipe):
     assert {neutral_name(name): rates[id(p)] for name, p in parameters.items()} == names
     assert optimizer.defaults["eps"] == numbers["optim/eps"]
 
-    losses = []
-    for step in range(4):
-        with torch.set_grad_enabled(step < 3):
-            image_features, text_features = model.encode_image(images), model.encode_text(tokens)
-            loss = sdm_loss(image_features, text_features, person_ids)
-        losses.append(loss.item())
-        if step == 3:
-            break
-        optimizer.zero_grad()
-        image_features.retain_grad()
-        text_features.retain_grad()
-        loss.backward()
-        if step == 0:
-            assert_near("image features", image_features.detach(), numbers["image_features"], FEATURE_BOUND)
-            assert_near("text features", text_features.detach(), numbers["text_features"], FEATURE_BOUND)
-            assert_near("image feature gradient", image_features.grad, numbers["grad_image_features"], GRADIENT_BOUND)
-            assert_near("text feature gradient", text_features.grad, numbers["grad_text_features"], GRADIENT_BOUND)
-            for name, parameter in parameters.items():
-                assert_near(f"gradient of {name}", recipe.summary(parameter.grad),
-                            numbers[f"grad/{neutral_name(name)}"], GRADIENT_BOUND)
-        optimizer.step()
-
-    assert_near("loss", losses[0], numbers["sdm_loss"], GRADIENT_BOUND)
-    assert_near("losses of three steps", losses, numbers["traj/sdm_loss"], GRADIENT_BOUND)
-    for name, parameter in parameters.items():
-        change = recipe.short_summary((parameter - start[name]).detach())
-        assert_near(f"change of {name}", change, numbers[f"traj/delta/{neutral_name(name)}"], GRADIENT_BOUND)
+    assert_three_steps(model, batch, numbers, recipe, optimizer, neutral_name)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(start[name])

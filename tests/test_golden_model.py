@@ -122,6 +122,40 @@ def assert_near(name, value, expected, bound):
     assert value.shape == expected.shape and error < bound, f"{name}: relative error {error:.1e}"
 
 
+def assert_three_steps(model, batch, numbers, recipe, optimizer, neutral_name):
+    """Features, gradients, the losses of three optimizer steps and what these change are those of a golden file."""
+    images, tokens, person_ids = batch
+    parameters = model.trained_parameters()
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    losses = []
+    for step in range(4):
+        with torch.set_grad_enabled(step < 3):
+            image_features, text_features = model.encode_image(images), model.encode_text(tokens)
+            loss = sdm_loss(image_features, text_features, person_ids)
+        losses.append(loss.item())
+        if step == 3:
+            break
+        optimizer.zero_grad()
+        image_features.retain_grad()
+        text_features.retain_grad()
+        loss.backward()
+        if step == 0:
+            assert_near("image features", image_features.detach(), numbers["image_features"], FEATURE_BOUND)
+            assert_near("text features", text_features.detach(), numbers["text_features"], FEATURE_BOUND)
+            assert_near("image feature gradient", image_features.grad, numbers["grad_image_features"], GRADIENT_BOUND)
+            assert_near("text feature gradient", text_features.grad, numbers["grad_text_features"], GRADIENT_BOUND)
+            for name, parameter in parameters.items():
+                assert_near(f"gradient of {name}", recipe.summary(parameter.grad),
+                            numbers[f"grad/{neutral_name(name)}"], GRADIENT_BOUND)
+        optimizer.step()
+
+    assert_near("loss", losses[0], numbers["sdm_loss"], GRADIENT_BOUND)
+    assert_near("losses of three steps", losses, numbers["traj/sdm_loss"], GRADIENT_BOUND)
+    for name, parameter in parameters.items():
+        change = recipe.short_summary((parameter - start[name]).detach())
+        assert_near(f"change of {name}", change, numbers[f"traj/delta/{neutral_name(name)}"], GRADIENT_BOUND)
+
+
 def test_recipe_stream_is_the_golden_one(recipe, golden):
     numbers = golden("cuhk")
     weights = {**recipe.clip_shapes(), **recipe.petl_shapes(**recipe.CONFIGS["cuhk"]), **recipe.other_shapes(),
@@ -161,36 +195,5 @@ def test_number_of_trained_parameters(model):
 
 
 def test_features_gradients_and_three_steps(model, batch, golden, recipe):
-    numbers = golden("cuhk")
-    images, tokens, person_ids = batch
-    parameters = model.trained_parameters()
-    start = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer = build_optimizer(parameters, TrainConfig(learning_rate=1e-3))
-
-    losses = []
-    for step in range(4):
-        with torch.set_grad_enabled(step < 3):
-            image_features, text_features = model.encode_image(images), model.encode_text(tokens)
-            loss = sdm_loss(image_features, text_features, person_ids)
-        losses.append(loss.item())
-        if step == 3:
-            break
-        optimizer.zero_grad()
-        image_features.retain_grad()
-        text_features.retain_grad()
-        loss.backward()
-        if step == 0:
-            assert_near("image features", image_features.detach(), numbers["image_features"], FEATURE_BOUND)
-            assert_near("text features", text_features.detach(), numbers["text_features"], FEATURE_BOUND)
-            assert_near("image feature gradient", image_features.grad, numbers["grad_image_features"], GRADIENT_BOUND)
-            assert_near("text feature gradient", text_features.grad, numbers["grad_text_features"], GRADIENT_BOUND)
-            for name, parameter in parameters.items():
-                assert_near(f"gradient of {name}", recipe.summary(parameter.grad),
-                            numbers[f"grad/{neutral_name(name)}"], GRADIENT_BOUND)
-        optimizer.step()
-
-    assert_near("loss", losses[0], numbers["sdm_loss"], GRADIENT_BOUND)
-    assert_near("losses of three steps", losses, numbers["traj/sdm_loss"], GRADIENT_BOUND)
-    for name, parameter in parameters.items():
-        change = recipe.short_summary((parameter - start[name]).detach())
-        assert_near(f"change of {name}", change, numbers[f"traj/delta/{neutral_name(name)}"], GRADIENT_BOUND)
+    optimizer = build_optimizer(model.trained_parameters(), TrainConfig(learning_rate=1e-3))
+    assert_three_steps(model, batch, golden("cuhk"), recipe, optimizer, neutral_name)

@@ -28,7 +28,7 @@ from upperson.config import Config, ModelConfig
 from upperson.methods import MethodError
 from upperson.model import AdaptedCLIP, BackboneError
 from upperson.model.backbone import CLIP_VOCABULARY, configuration_file, random_clip
-from upperson.model.block import KINDS, Block, parameters_of
+from upperson.model.block import KINDS, Block, kind_of, parameters_of
 from upperson.model.weights import weights_as_bytes
 from upperson.petl import LayerNormTuning, LoRA
 
@@ -56,11 +56,6 @@ def unfoldable(model: AdaptedCLIP) -> dict[str, nn.Module]:
     """The trained modules that do not fold, by name."""
     return {name: module for name, module in model.trained_modules().items()
             if not isinstance(module, LoRA | LayerNormTuning)}
-
-
-def kind_of(module: str) -> str:
-    """The kind of a trained module, one of KINDS, by its name."""
-    return module.rpartition(".")[2]
 
 
 @torch.no_grad()

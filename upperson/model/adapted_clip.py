@@ -12,7 +12,7 @@ from kernels.attention.reference import unpack
 from upperson.config import ModelConfig
 from upperson.methods import MethodError
 from upperson.model.backbone import build_clip, fit_image_size, pooling, require_transformers, text_tower
-from upperson.model.block import KINDS, Block, Sequences, Stream, parameters_of, rows_of
+from upperson.model.block import KINDS, Block, Sequences, Stream, kind_of, parameters_of, rows_of
 from upperson.model.captions import PackedCaptions, pack_captions, words_of
 from upperson.model.prompts import run_captions, run_images
 
@@ -206,7 +206,7 @@ class AdaptedCLIP(nn.Module):
         groups: dict[str, list[nn.Parameter]] = {"clip": list(self.clip_parameters().values())
                                                  if self.config.method.trains_clip else []}
         for name, module in self.trained_modules().items():
-            groups.setdefault(name.rpartition(".")[2], []).extend(module.parameters())
+            groups.setdefault(kind_of(name), []).extend(module.parameters())
         known = [kind for kind, parameters in groups.items() if parameters]
         for kind in filter(None, map(str.strip, (kinds or "").split("+"))):
             if kind not in known:

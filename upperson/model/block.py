@@ -156,6 +156,11 @@ def rows_of(x: Tensor, read: Tensor) -> Tensor:
     return x[read] if x.dim() == 2 else x[torch.arange(len(x), device=x.device), read]
 
 
+def kind_of(module: str) -> str:
+    """The kind of a trained module, one of KINDS, by its name in the model."""
+    return module.rpartition(".")[2]
+
+
 def parameters_of(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     """The parameters of several modules, each under the name of its module and its own."""
     return {f"{name}.{parameter_name}": parameter for name, module in modules.items()
