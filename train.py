@@ -13,13 +13,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from upperson.command_line import parse_arguments
+from upperson.errors import USER_ERRORS
+from upperson.config.command_line import parse_arguments
 from upperson.config import DataConfig
 from upperson.data.check import check_dataset, text
-from upperson.distributed import ALONE, Group
-from upperson.errors import USER_ERRORS
-from upperson.splits import read_splits
-from upperson.training import fit
+from upperson.machine import ALONE, Group
+from upperson.data.splits import read_splits
+from upperson.train.fit import fit
 
 
 def main(argv: Sequence[str] | None = None) -> int:

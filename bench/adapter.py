@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from comparison import DTYPES, MODES, Candidate, Case, Function, bench, parser
 from torch import Tensor
 
-from kernels import layernorm_adapter
-from kernels.adapter import reference
+from upperson_kernels import layernorm_adapter
+from upperson_kernels.adapter import reference
 
 EPS = 1e-5
 AUTOTUNING = 25                                                         # seconds from the start; see `autotuned`

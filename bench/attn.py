@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from kernels import prefix_attention
-from kernels.attention import reference
+from upperson_kernels import prefix_attention
+from upperson_kernels.attention import reference
 
 SCALE = 10.0                                                            # λ at the start of training
 SCALE_POSITION, KEY_POSITION, VALUE_POSITION = 3, 1, 2                  # among the inputs of a call

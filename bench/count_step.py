@@ -23,7 +23,7 @@ from torch import Tensor
 
 from upperson.config import Config
 from upperson.model import AdaptedCLIP
-from upperson.report import aligned
+from upperson.evaluate.pictures import aligned
 
 MIB = 2**20
 

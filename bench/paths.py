@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.attention.reference import explicit
+from upperson_kernels.attention.reference import explicit
 from upperson.config import Config, TrainConfig
-from upperson.losses import sdm_loss
+from upperson.losses.pairs import sdm_loss
 from upperson.methods import BASELINES, DEFAULT, METHODS
 from upperson.model import AdaptedCLIP
-from upperson.optimization import build_optimizer
-from upperson.presets import PRESETS, with_method
-from upperson.retrieval import autocast
+from upperson.train.optimizer import build_optimizer
+from upperson.config.presets import PRESETS, with_method
+from upperson.evaluate.embed import autocast
 
 NOTHING_SPARED: dict[str, Any] = dict(skip_unread=False, pack_captions=False, low_rank_gradients=False)
 
@@ -104,7 +104,7 @@ def build(path: Path, base: Config) -> AdaptedCLIP:
 
 def explicit_attention(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: Tensor, *, causal: bool,
                        scale_target: str, **_: Any) -> Tensor:
-    """kernels.prefix_attention by its definition. Under autocast too all stays in the dtype of qkv, as in the released
+    """upperson_kernels.prefix_attention by its definition. Under autocast too all stays in the dtype of qkv, as in the released
     code; autocast would hold the weights in float32 as well."""
     with torch.autocast(qkv.device.type, enabled=False):
         return explicit(qkv, prefix_key, prefix_value, prefix_scale, causal, scale_target)
@@ -153,7 +153,7 @@ def prepare(model: AdaptedCLIP, batches: Sequence[Batch], device: torch.device) 
 
 
 class Step:
-    """One optimizer step after the other on prepared batches in turn: those of upperson.trainer without what surrounds
+    """One optimizer step after the other on prepared batches in turn: those of upperson.train.loop without what surrounds
     the towers there, which is loading, augmenting, and reading loss and gradient norm.
 
     A call returns the loss before the step, (), on the device.

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
-from upperson.report import aligned
+from upperson.evaluate.pictures import aligned
 
 STEPS = 3
 OPTIMIZER = "optimizer"

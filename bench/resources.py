@@ -32,10 +32,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import tiles
-from kernels.adapter import device as adapter
-from kernels.attention import device as attention
-from kernels.quick_gelu import device as quick_gelu
+from upperson_kernels import tiles
+from upperson_kernels.adapter import device as adapter
+from upperson_kernels.attention import device as attention
+from upperson_kernels.quick_gelu import device as quick_gelu
 
 TARGETS = (80, 89, 90, 100)                                             # A100, RTX 40, H100 and H200, B200
 DTYPES = ("fp16", "bf16")

@@ -31,7 +31,7 @@ from counting import cost
 from measure import Call, Rates, device_slug, environment, measure_rates, peak_memory, summary
 from profile_step import profile
 
-from upperson.report import aligned
+from upperson.evaluate.pictures import aligned
 
 # Largest relative difference of the first losses: the paths round bf16 differently in every block.
 AGREEMENT = {"bf16": 3e-2, "fp32": 1e-4}

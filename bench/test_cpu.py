@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from kernels import layernorm_adapter, prefix_attention
-from kernels.attention import reference
-from upperson.data.transforms import image_transform
-from upperson.metrics import retrieval_metrics
+from upperson_kernels import layernorm_adapter, prefix_attention
+from upperson_kernels.attention import reference
+from upperson.data.masking import image_transform
+from upperson.evaluate.metrics import retrieval_metrics
 
 
 @pytest.fixture(autouse=True)

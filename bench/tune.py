@@ -21,10 +21,10 @@ from comparison import above_zero, at_least_one, json_path
 from measure import Call, environment, time_in_turns
 from torch import Tensor
 
-from kernels import tiles
-from kernels.adapter import launch as adapter
-from kernels.attention import device as attention
-from kernels.backend import capability
+from upperson_kernels import tiles
+from upperson_kernels.adapter import launch as adapter
+from upperson_kernels.attention import device as attention
+from upperson_kernels.backend import capability
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 PREFIX = 10

@@ -9,8 +9,8 @@ import itertools
 
 import torch
 
-from kernels import layernorm_adapter, prefix_attention
-from kernels.attention import reference as attention_reference
+from upperson_kernels import layernorm_adapter, prefix_attention
+from upperson_kernels.attention import reference as attention_reference
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from upperson.data import DataError, ImageCache, Sample, image_loader, train_loader
+from upperson.errors import DataError
+from upperson.data import (ImageCache, Sample, image_loader, train_loader)
 from upperson.data.images import load_pixels
 
 SIZE = (48, 16)

@@ -9,15 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from upperson.checkpoint import (
-    CheckpointError,
-    load_checkpoint,
-    load_model,
-    load_resume_state,
-    save_checkpoint,
-    save_resume_state,
-    write_atomically,
-)
+from upperson.errors import CheckpointError
+from upperson.files import write_atomically
+from upperson.model.checkpoint import (load_checkpoint, load_model, load_resume_state, save_checkpoint, save_resume_state)
 from upperson.config import Config, ModelConfig
 from upperson.model import AdaptedCLIP
 

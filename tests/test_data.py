@@ -17,23 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from upperson.data import (
-    NOT_MASKED,
-    DataError,
-    Sample,
-    batches_per_epoch,
-    caption_loader,
-    check_images,
-    gallery,
-    image_loader,
-    image_transform,
-    load_image,
-    mask_caption,
-    queries,
-    read_dataset,
-    share_of,
-    train_loader,
-)
+from upperson.errors import DataError
+from upperson.data import (NOT_MASKED, Sample, batches_per_epoch, caption_loader, check_images, gallery, image_loader, image_transform, load_image, mask_caption, queries, read_dataset, share_of, train_loader)
 from upperson.data.augmentation import RandomAugmentation
 from upperson.data.loaders import _stable_seed
 

@@ -16,15 +16,15 @@ import torch
 from test_model import TINY_CLIP, inputs
 from test_training import assert_same_run, flags_of, log_of
 
-from upperson.checkpoint import load_checkpoint, load_resume_state
+from upperson.errors import RunError
+from upperson.model.checkpoint import load_checkpoint, load_resume_state
 from upperson.config import DataConfig, ModelConfig, TrainConfig
 from upperson.data import NOT_MASKED
-from upperson.distributed import ALONE, Group
-from upperson.presets import PRESETS
-from upperson.resources import resources
-from upperson.run_folder import RunError
-from upperson.splits import read_splits
-from upperson.training import fit
+from upperson.machine import ALONE, Group
+from upperson.config.presets import PRESETS
+from upperson.machine import device_and_precision
+from upperson.data.splits import read_splits
+from upperson.train.fit import fit
 
 TESTS = Path(__file__).parent
 TRAIN_PY = TESTS.parent / "train.py"

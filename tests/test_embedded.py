@@ -29,7 +29,7 @@ from upperson.embedded.scenes import draw_scene
 from upperson.embedded.vocabulary import COLOURS, HAIR_COLOURS, NAMES, PATTERNS
 from upperson.embedded.weights import CLIP_WEIGHTS, EmbeddedWeightsError, save_embedded_clip
 from upperson.model.backbone import fit_image_size
-from upperson.splits import read_splits
+from upperson.data.splits import read_splits
 
 SPLITS = ("train", "val", "test")
 

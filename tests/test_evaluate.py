@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from upperson import evaluate
-from upperson.checkpoint import load_model, save_checkpoint
+from upperson.evaluate import __main__ as evaluate
+from upperson.model.checkpoint import load_model, save_checkpoint
 from upperson.config import SELECTIONS
 from upperson.data import image_transform, load_image
 from upperson.model import AdaptedCLIP
-from upperson.presets import PRESETS
-from upperson.retrieval import embed
-from upperson.splits import read_splits
+from upperson.config.presets import PRESETS
+from upperson.evaluate.embed import embed
+from upperson.data.splits import read_splits
 
 TINY_CLIP = dict(
     embed_dim=16,

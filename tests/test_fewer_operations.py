@@ -11,9 +11,10 @@ from test_model import TINY_CLIP, build, inputs, stirred, tiny_config
 from test_variants import NOTHING, VARIANTS
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.attention import reference
-from upperson.losses import sdm_loss
-from upperson.model import AdaptedCLIP, BackboneError
+from upperson.errors import BackboneError
+from upperson_kernels.attention import reference
+from upperson.losses.pairs import sdm_loss
+from upperson.model import (AdaptedCLIP)
 from upperson.model.attention import attend_once
 from upperson.model.captions import PackedCaptions, pack_captions
 from upperson.petl.low_rank import LoRA
@@ -317,8 +318,8 @@ def test_the_first_block_needs_no_gradient_of_its_input(tiny):
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_kernels_are_counted_as_pytorchs_own(tiny, causal):
     """The formulas for torch's flop counter, which a counter knows that was made after the kernels were imported."""
-    importlib.import_module("kernels.adapter.op")
-    importlib.import_module("kernels.attention.op")
+    importlib.import_module("upperson_kernels.adapter.op")
+    importlib.import_module("upperson_kernels.attention.op")
     counts = []
     for backend in ("torch", "triton"):
         model = build(tiny.replace(backend=backend, **OFF))

@@ -19,7 +19,7 @@ from test_golden_model import FEATURE_BOUND, GRADIENT_BOUND, assert_near, assert
 from upperson import AdaptedCLIP, ModelConfig, preset
 from upperson.model.backbone import fit_image_size
 from upperson.model.captions import words_of
-from upperson.optimization import build_optimizer, build_schedule
+from upperson.train.optimizer import build_optimizer, build_schedule
 
 GOLDEN = Path(__file__).parent / "golden" / "cskt"
 

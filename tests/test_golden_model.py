@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from upperson import AdaptedCLIP, ModelConfig, TrainConfig
-from upperson.losses import sdm_loss
+from upperson.losses.pairs import sdm_loss
 from upperson.model.backbone import fit_image_size
-from upperson.optimization import build_optimizer
+from upperson.train.optimizer import build_optimizer
 
 FEATURE_BOUND = 1e-9
 GRADIENT_BOUND = 1e-7

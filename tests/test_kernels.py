@@ -28,13 +28,13 @@ from operators import (
     run,
 )
 
-import kernels
-from kernels import layernorm_adapter, prefix_attention, tiles
-from kernels.adapter import device as adapter_device
-from kernels.adapter import op as adapter_op
-from kernels.adapter import reference as adapter_reference
-from kernels.attention import op as attention_op
-from kernels.attention import reference as attention_reference
+import upperson_kernels
+from upperson_kernels import layernorm_adapter, prefix_attention, tiles
+from upperson_kernels.adapter import device as adapter_device
+from upperson_kernels.adapter import op as adapter_op
+from upperson_kernels.adapter import reference as adapter_reference
+from upperson_kernels.attention import op as attention_op
+from upperson_kernels.attention import reference as attention_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 drawn = settings(max_examples=15 if GPU else 30, deadline=None, derandomize=True,
@@ -512,16 +512,16 @@ def test_references_agree():
 def test_backend_rule(monkeypatch):
     cpu = torch.zeros(1)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert kernels.backend.resolve(None, cpu) == "torch"
+    assert upperson_kernels.backend.resolve(None, cpu) == "torch"
     with pytest.raises(RuntimeError, match="needs a CUDA device, but the tensors are on cpu.*TRITON_INTERPRET=1"):
-        kernels.backend.resolve("triton", cpu)
+        upperson_kernels.backend.resolve("triton", cpu)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert kernels.backend.resolve(None, cpu) == "triton"
-    assert kernels.backend.resolve("torch", cpu) == "torch"
+    assert upperson_kernels.backend.resolve(None, cpu) == "triton"
+    assert upperson_kernels.backend.resolve("torch", cpu) == "torch"
     with pytest.raises(TypeError, match="float64, float32, float16 in Triton's interpreter, not bfloat16"):
-        kernels.backend.resolve(None, cpu.bfloat16())
+        upperson_kernels.backend.resolve(None, cpu.bfloat16())
     with pytest.raises(ValueError, match="backend must be None, 'triton' or 'torch', not 'cuda'"):
-        kernels.backend.resolve("cuda", cpu)
+        upperson_kernels.backend.resolve("cuda", cpu)
 
 
 @pytest.mark.skipif(GPU, reason="the rule for the interpreter")
@@ -538,11 +538,11 @@ def test_float32_products_follow_pytorchs_setting():
     try:
         for setting, precision in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(setting)
-            assert kernels.backend.float32_precision() == precision
+            assert upperson_kernels.backend.float32_precision() == precision
         torch.set_float32_matmul_precision("highest")
         for setting in ("tf32", "ieee"):                                # PyTorch's newer way to say it
             matmul.fp32_precision = setting
-            assert kernels.backend.float32_precision() == setting
+            assert upperson_kernels.backend.float32_precision() == setting
     finally:
         matmul.fp32_precision = before
 

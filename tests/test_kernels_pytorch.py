@@ -23,9 +23,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import LayerNormAdapter, PrefixAttention, layernorm_adapter, prefix_attention
-from kernels.adapter import op as adapter_op
-from kernels.attention import op as attention_op
+from upperson_kernels import LayerNormAdapter, PrefixAttention, layernorm_adapter, prefix_attention
+from upperson_kernels.adapter import op as adapter_op
+from upperson_kernels.attention import op as attention_op
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")

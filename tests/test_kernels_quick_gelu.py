@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import DEVICE, DTYPES, EXACT, GPU, SLACK, assert_within_budget, randn, require_grad
 
-from kernels import quick_gelu
-from kernels.quick_gelu import reference
+from upperson_kernels import quick_gelu
+from upperson_kernels.quick_gelu import reference
 
 SHAPES = [(1, 1), (7,), (5, 7), (3, 4, 24), (0, 8), (2, 0, 8), (6, 1023), (6, 1024), (5, 1025), (1, 3072)]
 
@@ -101,7 +101,7 @@ def test_nothing_as_large_is_saved_beside_one_tensor(backend):
 
 
 def test_torchs_own_checks_and_compile():
-    from kernels.quick_gelu import op
+    from upperson_kernels.quick_gelu import op
     x, bias = require_grad([randn(3, 8, seed=1), randn(8, seed=2)])
     torch.library.opcheck(op.forward, (x, bias))
     torch.library.opcheck(op.forward, (x, None))

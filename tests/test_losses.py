@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from upperson.losses import PAIR_LOSSES, cmpm_loss, itc_loss, parse_losses, sdm_loss
+from upperson.losses.names import parse_losses
+from upperson.losses.pairs import PAIR_LOSSES, cmpm_loss, itc_loss, sdm_loss
 
 CASES = ("small", "repeated", "unique", "same")
 

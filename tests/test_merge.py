@@ -13,13 +13,14 @@ import torch
 from safetensors import safe_open
 from test_model import TINY_CLIP, build, inputs, stirred
 
-from upperson import merge as command
-from upperson.checkpoint import load_checkpoint, load_model, save_checkpoint
+from upperson.errors import MergeError
+from upperson.deploy import merge as command
+from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
 from upperson.config import Config, ModelConfig
-from upperson.merge import MergeError, merge
+from upperson.deploy.merge import (merge)
 from upperson.model import AdaptedCLIP
 from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES
-from upperson.presets import PRESETS
+from upperson.config.presets import PRESETS
 
 NOTHING = dict(prefix="none", lora="none", adapter_attn="none", adapter_mlp="none")
 FOLDING = (
@@ -281,7 +282,7 @@ def test_wrong_arguments(tiny, tmp_path, monkeypatch, capsys, arguments, message
 
 def test_as_a_module(tmp_path):
     """No traceback, and help that names everything."""
-    missing = subprocess.run([sys.executable, "-m", "upperson.merge", "missing.safetensors", "merged.safetensors"],
+    missing = subprocess.run([sys.executable, "-m", "upperson.deploy.merge", "missing.safetensors", "merged.safetensors"],
                              cwd=tmp_path, capture_output=True, text=True)
     assert (missing.returncode, missing.stderr) == (
         1, "error: missing.safetensors: there is no such file; expected an upperson checkpoint\n")

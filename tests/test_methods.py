@@ -15,19 +15,20 @@ from operators import DEVICE, EXACT
 from safetensors.torch import save_file
 from test_model import TINY_CLIP, build, inputs, stirred
 
+from upperson.errors import MethodError
 from upperson import AdaptedCLIP, Config, ModelConfig, fit, preset
-from upperson.checkpoint import load_checkpoint, load_model, save_checkpoint
-from upperson.evaluate import evaluate_checkpoint
-from upperson.interruption import Interruption
-from upperson.merge import main as merge_command
-from upperson.methods import METHODS, Method, MethodError
+from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
+from upperson.evaluate.__main__ import evaluate_checkpoint
+from upperson.train.interruption import Interruption
+from upperson.deploy.merge import main as merge_command
+from upperson.methods import (METHODS, Method)
 from upperson.model.block import Stream
 from upperson.model.captions import words_of
-from upperson.options import option
+from upperson.fields import option
 from upperson.petl import PREFIXES
-from upperson.splits import read_splits
-from upperson.switching import Adaptations
-from upperson.trainer import Training
+from upperson.data.splits import read_splits
+from upperson.deploy.switching import Adaptations
+from upperson.train.loop import Training
 
 PROJECT = Path(__file__).parents[1]
 PROMPTED = [
@@ -317,7 +318,7 @@ def test_an_option_with_the_name_of_another_field(tiny):
         name = "plain"
         rank: int = 4
 
-    with pytest.raises(TypeError, match="Plain.rank: expected a default made by upperson.options.option"):
+    with pytest.raises(TypeError, match="Plain.rank: expected a default made by upperson.fields.option"):
         Plain()
     with pytest.raises(ValueError, match="method epochs: its option epochs has the name of another field"):
         Config(dataclasses.replace(tiny, method=Epochs()))

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from upperson.metrics import RetrievalError, retrieval_metrics, similarity_metrics
+from upperson.errors import RetrievalError
+from upperson.evaluate.metrics import (retrieval_metrics, similarity_metrics)
 
 CASES = ("text_to_image", "image_to_text", "many_positives", "one_positive")
 

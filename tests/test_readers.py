@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from upperson.errors import DataError
 from upperson.config import DataConfig
-from upperson.data import DATASETS, DataError, gallery, queries, read_dataset
-from upperson.splits import read_splits
+from upperson.data import (DATASETS, gallery, queries, read_dataset)
+from upperson.data.splits import read_splits
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*published are.*:UserWarning")
 

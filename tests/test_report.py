@@ -8,7 +8,7 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from upperson import report
+from upperson.evaluate import pictures as report
 from upperson.config import SELECTIONS
 from upperson.data import Sample
 

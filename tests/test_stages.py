@@ -19,17 +19,16 @@ from test_training import (
     start,
 )
 
-from upperson.checkpoint import CheckpointError, load_checkpoint, load_model, load_resume_state
-from upperson.methods import MethodError
+from upperson.errors import CheckpointError, MethodError, RunError, RunInterrupted
+from upperson.model.checkpoint import (load_checkpoint, load_model, load_resume_state)
 from upperson.model import AdaptedCLIP
-from upperson.presets import preset
-from upperson.retrieval import evaluate
-from upperson.run_folder import RunError
-from upperson.splits import read_splits
-from upperson.stages import stages_of
+from upperson.config.presets import preset
+from upperson.evaluate.embed import evaluate
+from upperson.data.splits import read_splits
+from upperson.train.stages import stages_of
 from upperson.tables.runs import Runs
-from upperson.trainer import RunInterrupted, Training
-from upperson.training import fit
+from upperson.train.loop import (Training)
+from upperson.train.fit import fit
 
 STAGES = ("prompts", "encoders")
 WHOLE = ("best.safetensors", "config.json", "curve.png", "metrics.jsonl", "results.json", "results.md", "top10.png")

@@ -11,15 +11,15 @@ import pytest
 from PIL import Image
 from test_training import TINY_CLIP
 
-from upperson.checkpoint import load_model
+from upperson.model.checkpoint import load_model
 from upperson.methods import CSKT, METHODS, FullFineTuning, UPPerson
-from upperson.presets import PRESETS, with_method
-from upperson.report import METRICS
-from upperson.retrieval import embed
-from upperson.splits import read_splits
+from upperson.config.presets import PRESETS, with_method
+from upperson.evaluate.pictures import METRICS
+from upperson.evaluate.embed import embed
+from upperson.data.splits import read_splits
 from upperson.tables import __main__ as command
 from upperson.tables import efficiency
-from upperson.tables.efficiency import Peak, measure
+from upperson.tables.costs import Peak, measure
 from upperson.tables.render import cost_cell, paper_figures
 from upperson.tables.rows import (
     Setting,
@@ -375,7 +375,7 @@ def test_peak_memory():
     """In a process of its own, as the command measures: one that has freed much gives it away again unseen."""
     script = """if True:
         import torch
-        from upperson.tables.efficiency import Peak
+        from upperson.tables.costs import Peak
         peak = Peak(torch.device("cpu"))
         block = torch.ones(50_000_000)
         del block

@@ -11,7 +11,7 @@ import pytest
 import torch
 from operators import GPU, attention_functions, attention_inputs, packed_inputs, randn, run
 
-from kernels import tiles
+from upperson_kernels import tiles
 
 ROOT = Path(__file__).parents[1]
 ENTRY = dict(kernel="attention_forward", width=16, element_size=8, capability=90, BLOCK_M=64, BLOCK_N=16, num_warps=4,
@@ -137,7 +137,7 @@ def tune(monkeypatch):
 
 @pytest.mark.skipif(GPU, reason="tunes in the interpreter")
 def test_tuning_times_what_is_right_and_saves_what_loads(tune, tmp_path, monkeypatch, capsys):
-    from kernels.attention import device as attention
+    from upperson_kernels.attention import device as attention
 
     tensors = attention_inputs(dtype=torch.float16)
     options = (None, 0, False, "weights")

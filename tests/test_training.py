@@ -20,20 +20,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from upperson.checkpoint import CheckpointError, load_checkpoint, load_model, load_resume_state, save_resume_state
+from upperson.errors import CheckpointError, DataError, RunError
+from upperson.model.checkpoint import (load_checkpoint, load_model, load_resume_state, save_resume_state)
 from upperson.config import TrainConfig
-from upperson.data import DataError
-from upperson.interruption import Interruption
+from upperson.train.interruption import Interruption
 from upperson.model import AdaptedCLIP
-from upperson.objective import Objective
-from upperson.optimization import build_optimizer, build_schedule
-from upperson.presets import PRESETS
-from upperson.resources import random_states, set_random_states
-from upperson.retrieval import evaluate
-from upperson.run_folder import RunError
-from upperson.splits import read_splits
-from upperson.trainer import Training
-from upperson.training import fit
+from upperson.losses.objective import Objective
+from upperson.train.optimizer import build_optimizer, build_schedule
+from upperson.config.presets import PRESETS
+from upperson.train.resume import random_states, set_random_states
+from upperson.evaluate.embed import evaluate
+from upperson.data.splits import read_splits
+from upperson.train.loop import Training
+from upperson.train.fit import fit
 
 TINY_CLIP = dict(
     embed_dim=16,
@@ -534,7 +533,7 @@ def test_random_states_come_back():
 
 TRAINS = """
 import os, pathlib, sys, time
-from upperson.run_folder import MetricsLog
+from upperson.train.run_folder import MetricsLog
 log = MetricsLog(pathlib.Path(sys.argv[1]), tensorboard=False)
 if os.fork():
     print(flush=True)

@@ -13,7 +13,7 @@ from test_model import TINY_CLIP, build, inputs, stirred
 
 from upperson import PRESETS, AdaptedCLIP, ModelConfig
 from upperson.model.block import Stream
-from upperson.objective import Objective
+from upperson.losses.objective import Objective
 from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES
 
 PREFIX_KINDS, LORA_KINDS = [*PREFIXES, "none"], [*LOW_RANK, "none"]

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from test_model import TINY_CLIP
 from torch import nn
 
+from upperson.errors import BackboneError
 from upperson.config import ModelConfig
 from upperson.methods.zero_shot import ZeroShot
-from upperson.model import AdaptedCLIP, BackboneError
+from upperson.model import (AdaptedCLIP)
 from upperson.model.backbone import build_clip, resize_position_embedding
 from upperson.model.weights import weights_as_bytes
 

@@ -2,7 +2,7 @@
 
 from upperson.config import Config, DataConfig, ModelConfig, TrainConfig
 from upperson.model import AdaptedCLIP
-from upperson.presets import PRESETS, preset
-from upperson.training import fit
+from upperson.config.presets import PRESETS, preset
+from upperson.train.fit import fit
 
 __all__ = ["PRESETS", "Config", "DataConfig", "ModelConfig", "TrainConfig", "AdaptedCLIP", "fit", "preset"]

@@ -1,11 +1,71 @@
-"""The errors that a user can mend: a command shows them in one line and ends with status 1."""
+"""Every error that a user can mend. Its message names the file, field or shape, and what was expected."""
 
-from kernels.tiles import TilesError
-from upperson.checkpoint import CheckpointError
-from upperson.data import DataError
-from upperson.methods import MethodError
-from upperson.metrics import RetrievalError
-from upperson.model import BackboneError
-from upperson.run_folder import RunError
+import sys
+from collections.abc import Callable
 
-USER_ERRORS = (BackboneError, CheckpointError, DataError, MethodError, RetrievalError, RunError, TilesError, OSError)
+
+class DataError(ValueError):
+    """A data set, an annotation or an image that cannot be used."""
+
+    def __str__(self) -> str:
+        """The message alone: PyTorch puts the traceback of a loader's process in front of it."""
+        return super().__str__().rpartition(f"{__name__}.DataError: ")[2].strip()
+
+
+class BackboneError(ValueError):
+    """A backbone that cannot be built, loaded or adapted."""
+
+
+class MethodError(ValueError):
+    """Options of a method that do not fit the backbone or each other."""
+
+
+class CheckpointError(ValueError):
+    """A file that is not the checkpoint that was expected."""
+
+
+class RetrievalError(ValueError):
+    """Features or person ids for which the metrics are undefined."""
+
+
+class MergeError(ValueError):
+    """An adaptation that does not fold into weights, or a merged model with other features."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or continue."""
+
+
+class Diverged(RunError):
+    """A loss or a gradient that is not finite."""
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """A run that Ctrl-C or SIGTERM stopped, after its state was saved."""
+
+
+USER_ERRORS = (
+    BackboneError,
+    CheckpointError,
+    DataError,
+    MergeError,
+    MethodError,
+    RetrievalError,
+    RunError,
+    OSError,
+)
+
+
+def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:
+    """Runs a command. An error that the user can mend is printed as one line, and the status is 1.
+
+    After Ctrl-C the status is 130; `stopped` is printed where the interruption has no message of its own.
+    """
+    try:
+        return command()
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interruption:
+        print(str(interruption) or stopped, file=sys.stderr)
+        return 130

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
+from upperson.errors import DataError
 
-from upperson.data.samples import DataError
 
 SPLITS = ("train", "val", "test")
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from upperson.errors import DataError
 from upperson.data.annotations import Annotation, Entry, as_entry, load_text
-from upperson.data.samples import DataError
 
 NAMES = ("captions.csv", "captions.jsonl")
 COLUMNS = ("image", "caption", "identity")

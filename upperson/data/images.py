@@ -11,7 +11,8 @@ from PIL import Image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from upperson.data.samples import DataError, Drawing, Sample
+from upperson.errors import DataError
+from upperson.data.samples import (Drawing, Sample)
 
 NAMED_IN_ERROR = 5  # broken images that an error lists one by one
 

@@ -15,11 +15,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from upperson.errors import DataError
+from upperson.machine import share_of
 from upperson.data.augmentation import RandomAugmentation, normalise
 from upperson.data.cache import ImageCache
 from upperson.data.images import load_pixels
-from upperson.data.samples import DataError, Drawing, Sample
-from upperson.data.transforms import mask_caption
+from upperson.data.samples import (Drawing, Sample)
+from upperson.data.masking import mask_caption
 
 Tokenizer = Callable[[list[str]], torch.Tensor]  # texts -> [texts, L] int64
 PixelLoader = Callable[[Path | Drawing], torch.Tensor]  # image -> [3, H, W] uint8
@@ -28,19 +30,6 @@ PixelLoader = Callable[[Path | Drawing], torch.Tensor]  # image -> [3, H, W] uin
 def batches_per_epoch(pairs: int, batch_size: int) -> int:
     """The batches of an epoch. A last batch of one pair has no negatives to learn from and is left out."""
     return pairs // batch_size + (pairs % batch_size > 1)
-
-
-def share_of(total: int, rank: int, world_size: int) -> range:
-    """Which of `total` things process `rank` of `world_size` has: a run of them, as torch.tensor_split cuts.
-
-    The runs follow each other and differ in length by one at most, the longer ones first. Raises ValueError for a
-    rank that is not there.
-    """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank: expected 0 to {world_size - 1}, as world_size is {world_size}, found {rank}")
-    each, longer = divmod(total, world_size)
-    start = rank * each + min(rank, longer)
-    return range(start, start + each + (rank < longer))
 
 
 def train_loader(

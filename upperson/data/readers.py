@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from upperson.errors import DataError
 from upperson.data.annotations import SPLITS, Annotation
 from upperson.data.captioned import read_captioned
 from upperson.data.folder import read_folder
 from upperson.data.oddities import Counts, all_samples, counts, identities_in_train, images_of_several
 from upperson.data.pedestrian import read_pedestrian
-from upperson.data.samples import DataError, Sample
+from upperson.data.samples import (Sample)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,6 @@ import torch
 from PIL import Image
 
 
-class DataError(ValueError):
-    """Something is wrong with the data on disk. The message names the file and what was expected."""
-
-    def __str__(self) -> str:
-        """The message alone: a loader's process sends it with a traceback in front."""
-        return super().__str__().rpartition(f"{__name__}.DataError: ")[2].strip()
-
-
 class Drawing(Hashable, Protocol):
     """An image that is drawn instead of read, such as a frozen dataclass. Equal ones have equal pixels."""
 

@@ -10,9 +10,10 @@
 The modules that they put into a CLIP stand in upperson/petl/.
 """
 
+from upperson.errors import MethodError
 from upperson.methods.cskt import CSKT
 from upperson.methods.full_fine_tuning import FullFineTuning
-from upperson.methods.method import Method, MethodError, Stage
+from upperson.methods.method import (Method, Stage)
 from upperson.methods.prompt_decoupling import PromptDecoupling
 from upperson.methods.up_person import UPPerson
 from upperson.methods.zero_shot import ZeroShot

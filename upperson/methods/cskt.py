@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from upperson.methods.method import Method, Towers, require_room
-from upperson.options import option
+from upperson.fields import option
 from upperson.petl import CoupledPrompt, NormedAdapter
 
 

@@ -6,16 +6,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import nn
 
-from upperson.options import Checked
+from upperson.errors import MethodError
+from upperson.fields import Checked
 
 if TYPE_CHECKING:
     from upperson.model.block import Block
 
 Towers = Mapping[str, Sequence["Block"]]                                # the blocks of "image" and "text"
-
-
-class MethodError(ValueError):
-    """Options of a method that a backbone has no room for, or that do not go together."""
 
 
 class Stage(NamedTuple):
@@ -28,7 +25,7 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Method(Checked):
-    """The base of all methods. Its subclasses are frozen dataclasses whose fields, made by upperson.options.option, are
+    """The base of all methods. Its subclasses are frozen dataclasses whose fields, made by upperson.fields.option, are
     the method's options: flags on the command line, and in the configuration of a checkpoint.
 
     A subclass has a `name`, and answers what of the following is another for it than for one that trains nothing.
@@ -92,7 +89,7 @@ class Method(Checked):
 
     def without(self, kinds: Iterable[str]) -> "Method":
         """The method that is left when its modules of these kinds have become weights of CLIP, and CLIP's own weights,
-        where it trains those, are the backbone's (upperson.merge).
+        where it trains those, are the backbone's (upperson.deploy.merge).
         """
         if folded := list(kinds):
             raise MethodError(f"{self.title} does not say what is left of it without {', '.join(folded)}")

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from upperson.losses import parse_losses
+from upperson.losses.names import parse_losses
 from upperson.methods.method import Method, Stage, Towers, require_room
-from upperson.options import option
+from upperson.fields import option
 from upperson.petl import Prompt
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from upperson.methods.method import Method, Towers, require_room
-from upperson.options import option
+from upperson.fields import option
 from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES
 
 AdapterKind = Literal["l-parallel", "l-sequential", "parallel", "sequential", "ln-tuning", "none"]

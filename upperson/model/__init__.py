@@ -7,7 +7,7 @@
     adapted_clip.py   the model
 """
 
+from upperson.errors import BackboneError
 from upperson.model.adapted_clip import AdaptedCLIP
-from upperson.model.backbone import BackboneError
 
 __all__ = ["BackboneError", "AdaptedCLIP"]

@@ -8,9 +8,9 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from kernels.attention.reference import unpack
+from upperson.errors import MethodError
+from upperson_kernels.attention.reference import unpack
 from upperson.config import ModelConfig
-from upperson.methods import MethodError
 from upperson.model.backbone import build_clip, fit_image_size, pooling, require_transformers, text_tower
 from upperson.model.block import KINDS, Block, Sequences, Stream, kind_of, parameters_of, rows_of
 from upperson.model.captions import PackedCaptions, pack_captions, words_of

@@ -15,7 +15,7 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, p
     Args:
         query: (S, H, D).
         key, value: (S, N, H, D).
-        prefix_key, prefix_value, prefix_scale, scale_target: see kernels.prefix_attention.
+        prefix_key, prefix_value, prefix_scale, scale_target: see upperson_kernels.prefix_attention.
         visible: (S, N) bool, the tokens that the query sees; None: all of them. It always sees the prefix.
 
     Returns: (S, H, D).

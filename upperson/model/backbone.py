@@ -12,16 +12,13 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
+from upperson.errors import BackboneError
 from upperson.config import ModelConfig
 from upperson.embedded import CLIP_CONFIG, load_embedded_clip
 from upperson.embedded.weights import EmbeddedWeightsError
 from upperson.model.weights import ACCEPTED, mismatch, read_weights
 
 CLIP_VOCABULARY = 49408
-
-
-class BackboneError(ValueError):
-    """A backbone that cannot be built, loaded or adapted."""
 
 
 def build_clip(config: ModelConfig) -> nn.Module:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 
-from kernels import prefix_attention, quick_gelu
-from kernels.attention.reference import unpack
+from upperson_kernels import prefix_attention, quick_gelu
+from upperson_kernels.attention.reference import unpack
 from upperson.model.attention import attend_once
 from upperson.petl import FROZEN, Adapter, LoRA, Prefix, Prompt
 
@@ -26,7 +26,7 @@ class Stream(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Where the sequences of a packed (T, C) lie; see kernels.prefix_attention."""
+    """Where the sequences of a packed (T, C) lie; see upperson_kernels.prefix_attention."""
 
     cu_seqlens: Tensor
     longest: int
@@ -43,8 +43,8 @@ class Block(nn.Module):
     of the block (prompts.py). The trained modules are None until `set_modules` puts them in. With `adapted` False the
     block computes what open_clip's own does.
 
-    `attention` and `activation` are the operators, kernels.prefix_attention and, where the model has QuickGELU,
-    kernels.quick_gelu; else open_clip's activation runs.
+    `attention` and `activation` are the operators, upperson_kernels.prefix_attention and, where the model has QuickGELU,
+    upperson_kernels.quick_gelu; else open_clip's activation runs.
     """
 
     def __init__(self, frozen: ResidualAttentionBlock, causal: bool, backend: str | None, low_rank_gradients: bool):

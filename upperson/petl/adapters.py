@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import layernorm_adapter
-from kernels.adapter import MAX_HIDDEN_WIDTH
+from upperson_kernels import layernorm_adapter
+from upperson_kernels.adapter import MAX_HIDDEN_WIDTH
 from upperson.petl.initial import normal, scalar, uniform_fan_in
 
 

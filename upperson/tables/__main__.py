@@ -16,16 +16,17 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from upperson.checkpoint import load_model, write_atomically
-from upperson.config import Config
 from upperson.errors import USER_ERRORS
+from upperson.files import write_atomically
+from upperson.model.checkpoint import (load_model)
+from upperson.config import Config
 from upperson.methods import METHODS
-from upperson.report import top_ten
-from upperson.resources import resources
-from upperson.retrieval import evaluate
-from upperson.run_folder import BEST
-from upperson.splits import read_splits
-from upperson.tables.efficiency import how_measured, measure_costs
+from upperson.evaluate.pictures import top_ten
+from upperson.machine import device_and_precision
+from upperson.evaluate.embed import evaluate
+from upperson.train.run_folder import BEST
+from upperson.data.splits import read_splits
+from upperson.tables.costs import how_measured, measure_costs
 from upperson.tables.render import (
     Costs,
     Measured,

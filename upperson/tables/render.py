@@ -13,8 +13,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from upperson.config import Config
-from upperson.report import MAIN, METRICS, QUIET, SECOND, STYLE, aligned, as_png
-from upperson.tables.efficiency import Cost, Costs
+from upperson.evaluate.pictures import MAIN, METRICS, QUIET, SECOND, STYLE, aligned, as_png
+from upperson.tables.costs import Cost, Costs
 from upperson.tables.rows import Table, trainings
 
 ARROWS = {"text_to_image": "text → image", "image_to_text": "image → text"}

@@ -8,8 +8,8 @@ from typing import Any
 
 from upperson.config import Config
 from upperson.methods import BASELINES, DEFAULT, METHODS
-from upperson.presets import PRESETS, with_method
-from upperson.stages import stages_of
+from upperson.config.presets import PRESETS, with_method
+from upperson.train.stages import stages_of
 
 NO_MODULES: dict[str, Any] = {"prefix": "none", "lora": "none", "adapter_attn": "none", "adapter_mlp": "none"}
 L_ADAPTER = {"adapter_attn": "l-parallel", "adapter_mlp": "l-parallel"}

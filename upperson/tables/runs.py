@@ -18,19 +18,21 @@ from typing import Any
 
 import torch
 
-from upperson.checkpoint import load_checkpoint, write_atomically
+from upperson.errors import Diverged
+from upperson.files import write_atomically
+from upperson.model.checkpoint import (load_checkpoint)
 from upperson.config import Config, DataConfig
 from upperson.data import Sample
-from upperson.evaluate import evaluate_checkpoint
-from upperson.interruption import Interruption
+from upperson.evaluate.__main__ import evaluate_checkpoint
+from upperson.train.interruption import Interruption
 from upperson.model import AdaptedCLIP
-from upperson.resources import resources
-from upperson.retrieval import embed
-from upperson.run_folder import BEST, CONFIG, RESULTS, read_results
-from upperson.splits import read_splits
+from upperson.machine import device_and_precision
+from upperson.evaluate.embed import embed
+from upperson.train.run_folder import BEST, CONFIG, RESULTS, read_results
+from upperson.data.splits import read_splits
 from upperson.tables.rows import Row, trainings
-from upperson.trainer import Diverged, Training
-from upperson.training import fit
+from upperson.train.loop import (Training)
+from upperson.train.fit import fit
 
 DIVERGED = "diverged.json"
 EVALUATED = 128  # captions, with their images, that are embedded to see how long that takes
@@ -155,7 +157,7 @@ def seconds_of(config: Config) -> float:
 
 def seconds_of_training(config: Config, splits: dict[str, list[Sample]]) -> float:
     """The same of one stage, from a few batches of its training and some of its evaluation."""
-    device, precision = resources(config.train)
+    device, precision = device_and_precision(config.train.device, config.train.precision)
     model = AdaptedCLIP(config.model).to(device)
     model.freeze(config.train.freeze)
     watched = splits.get("val", splits["test"])

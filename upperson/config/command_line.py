@@ -1,0 +1,158 @@
+"""The command line of train.py: every field of the configuration is a flag (`prefix_length` is `--prefix-length`)."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from upperson.config.configuration import Config, TrainConfig
+from upperson.methods import METHODS
+from upperson.fields import fields_of
+from upperson.config.presets import PRESETS, preset
+
+CHOOSERS = ("method", "resume")                                         # fields that are asked for before the others
+
+
+def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argparse.ArgumentParser] = ()) -> Config:
+    """The configuration of a command line (None: of this process).
+
+    The preset, or the configuration of the run named by `--resume RUN_DIR`, gives every value; single flags
+    override it. Flags of `parents` (parsers with add_help=False) are accepted and stand in the help, but are no
+    part of the configuration. Bad input ends the program with status 2 and one line, as argparse does.
+    """
+    chooser = _parser(add_help=False)
+    _add_choosers(chooser)
+    choice, _ = chooser.parse_known_args(argv)
+    base, resume = preset(choice.preset or "embedded", choice.method), {}
+    if choice.resume is not None:
+        resume = {"resume": True}
+        if choice.resume:
+            if choice.preset:
+                chooser.error("--preset and --resume RUN_DIR exclude each other: the run has its own configuration")
+            base = _configuration_of_run(Path(choice.resume), chooser)
+            if choice.method not in (None, base.model.method.name):
+                chooser.error(f"--method {choice.method}: the run in {choice.resume} was started with method "
+                              f"{base.model.method.name}")
+            resume["run_dir"] = Path(choice.resume)
+
+    shown = "the run" if resume.get("run_dir") else f"preset {choice.preset or 'embedded'}"
+    parser = _parser(
+        description="Train a CLIP for text-based person retrieval. Without arguments: the embedded data set and "
+        f"the embedded CLIP, no network needed. The defaults shown are those of {shown} with method "
+        f"{base.model.method.name}; '--preset NAME --method NAME --help' shows another's.",
+        parents=parents,
+    )
+    _add_choosers(parser)
+    titles = {"method": f"method {base.model.method.name}", "train": "training"}
+    for name, section in base.sections().items():
+        group = parser.add_argument_group(titles.get(name, name))
+        for spec, hint in fields_of(type(section)):
+            if spec.name not in CHOOSERS:
+                _add_flag(group, spec, hint, getattr(section, spec.name))
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_unknown(unknown, base.model.method.name))
+    given = {name: value for name, value in vars(parsed).items() if name in base.values() and name not in CHOOSERS}
+    if resume.get("run_dir") and given.get("run_dir", resume["run_dir"]) != resume["run_dir"]:
+        parser.error(f"--run-dir {given['run_dir']} is not the run of --resume {resume['run_dir']}")
+    if resume and not (resume.get("run_dir") or given.get("run_dir")):
+        parser.error("--resume: name the run, --resume RUN_DIR")
+    try:
+        config = base.replace(**given | resume)
+    except ValueError as error:
+        parser.error(str(error))
+    if given.get("data_root") is not None and config.data.is_drawn:
+        parser.error(f"--data-root: {config.data.dataset} is drawn, not read; name a data set by --dataset or --preset")
+    return config
+
+
+def _unknown(arguments: Sequence[str], method: str) -> str:
+    """What is wrong with arguments that are no flags; those of another method are the likely mistake."""
+    for argument in arguments:
+        field = argument.split("=")[0].removeprefix("--").replace("-", "_")
+        owners = [other.name for other in METHODS.values() if other.name != method
+                  and {field, field.removeprefix("no_")} & {spec.name for spec in dataclasses.fields(other)}]
+        if argument.startswith("--") and owners:
+            return f"{argument.split('=')[0]}: an option of --method {' and '.join(owners)}, not of {method}"
+    return f"unrecognized arguments: {' '.join(arguments)}"
+
+
+def _parser(**settings: Any) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog="train.py",
+        usage="python train.py [--preset NAME] [--FLAG VALUE ...]",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+        **settings,
+    )
+
+
+def _add_choosers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=list(PRESETS), help="where all other values come from (default: embedded)")
+    parser.add_argument("--method", choices=list(METHODS),
+                        help="what is trained; brings its own options, below, and its recipe (default: the preset's)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN_DIR",
+        help=TrainConfig.__dataclass_fields__["resume"].metadata["help"],
+    )
+
+
+def _add_flag(group: argparse._ArgumentGroup, spec: dataclasses.Field, hint: Any, default: Any) -> None:
+    shown = (
+        " ".join(map(str, default))
+        if isinstance(default, tuple)
+        else str(default).lower()
+        if default is None or isinstance(default, bool)
+        else default
+    )
+    settings: dict[str, Any] = {
+        "default": argparse.SUPPRESS,
+        "help": f"{spec.metadata['help']} (default: {shown})".replace("%", "%%"),
+    }
+    if hint is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    elif typing.get_origin(hint) is Literal:
+        settings["choices"] = typing.get_args(hint)
+    elif typing.get_origin(hint) is tuple:
+        settings |= {
+            "nargs": len(spec.metadata["metavar"]),
+            "type": int,
+            "metavar": spec.metadata["metavar"],
+            "action": _StoreTuple,
+        }
+    else:
+        options = [kind for kind in typing.get_args(hint) or (hint,) if kind is not types.NoneType]
+        settings |= {
+            "type": _optional(options[0]) if typing.get_args(hint) else hint,
+            "metavar": {int: "N", float: "X"}.get(options[0], options[0].__name__.upper()),
+        }
+    group.add_argument("--" + spec.name.replace("_", "-"), **settings)
+
+
+class _StoreTuple(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _optional(kind: type) -> Any:
+    def convert(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    convert.__name__ = f"{kind.__name__} or none"
+    return convert
+
+
+def _configuration_of_run(run_dir: Path, parser: argparse.ArgumentParser) -> Config:
+    path = run_dir / "config.json"
+    try:
+        return Config.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(f"--resume {run_dir}: there is no run to continue, {path} cannot be read ({error.strerror})")
+    except ValueError as error:
+        parser.error(f"--resume {run_dir}: {path}: {error}")

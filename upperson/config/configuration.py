@@ -1,0 +1,318 @@
+"""The configuration of a run: three dataclasses, the method's options in one of them, and JSON.
+
+Every field's type, bounds and help stand here or, if only one method has it, in that method's file; command_line.py
+makes flags of them.
+"""
+
+import dataclasses
+import json
+import re
+import typing
+from collections.abc import Container
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from upperson.losses.names import parse_losses
+from upperson.methods import DEFAULT, METHODS, Method
+from upperson.fields import Checked, fields_of, option
+
+SELECTIONS = {
+    "val": "best R@1 on the validation split",
+    "last": "last epoch, which is reported where a data set has no validation split",
+    "best-on-test": "best R@1 on the TEST split, as the released code does; optimistic",
+    "none": "nothing was trained, so there was no epoch to select",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig(Checked):
+    """The backbone, what is added to it, and how it is computed."""
+
+    model: str = option(
+        "embedded",
+        "open_clip model name, path of an open_clip JSON model configuration, or "
+        "'embedded' (the small CLIP that comes with the package)",
+    )
+    pretrained: str = option(
+        "embedded", "open_clip tag, path of a local checkpoint, 'none' (random weights), or 'embedded'"
+    )
+    image_size: tuple[int, int] = option(
+        (192, 64), "height and width in pixels", at_least=1, metavar=("HEIGHT", "WIDTH")
+    )
+    method: Method = option(
+        METHODS[DEFAULT](), "what is trained, and how; each method has options of its own", added=True
+    )
+    backend: Literal["auto", "triton", "torch"] = option(
+        "auto", "fused kernels or plain PyTorch; auto: kernels on a GPU, PyTorch elsewhere", changes_results=False
+    )
+    skip_unread: bool = option(
+        True, "in the last block compute only the token that becomes the embedding", changes_results=False, added=True
+    )
+    pack_captions: bool = option(
+        True, "run captions one behind the other, without padding", changes_results=False, added=True
+    )
+    low_rank_gradients: bool = option(
+        True, "gradients of LoRA's factors without that of the whole weight", changes_results=False, added=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pretrained == "embedded" and self.model != "embedded":
+            raise ValueError(
+                f"pretrained: 'embedded' belongs to model 'embedded' alone, not to {self.model!r}; "
+                "expected an open_clip tag, the path of a checkpoint, or 'none'"
+            )
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with single fields changed, the model's or its method's; `method` by name starts from its defaults."""
+        own = {spec.name for spec in dataclasses.fields(self)}
+        method = changes.pop("method", self.method)
+        if isinstance(method, str):
+            method = method_named(method) if method != self.method.name else self.method
+        of_method = {name: changes.pop(name) for name in list(changes) if name not in own}
+        unknown = set(of_method) - {spec.name for spec in dataclasses.fields(method)}
+        if unknown:
+            raise ValueError(f"unknown configuration fields with method {method.name}: {', '.join(sorted(unknown))}")
+        return dataclasses.replace(self, method=dataclasses.replace(method, **of_method), **changes)
+
+
+def method_named(name: str) -> Method:
+    """The method with its default options. ValueError lists the names where it is none of them."""
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"method: {name!r} is not allowed; expected one of {', '.join(METHODS)}")
+    return METHODS[name]()
+
+
+EmbeddedDataset = Literal["embedded", "embedded-night", "embedded-scenes", "embedded-scenes-night"]
+Dataset = Literal[EmbeddedDataset, "cuhk-pedes", "icfg-pedes", "rstpreid", "flickr30k", "mscoco", "folder"]
+
+
+@dataclass(frozen=True)
+class DataConfig(Checked):
+    """What is read, and how a training pair is made of it."""
+
+    dataset: Dataset = option(
+        "embedded", "which data set; the embedded ones are drawn at run time; 'folder' is one of your own"
+    )
+    data_root: Path | None = option(
+        None,
+        "folder of the data set, or the CSV or JSON-lines file of 'folder' (not needed for the embedded ones)",
+        changes_results=False,
+    )
+    embedded_identities: tuple[int, int, int] = option(
+        (600, 100, 200), "people, or scenes, in each split of an embedded set", at_least=1,
+        metavar=("TRAIN", "VAL", "TEST"),
+    )  # fmt: skip
+    embedded_views: int = option(4, "images of each of these people, with two captions each", at_least=1)
+    embedded_seed: int = option(0, "seed that an embedded set is drawn from", at_least=0)
+    mask_captions: bool = option(True, "mask 15 % of the caption tokens in training")
+    check_images: bool = option(True, "open every image once before training", changes_results=False)
+    image_cache: Path | None = option(
+        None,
+        "folder for decoded and resized images, as uint8; made once, read by every later run; none: decode each time",
+        changes_results=False,
+        added=True,
+    )
+    workers: int = option(
+        4, "processes that load images; 0: none besides the main one", at_least=0, changes_results=False
+    )
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the images are drawn at run time, not read from files."""
+        return self.dataset in typing.get_args(EmbeddedDataset)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Checked):
+    """Optimisation, evaluation, and where the results go."""
+
+    epochs: int = option(60, "passes over the training split", at_least=1)
+    batch_size: int = option(128, "pairs in a batch; the loss needs at least two", at_least=2)
+    learning_rate: float = option(1e-3, "Adam's learning rate after the warm-up", above=0)
+    bias_learning_rate: float | None = option(
+        None, "another learning rate for biases; none: the same", above=0, added=True
+    )
+    prefix_learning_rate: float | None = option(
+        None, "another learning rate for the prefix parameters; none: the same", above=0
+    )
+    weight_decay: float = option(4e-5, "coupled L2 decay; biases have none", at_least=0)
+    adam_epsilon: float = option(1e-3, "Adam's epsilon", above=0)
+    warmup_epochs: int = option(5, "epochs of linear warm-up before the cosine; fewer than epochs", at_least=0)
+    warmup_factor: float = option(0.1, "the warm-up starts at this share of the learning rate", above=0, at_most=1)
+    losses: str = option("sdm", "sdm, itc, cmpm, id, mlm, or a weighted sum of them such as sdm+0.5*itc", added=True)
+    temperature: float = option(0.02, "temperature of the SDM and ITC losses", above=0)
+    freeze: str | None = option(
+        None, "kinds of parameters to leave as they are: those that the method trains of prefix, lora, adapter_attn, "
+        "adapter_mlp, prompt, clip, joined by +; none: train all", added=True
+    )  # fmt: skip
+    start_from: Path | None = option(
+        None, "checkpoint whose parameters the training starts from; none: initial values", added=True
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "autocast; parameters stay float32; auto: bf16 on a GPU, fp32 on a CPU"
+    )
+    compile: bool = option(False, "torch.compile the blocks of both towers", changes_results=False, added=True)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", changes_results=False)
+    seed: int = option(1, "seed of initial values, data order, augmentation", at_least=0, below=2**63)
+    selection: Literal["val", "best-on-test"] = option(
+        "val",
+        "which epoch is reported: best on the validation split (last epoch where there is none), or best "
+        "on the test split",
+    )
+    evaluate_batch_size: int = option(
+        256, "images or captions embedded at once in evaluation", at_least=1, changes_results=False
+    )
+    run_dir: Path | None = option(
+        None, "folder for everything the run writes; none: the next free runs/DATASET-NUMBER", changes_results=False
+    )
+    save_every: int = option(
+        500,
+        "steps between two resume states within an epoch; 0: at epoch ends alone",
+        at_least=0,
+        changes_results=False,
+    )
+    log_every: int = option(10, "steps between two loss lines in metrics.jsonl", at_least=1)
+    tensorboard: bool = option(False, "also log to TensorBoard (needs the extra 'tensorboard')", changes_results=False)
+    resume: bool = option(
+        False, "continue the run in RUN_DIR, or in --run-dir where none is given", changes_results=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs: {self.warmup_epochs} is not allowed; it must be below epochs, which is {self.epochs}"
+            )
+        try:
+            parse_losses(self.losses)
+        except ValueError as error:
+            raise ValueError(f"losses: {error}") from None
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device: {self.device!r} is not allowed; expected auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of a run. `to_json` and `from_json` are exact inverses."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        others = {spec.name for name, section in self.sections().items() if name != "method"
+                  for spec in dataclasses.fields(section)}
+        taken = others & {spec.name for spec in dataclasses.fields(self.model.method)}
+        if taken:
+            raise ValueError(f"method {self.model.method.name}: its option {taken.pop()} has the name of another field")
+
+    def sections(self) -> dict[str, Any]:
+        """The parts that hold fields, by name; the method is a part of the model."""
+        return {"model": self.model, "method": self.model.method, "data": self.data, "train": self.train}
+
+    def values(self) -> dict[str, Any]:
+        """Every field by name, wherever it stands; the method by its name."""
+        found = {spec.name: getattr(section, spec.name)
+                 for section in self.sections().values() for spec in dataclasses.fields(section)}
+        return found | {"method": self.model.method.name}
+
+    def replace(self, **changes: Any) -> "Config":
+        """A copy with single fields changed, wherever they stand: `config.replace(epochs=3, prefix_length=4)`.
+
+        Another `method`, by name, starts from its default options, and the rest stays; `upperson.config.presets.preset` also
+        gives the recipe that a method is trained with.
+        """
+        parts = {}
+        for name in ("data", "train"):
+            section = getattr(self, name)
+            own = {spec.name: changes.pop(spec.name) for spec in dataclasses.fields(section) if spec.name in changes}
+            parts[name] = dataclasses.replace(section, **own) if own else section
+        return Config(self.model.replace(**changes) if changes else self.model, **parts)
+
+    def settled(self) -> "Config":
+        """This configuration with what its method decides in it (Method.decided)."""
+        return self.replace(**self.model.method.decided())
+
+    def to_json(self) -> str:
+        content = dataclasses.asdict(self)
+        content["model"]["method"] = {"name": self.model.method.name, **content["model"]["method"]}
+        return json.dumps(content, indent=2, default=str, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> "Config":
+        """ValueError names what is no JSON, unknown, missing or out of range."""
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON: {error}") from None
+        _same_keys(content, SECTIONS, "configuration")
+        model = _with_method(content["model"])
+        parts = {name: _section(section, content[name], name) for name, section in SECTIONS.items() if name != "model"}
+        return Config(_section(ModelConfig, model, "model"), **parts)
+
+    def differences(self, other: "Config") -> list[str]:
+        """The fields that change results and differ, each as "field: mine, not theirs"."""
+        if self.model.method.name != other.model.method.name:
+            return [f"method: {self.model.method.name}, not {other.model.method.name}"]
+        theirs = other.values()
+        matter = [spec.name for section in self.sections().values() for spec in dataclasses.fields(section)
+                  if spec.metadata["changes_results"]]
+        mine = self.values()
+        return [f"{name}: {mine[name]}, not {theirs[name]}" for name in matter if mine[name] != theirs[name]]
+
+
+SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+
+
+def _section(section: type, content: Any, where: str) -> Any:
+    """A part of the configuration from its JSON object."""
+    hints = {spec.name: hint for spec, hint in fields_of(section)}
+    added = {spec.name for spec, _ in fields_of(section) if spec.metadata["added"]}
+    _same_keys(content, hints, where, added)
+    return section(**{name: _from_plain(value, hints[name]) for name, value in content.items()})
+
+
+def _with_method(model: Any) -> Any:
+    """A model's JSON object with its method built from the object in it.
+
+    In files from before there was one, the options of the default method stand among the model's own.
+    """
+    if not isinstance(model, dict):
+        return model
+    content = model.get("method", DEFAULT)
+    if isinstance(content, dict):
+        content = dict(content)
+        method = type(method_named(content.pop("name", None)))
+    else:
+        method, older = type(method_named(content)), {spec.name for spec in dataclasses.fields(METHODS[DEFAULT])}
+        own = {spec.name for spec in dataclasses.fields(method)}
+        content = {name: value for name, value in model.items() if name in older & own}
+        model = {name: value for name, value in model.items() if name not in older}
+    return model | {"method": _section(method, content, f"method {method.name}")}
+
+
+def _from_plain(value: Any, hint: Any) -> Any:
+    """A JSON value as the field holds it: lists become tuples, strings paths."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and Path in typing.get_args(hint):
+        return Path(value)
+    return value
+
+
+def _same_keys(content: Any, expected: dict, where: str, optional: Container[str] = ()) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected an object with the keys {', '.join(expected)}")
+    missing = [key for key in expected if key not in content and key not in optional]
+    unknown = [key for key in content if key not in expected]
+    if missing or unknown:
+        raise ValueError(
+            f"{where}: "
+            + "; ".join(
+                f"{kind} keys: {', '.join(map(str, keys))}"
+                for kind, keys in (("missing", missing), ("unknown", unknown))
+                if keys
+            )
+        )

@@ -1,0 +1,214 @@
+"""Folds a checkpoint into the weights of a plain CLIP, which open_clip loads and which costs nothing extra.
+
+    python -m upperson.deploy.merge CHECKPOINT OUTPUT.safetensors
+    python -m upperson.deploy.merge CHECKPOINT OUTPUT.safetensors --rest REST.safetensors
+
+LoRA, DoRA and WoRA fold into the weights of keys and values, LN-tuning into LayerNorm's gain and bias; CLIP's own
+weights, where a method trains them, are such already. Others do not fold. A prefix is columns of keys and values of its
+own, some of whose attention weights λ scales, prompts are tokens of their own, and open_clip's towers have neither. A
+bottleneck adapter is not linear, and no layer of CLIP computes it. `--rest` writes those to a second checkpoint, whose
+backbone is OUTPUT: load_model gives the same features, and merges no weights at every step.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from upperson.errors import BackboneError, CheckpointError, MergeError, MethodError
+from upperson.files import write_atomically
+from upperson.model.checkpoint import (load_checkpoint, load_model, save_checkpoint)
+from upperson.config import Config, ModelConfig
+from upperson.model import (AdaptedCLIP)
+from upperson.model.backbone import CLIP_VOCABULARY, configuration_file, random_clip
+from upperson.model.block import KINDS, Block, kind_of, parameters_of
+from upperson.model.weights import weights_as_bytes
+from upperson.petl import LayerNormTuning, LoRA
+
+TOLERANCE = 1e-5                                                        # of features, relative, in float32
+
+
+def merge(model: AdaptedCLIP) -> dict[str, Tensor]:
+    """The state dict of a plain open_clip model with the features of `model`, in its dtype and on its device.
+
+    The model is left as it is; weights that nothing is folded into are its own tensors. The position embedding is that
+    of config.image_size. Raises MergeError, which names them, for modules that do not fold.
+    """
+    modules = unfoldable(model)
+    if modules:
+        named = dict.fromkeys(f"{kind_of(name)} {type(module).__name__}" for name, module in modules.items())
+        raise MergeError(f"does not fold into weights that open_clip can use: {', '.join(named)}")
+    return folded(model)
+
+
+def unfoldable(model: AdaptedCLIP) -> dict[str, nn.Module]:
+    """The trained modules that do not fold, by name."""
+    return {name: module for name, module in model.trained_modules().items()
+            if not isinstance(module, LoRA | LayerNormTuning)}
+
+
+@torch.no_grad()
+def folded(model: AdaptedCLIP) -> dict[str, Tensor]:
+    """The state dict of open_clip's model, with everything in it that folds."""
+    state = dict(model.clip.state_dict())
+    for name, block in model.clip.named_modules():
+        if not isinstance(block, Block):
+            continue
+        for parameter_name in block.trained():
+            del state[f"{name}.{parameter_name}"]
+        if block.lora is not None:
+            state[f"{name}.attn.in_proj_weight"] = block.lora(block.attn.in_proj_weight)
+        for norm, adapter in (("ln_1", block.adapter_attn), ("ln_2", block.adapter_mlp)):
+            if isinstance(adapter, LayerNormTuning):
+                state[f"{name}.{norm}.weight"] = adapter.weight.detach()
+                state[f"{name}.{norm}.bias"] = adapter.bias.detach()
+    return state
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0, or 1 after one line on what went wrong; wrong arguments exit with 2, as argparse does."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    outputs = [path for path in (options.output, options.rest) if path is not None]
+    try:
+        config = load_checkpoint(options.checkpoint).config
+        changes = {} if options.pretrained is None else {"pretrained": options.pretrained}
+        try:
+            config = config.replace(**changes)
+        except ValueError as error:
+            parser.error(str(error))
+        _check_places(parser, outputs, [options.checkpoint, Path(config.model.pretrained), Path(config.model.model)])
+        found = merge_checkpoint(options.checkpoint, config, options.output, options.rest)
+    except (BackboneError, CheckpointError, MergeError, MethodError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    print(f"features differ by {found:.1e} at most, relative, in float32")
+    print("\n".join(_how_to_load(config.model, *outputs)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m upperson.deploy.merge", allow_abbrev=False,
+        description="Fold a checkpoint into the weights of a plain CLIP, for open_clip: LoRA, DoRA, WoRA, LN-tuning, "
+        "full fine-tuning. Prefixes and bottleneck adapters do not fold. The result is compared with the checkpoint "
+        "before anything is written.")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .safetensors file that training wrote")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="the weights, a .safetensors file")
+    parser.add_argument("--rest", type=Path, metavar="REST",
+                        help="a checkpoint for what does not fold, a .safetensors file; its backbone is OUTPUT, by the "
+                        "path given here")
+    parser.add_argument("--pretrained", metavar="FILE", help="the backbone's weights, where they have moved")
+    return parser
+
+
+def _check_places(parser: argparse.ArgumentParser, outputs: list[Path], inputs: list[Path]) -> None:
+    for path in outputs:
+        if path.suffix != ".safetensors":
+            parser.error(f"{path}: expected a name that ends in .safetensors")
+        if path.resolve() in [other.resolve() for other in inputs]:
+            parser.error(f"{path} is read; expected another file to write")
+        if path.is_dir() or not path.parent.is_dir():
+            parser.error(f"{path}: expected a file in a folder that is there")
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        parser.error(f"OUTPUT and --rest are the same file, {outputs[0]}")
+
+
+def _how_to_load(config: ModelConfig, output: Path, rest: Path | None = None) -> list[str]:
+    """Lines of Python."""
+    if rest is not None:
+        return [f"upperson.model.checkpoint.load_model({str(rest)!r})          # and {output}"]
+    path = configuration_file(config.model)
+    known = [] if path is None else [f"open_clip.add_model_config({str(path)!r})"]
+    name = config.model if path is None else path.stem
+    return [*known, f"open_clip.create_model({name!r}, pretrained={str(output)!r}, "
+                    f"force_image_size={config.image_size})"]
+
+
+def merge_checkpoint(path: Path, config: Config, output: Path, rest: Path | None = None) -> float:
+    """Writes the merged weights of the checkpoint at `path` to `output`, and what does not fold to `rest`.
+
+    `config` is the checkpoint's, with `pretrained` where its backbone now lies. Returns the largest relative difference
+    of features between what was written and the checkpoint. Nothing is written, and nothing there is touched, where
+    that is above TOLERANCE or anything else fails: MergeError, BackboneError, CheckpointError or OSError.
+    """
+    model = load_model(path, pretrained=config.model.pretrained, backend="torch")
+    remaining = unfoldable(model)
+    if rest is None:
+        try:
+            state = merge(model)
+        except MergeError as error:
+            raise MergeError(f"{path}: {error}; --rest FILE keeps that in a checkpoint of its own") from None
+    elif not remaining:
+        raise MergeError(f"{path}: everything in it folds into {output}; nothing remains for {rest}")
+    else:
+        kept, kinds = ({kind_of(name) for name in names} for names in (remaining, model.trained_modules()))
+        method = config.model.method.without([kind for kind in KINDS if kind in kinds - kept])
+        state = folded(model)
+
+    content = weights_as_bytes(state, config.model.image_size, model.image_mean, model.image_std)
+    with staged([output] if rest is None else [output, rest]) as (staged_output, *staged_rest):
+        write_atomically(staged_output, content)
+        if staged_rest:
+            backbone = replace(config.model, method=method, pretrained=str(output))
+            save_checkpoint(staged_rest[0], parameters_of(remaining), replace(config, model=backbone),
+                            load_checkpoint(path).results)
+            written = load_model(staged_rest[0], pretrained=str(staged_output), backend="torch")
+        else:
+            written = random_clip(config.model.model, config.model.image_size).eval()
+            open_clip.load_checkpoint(written, str(staged_output), strict=True)
+        found = largest_difference(model, written)
+        if not found <= TOLERANCE:                                      # NaN as well
+            raise MergeError(f"{path}: the merged features differ by {found:.1e}, relative, from the checkpoint's; "
+                             f"expected {TOLERANCE:.0e} at most; nothing was written")
+    return found
+
+
+@contextmanager
+def staged(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Paths for files that move to `paths` where the body ends without an error, and vanish where it does not."""
+    with ExitStack() as stack:
+        # Each beside its place, so that moving it is a matter of names.
+        folders = [stack.enter_context(TemporaryDirectory(prefix=".merge-", dir=path.parent)) for path in paths]
+        files = [Path(folder) / path.name for folder, path in zip(folders, paths, strict=True)]
+        yield files
+        for file, path in zip(files, paths, strict=True):
+            os.replace(file, path)
+
+
+@torch.no_grad()
+def largest_difference(model: AdaptedCLIP, other: nn.Module) -> float:
+    """The distance of two models' features of the same input over their length, at most, for random input.
+
+    `other` has open_clip's encode_image and encode_text.
+    """
+    generator = torch.Generator().manual_seed(0)
+    samples, length = 4, model.context_length
+    images = torch.randn(samples, 3, *model.config.image_size, generator=generator)
+    start, end = CLIP_VOCABULARY - 2, CLIP_VOCABULARY - 1
+    tokens = torch.randint(1, start, (samples, length), generator=generator)
+    tokens[:, 0] = start
+    for i in range(samples):                                            # captions of a quarter to all of the length
+        last = (length - 1) * (i + 1) // samples
+        tokens[i, last], tokens[i, last + 1 :] = end, 0
+    pairs = ((model.encode_image(images), other.encode_image(images)),
+             (model.encode_text(tokens), other.encode_text(tokens)))
+    return torch.stack([(ours - theirs).norm(dim=1) / ours.norm(dim=1) for ours, theirs in pairs]).max().item()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Retrieval by a model, text → image and image → text: embeds once, ranks either way, measures."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from upperson.config import Config
+from upperson.data import ImageCache, Sample, caption_loader, gallery, image_loader, queries
+from upperson.machine import ALONE, Group
+from upperson.evaluate.metrics import Retrieval, retrieval_metrics
+from upperson.model import AdaptedCLIP
+
+@dataclass(frozen=True)
+class Embeddings:
+    """G distinct images and Q captions in one space of E dimensions, not normalised, and whom they show."""
+
+    image_features: Tensor  # (G, E) float32, in the order of upperson.data.gallery
+    text_features: Tensor  # (Q, E) float32, in the order of upperson.data.queries
+    image_person_ids: Tensor  # (G,) int64
+    caption_person_ids: Tensor  # (Q,) int64
+
+    def text_to_image(self) -> Retrieval:
+        """Every caption searches the images for those of its person. Raises RetrievalError as retrieval_metrics."""
+        return retrieval_metrics(
+            self.text_features, self.image_features, self.caption_person_ids, self.image_person_ids
+        )
+
+    def image_to_text(self) -> Retrieval:
+        """Every image searches the captions for those of its person. Raises RetrievalError as retrieval_metrics."""
+        return retrieval_metrics(
+            self.image_features, self.text_features, self.image_person_ids, self.caption_person_ids
+        )
+
+
+@torch.inference_mode()
+def embed(
+    model: AdaptedCLIP,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "fp32",
+    progress: bool = True,
+    group: Group = ALONE,
+    cache: ImageCache | None = None,
+) -> Embeddings:
+    """The captions of `samples` and their distinct images, embedded where the model is.
+
+    The processes of `group` embed a share each, and all get the whole. Image files come from `cache` if there is one.
+    Raises DataError for an image that cannot be read.
+    """
+    images, image_person_ids = gallery(samples)
+    captions, caption_person_ids = queries(samples)
+    device = next(model.parameters()).device
+    own_images = image_loader(
+        group.own(images),
+        image_size=model.config.image_size,
+        mean=model.image_mean,
+        std=model.image_std,
+        batch_size=batch_size,
+        workers=workers,
+        cache=cache,
+    )
+    own_captions = caption_loader(group.own(captions), tokenizer=model.tokenizer, batch_size=batch_size)
+
+    def features(encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], name: str) -> Tensor:
+        shown = None if progress and group.is_main else True
+        bar = tqdm(batches, desc=f"embedding {name}", unit="batch", leave=False, disable=shown)
+        none = torch.empty(0, model.embedding_width, device=device)  # a share may be empty
+        return torch.cat([none, *(encode(batch.to(device, non_blocking=True)).float() for batch in bar)])
+
+    with autocast(device, precision):
+        image_features = features(model.encode_image, own_images, "images")
+        text_features = features(model.encode_text, own_captions, "captions")
+    image_features = group.gather(image_features, len(images))
+    text_features = group.gather(text_features, len(captions))
+    return Embeddings(image_features, text_features, image_person_ids, caption_person_ids)
+
+
+def evaluate(model: AdaptedCLIP, samples: Sequence[Sample], **options: Any) -> Retrieval:
+    """Every caption of `samples` searches the distinct images of `samples`; `options` are those of `embed`.
+
+    `top` of the result indexes the images in the order of `upperson.data.gallery`.
+    """
+    return embed(model, samples, **options).text_to_image()
+
+
+def search(
+    config: Config,
+    model: AdaptedCLIP,
+    samples: list[Sample],
+    precision: str,
+    group: Group = ALONE,
+    cache: ImageCache | None = None,
+) -> Retrieval:
+    """What the captions of `samples` find among their images, embedded as `config` says, and never compiled."""
+    with torch.compiler.set_stance("force_eager"):
+        return evaluate(
+            model,
+            samples,
+            batch_size=config.train.evaluate_batch_size,
+            workers=config.data.workers,
+            precision=precision,
+            group=group,
+            cache=cache,
+        )

@@ -1,0 +1,158 @@
+"""Retrieval metrics: R@k, CMC, mAP, mINP, in blocks of queries so that any gallery fits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from upperson.errors import RetrievalError
+
+CMC_LENGTH = 10
+BLOCK_ELEMENTS = 2**24  # similarities ranked at once: 20 000 images are ranked for 838 queries at a time
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """How well each of Q queries finds the gallery entries of its person; in query order, on the CPU."""
+
+    first_match: Tensor  # (Q,) int64: rank of the best match, from 1
+    average_precision: Tensor  # (Q,) float64, percent
+    inverse_negative_penalty: Tensor  # (Q,) float64, percent
+    top: Tensor  # (Q, at most 10) int64: gallery indices, best first
+    top_similarity: Tensor  # their similarities
+
+    @property
+    def cmc(self) -> tuple[float, ...]:
+        """Entry k - 1: the percentage of queries with a match among the first k; up to k = 10."""
+        return tuple(100 * (self.first_match <= k).double().mean().item() for k in range(1, CMC_LENGTH + 1))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Averages over the queries, in percent: a results table by the names of the field."""
+        cmc = self.cmc
+        return {
+            "R@1": cmc[0],
+            "R@5": cmc[4],
+            "R@10": cmc[9],
+            "mAP": self.average_precision.mean().item(),
+            "mINP": self.inverse_negative_penalty.mean().item(),
+        }
+
+
+def retrieval_metrics(
+    query_features: Tensor,
+    gallery_features: Tensor,
+    query_ids: Tensor,
+    gallery_ids: Tensor,
+    *,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> Retrieval:
+    """Ranks the gallery by cosine similarity to each query.
+
+    Args:
+        query_features: (Q, E); gallery_features: (G, E); on one device, normalised here, in float32 at least.
+        query_ids: (Q,); gallery_ids: (G,): integer person ids.
+        block_elements: bound of Q' · G, for the Q' queries that are ranked at once.
+
+    Equal similarities keep the order of the gallery. Average precision is the mean, over the matches of a query,
+    of (how manieth match / its rank); inverse negative penalty is (number of matches / rank of the last one).
+    Raises RetrievalError for non-finite features and for queries without a match, ValueError for shapes that do
+    not fit.
+    """
+    if query_features.ndim != 2 or gallery_features.ndim != 2 or query_features.shape[1] != gallery_features.shape[1]:
+        raise ValueError(
+            "expected query features (Q, E) and gallery features (G, E), got "
+            f"{tuple(query_features.shape)} and {tuple(gallery_features.shape)}"
+        )
+    dtype = torch.promote_types(query_features.dtype, torch.float32)
+    for name, features in (("query", query_features), ("gallery", gallery_features)):
+        _check_finite(f"{name} features", features)
+    queries, gallery = F.normalize(query_features.to(dtype)), F.normalize(gallery_features.to(dtype))
+    return _rank_in_blocks(
+        lambda rows: queries[rows] @ gallery.t(),
+        (len(queries), len(gallery)),
+        query_ids,
+        gallery_ids,
+        block_elements,
+        queries.device,
+    )
+
+
+def similarity_metrics(
+    similarity: Tensor, query_ids: Tensor, gallery_ids: Tensor, *, block_elements: int = BLOCK_ELEMENTS
+) -> Retrieval:
+    """The same from a similarity matrix (Q, G), higher is more similar."""
+    if similarity.ndim != 2:
+        raise ValueError(f"expected a similarity matrix (Q, G), got {tuple(similarity.shape)}")
+    _check_finite("similarities", similarity)
+    return _rank_in_blocks(
+        lambda rows: similarity[rows],
+        tuple(similarity.shape),
+        query_ids,
+        gallery_ids,
+        block_elements,
+        similarity.device,
+    )
+
+
+def _rank_in_blocks(
+    similarity_of: Callable[[slice], Tensor],
+    shape: tuple[int, int],
+    query_ids: Tensor,
+    gallery_ids: Tensor,
+    block_elements: int,
+    device: torch.device,
+) -> Retrieval:
+    query_count, gallery_count = shape
+    if tuple(query_ids.shape) != (query_count,) or tuple(gallery_ids.shape) != (gallery_count,):
+        raise ValueError(
+            f"expected person ids ({query_count},) of the queries and ({gallery_count},) of the gallery, "
+            f"got {tuple(query_ids.shape)} and {tuple(gallery_ids.shape)}"
+        )
+    query_ids, gallery_ids = query_ids.to(device), gallery_ids.to(device)
+    _check_matches(query_ids, gallery_ids)
+
+    rows = max(1, block_elements // gallery_count)
+    blocks: list[tuple[Tensor, ...]] = []
+    for start in range(0, query_count, rows):
+        block = slice(start, start + rows)
+        similarity, order = similarity_of(block).sort(dim=1, descending=True, stable=True)
+        matches = gallery_ids[order] == query_ids[block, None]
+        # (query, rank) of every match, by query and then by rank: few, however large the gallery
+        query, rank = matches.nonzero(as_tuple=True)
+        rank = rank + 1
+        count = matches.sum(1)
+        end = count.cumsum(0)
+        how_manieth = torch.arange(1, len(rank) + 1, device=device) - (end - count)[query]
+        precision_sum = torch.zeros(len(count), dtype=torch.double, device=device)
+        precision_sum.index_add_(0, query, how_manieth / rank.double())
+        results = (  # in the order of Retrieval; copies: views would keep all blocks in memory
+            rank[end - count],
+            100 * precision_sum / count,
+            100 * count / rank[end - 1].double(),
+            order[:, :CMC_LENGTH].clone(),
+            similarity[:, :CMC_LENGTH].clone(),
+        )
+        blocks.append(tuple(result.cpu() for result in results))
+    return Retrieval(*map(torch.cat, zip(*blocks, strict=True)))
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    finite = values.isfinite().all(dim=1)
+    if not finite.all():
+        bad = (~finite).nonzero().flatten()
+        raise RetrievalError(
+            f"{name}: {len(bad)} of {len(values)} rows hold NaN or infinity, the first is row {bad[0].item()}"
+        )
+
+
+def _check_matches(query_ids: Tensor, gallery_ids: Tensor) -> None:
+    if not len(query_ids) or not len(gallery_ids):
+        raise RetrievalError(f"nothing to rank: {len(query_ids)} queries, {len(gallery_ids)} gallery entries")
+    alone = query_ids[~torch.isin(query_ids, gallery_ids)]
+    if len(alone):
+        raise RetrievalError(
+            f"{len(alone)} of {len(query_ids)} queries have no match in the gallery, which leaves their "
+            f"metrics undefined; the first is person {alone[0].item()}"
+        )

@@ -1,0 +1,93 @@
+"""What a field of the configuration is: a default, a help text, a type and bounds, checked on construction."""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import field
+from typing import Any, Literal
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    changes_results: bool = True,
+    metavar: tuple[str, ...] | None = None,
+    added: bool = False,
+) -> Any:
+    """A field with its help text and bounds, which hold for each number of a tuple.
+
+    `changes_results=False`: may differ when a run is resumed. `metavar`: what the numbers of a tuple are.
+    `added`: there are files from before this field; they mean its default.
+    """
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    return field(
+        default=default,
+        metadata={
+            "help": text,
+            "changes_results": changes_results,
+            "metavar": metavar,
+            "added": added,
+            "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
+        },
+    )
+
+
+def fields_of(section: type) -> list[tuple[dataclasses.Field, Any]]:
+    hints = typing.get_type_hints(section)
+    return [(spec, hints[spec.name]) for spec in dataclasses.fields(section)]
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(_is_a, value, arguments))
+    if arguments:
+        return any(_is_a(value, kind) for kind in arguments)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _in_words(hint: Any) -> str:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if typing.get_origin(hint) is tuple:
+        return f"{len(arguments)} values of type {arguments[0].__name__}"
+    return " or ".join(
+        {float: "a finite number", int: "a whole number", types.NoneType: "none"}.get(kind, kind.__name__)
+        for kind in arguments or (hint,)
+    )
+
+
+def _within(number: float, name: str, bound: float) -> bool:
+    return {"at least": number >= bound, "above": number > bound, "at most": number <= bound, "below": number < bound}[
+        name
+    ]
+
+
+class Checked:
+    """Types and bounds of every field, checked on construction (ValueError names field, value and limits)."""
+
+    def __post_init__(self) -> None:
+        for spec, hint in fields_of(type(self)):
+            if "bounds" not in spec.metadata:
+                raise TypeError(f"{type(self).__name__}.{spec.name}: expected a default made by upperson.fields."
+                                "option")
+            value = getattr(self, spec.name)
+            if not _is_a(value, hint):
+                raise ValueError(f"{spec.name}: {value!r} is not allowed; expected {_in_words(hint)}")
+            numbers = value if isinstance(value, tuple) else (value,)
+            for name, bound in spec.metadata["bounds"].items():
+                if any(number is not None and not _within(number, name, bound) for number in numbers):
+                    raise ValueError(f"{spec.name}: {value!r} is not allowed; it must be {name} {bound:g}")

@@ -1,0 +1,40 @@
+"""Files that are complete whenever they are there."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file completely or not at all: beside its place, synced, then moved there.
+
+    Raises OSError, which names the path. A file that was there before is then unchanged.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise OSError(
+                error.errno,
+                f"{path} could not be written ({error.strerror}); an earlier version of it, if there was one, is "
+                "unchanged",
+            ) from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename durable; only POSIX allows a folder to be opened for that."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,101 @@
+"""Two losses with parameters of their own, which retrieval does not need (IRRA, arXiv 2303.12501).
+
+id      identity classification: the image and the text feature name the person among those of the training split
+mlm     masked language modelling: a cross-modal transformer predicts the masked words while it looks at the image
+
+Checkpoints do not hold these heads.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import QuickGELU
+from torch import Tensor, nn
+
+from upperson.losses.names import NOT_MASKED
+from upperson.machine import ALONE, Group
+
+DEPTH = 4  # blocks of the cross-modal transformer
+HEAD_WIDTH = 64
+
+
+class IdentityClassifier(nn.Module):
+    """The id loss: mean of the cross entropies of W f + b for the image and for the text feature, not normalised."""
+
+    def __init__(self, width: int, person_ids: Iterable[int]):
+        super().__init__()
+        self.register_buffer("person_ids", torch.tensor(sorted(set(person_ids))), persistent=False)
+        self.weight = nn.Parameter(torch.empty(len(self.person_ids), width).normal_(std=0.001))
+        self.bias = nn.Parameter(torch.zeros(len(self.person_ids)))
+
+    def forward(self, image_features: Tensor, text_features: Tensor, person_ids: Tensor) -> Tensor:
+        """Features (B, E), ids (B,), which need not be contiguous; a scalar, in float32 at least, also under autocast.
+
+        Raises ValueError for a person who is not of the training split; on a GPU, which is not waited for, the next
+        operation that does wait ends with a device-side assertion.
+        """
+        classes = torch.searchsorted(self.person_ids, person_ids).clamp(max=len(self.person_ids) - 1)
+        known = (self.person_ids[classes] == person_ids).all()
+        message = "person_ids: the id loss knows the people of the training split alone, found others"
+        if known.device.type == "cpu" and not known:
+            raise ValueError(message)
+        torch._assert_async(known, message)
+        with torch.autocast(image_features.device.type, enabled=False):
+            losses = [F.cross_entropy(F.linear(features.to(self.weight.dtype), self.weight, self.bias), classes)
+                      for features in (image_features, text_features)]
+        return sum(losses) / 2
+
+
+class MaskedLanguageModel(nn.Module):
+    """The mlm loss: masked text tokens attend to the image's, four blocks of self-attention follow, and an MLP.
+
+        x = attention(query=LN(text), key=value=LN(image));  x = LN(blocks(x));  logits = W LN(quickgelu(V x))
+
+    Padding behind the end token is masked out, so that a caption's loss does not depend on its batch; IRRA lets it in.
+    """
+
+    def __init__(self, width: int, vocabulary: int, group: Group = ALONE):
+        super().__init__()
+        self.group = group
+        heads = next(heads for heads in range(max(1, width // HEAD_WIDTH), 0, -1) if width % heads == 0)
+        self.ln_text, self.ln_image, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        block = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, activation=QuickGELU(),
+                                           batch_first=True, norm_first=True)
+        self.transformer = nn.TransformerEncoder(block, DEPTH, enable_nested_tensor=False)
+        self.head = nn.Sequential(nn.Linear(width, width), QuickGELU(), nn.LayerNorm(width),
+                                  nn.Linear(width, vocabulary))
+        self.initialise(width)
+
+    def initialise(self, width: int) -> None:
+        """CLIP's own start of a transformer, as IRRA takes it: standard deviations by width and depth."""
+        inner, outer, wide = width**-0.5, width**-0.5 * (2 * DEPTH) ** -0.5, (2 * width) ** -0.5
+        for attention in (self.attention, *(block.self_attn for block in self.transformer.layers)):
+            nn.init.normal_(attention.in_proj_weight, std=inner)
+            nn.init.normal_(attention.out_proj.weight, std=outer)
+        for block in self.transformer.layers:
+            block.linear1.reset_parameters()                             # torch copies one block; biases of its own
+            block.linear2.reset_parameters()
+            nn.init.normal_(block.linear1.weight, std=wide)
+            nn.init.normal_(block.linear2.weight, std=outer)
+        nn.init.normal_(self.head[0].weight, std=wide)
+        nn.init.normal_(self.head[3].weight, std=outer)
+
+    def forward(self, image_tokens: Tensor, text_tokens: Tensor, token_ids: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy over the masked tokens of all processes, a scalar in float32 at least; 0 where none is.
+
+        image_tokens (B, N, E) and text_tokens (B, L, E), of the masked captions; token_ids and labels (B, ≥ L) int64,
+        with NOT_MASKED where nothing is to be predicted.
+        """
+        length = text_tokens.shape[1]
+        padding = torch.arange(length, device=token_ids.device) > token_ids.argmax(1, keepdim=True)
+        image = self.ln_image(image_tokens)
+        x, _ = self.attention(self.ln_text(text_tokens), image, image, need_weights=False)
+        x = self.ln_post(self.transformer(x, src_key_padding_mask=padding))
+        masked = labels[:, :length] != NOT_MASKED
+        logits = self.head(x[masked])
+        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[:, :length][masked],
+                               reduction="sum")
+        loss, count = self.group.total(torch.stack([loss, masked.sum().to(loss.dtype)])).unbind()
+        return loss / count.clamp(min=1)

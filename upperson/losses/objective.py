@@ -1,0 +1,89 @@
+"""The weighted sum of losses that training minimises, computed from a model and a batch.
+
+Where several processes train together, all losses are those of the whole batch; see upperson/machine.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from upperson.losses.heads import IdentityClassifier, MaskedLanguageModel
+from upperson.losses.names import NOT_MASKED, parse_losses
+from upperson.losses.pairs import PAIR_LOSSES
+from upperson.machine import ALONE, Group
+
+if TYPE_CHECKING:
+    from upperson.model import AdaptedCLIP
+
+
+class Objective(nn.Module):
+    """The sum of the losses that `losses` names, such as "sdm" or "sdm+0.5*id+mlm".
+
+    Args:
+        losses: see upperson.losses.names.parse_losses.
+        temperature: of SDM and ITC.
+        width: E, that of the embeddings.
+        vocabulary: number of tokens, for mlm.
+        person_ids: those of the training split, in any order and number; for id.
+        mask_captions: the captions of a batch are masked as mlm's are, so that all losses share one pass through the
+            text tower (DataConfig.mask_captions).
+        group: the processes that have a share of each batch.
+    """
+
+    def __init__(self, losses: str, temperature: float, width: int, vocabulary: int, person_ids: Iterable[int],
+                 *, mask_captions: bool = False, group: Group = ALONE):
+        super().__init__()
+        self.weights = parse_losses(losses)
+        self.temperature = temperature
+        self.mask_captions = mask_captions
+        self.group = group
+        self.id = IdentityClassifier(width, person_ids) if "id" in self.weights else None
+        self.mlm = MaskedLanguageModel(width, vocabulary, group) if "mlm" in self.weights else None
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the heads: objective.{id,mlm}.…"""
+        return {f"objective.{name}": parameter for name, parameter in self.named_parameters()}
+
+    def forward(self, model: AdaptedCLIP, batch: Mapping[str, Tensor], pairs: int | None = None
+                ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, and the single losses by name, all scalars, of a batch of upperson.data.train_loader.
+
+        Several processes give their shares of a batch of `pairs` in all, and get the same losses, those of the whole.
+        """
+        images, captions, person_ids = batch["images"], batch["captions"], batch["person_ids"]
+        pairs = len(person_ids) if pairs is None else pairs
+        losses = {}
+        if self.mlm is None:
+            image_features, text_features = model.encode_image(images), model.encode_text(captions)
+        else:
+            masked, labels = batch["masked_captions"], batch["mask_labels"]
+            image_features, image_tokens = model.encode_image_tokens(images)
+            text_features, text_tokens = model.encode_text_tokens(masked)
+            counted = torch.arange(len(labels), device=labels.device) < len(self.group.share_of(pairs))
+            labels = labels.where(counted[:, None], NOT_MASKED)
+            losses["mlm"] = self.mlm(image_tokens, text_tokens, masked, labels)
+            if self.weights.keys() != {"mlm"} and not self.mask_captions:   # the others see them unmasked
+                text_features = model.encode_text(captions)
+        image_features, text_features, person_ids = (
+            self.group.gather(x, pairs) for x in (image_features, text_features, person_ids))
+        if self.id is not None:
+            losses["id"] = self.id(image_features, text_features, person_ids)
+        for name in (name for name in self.weights if name in PAIR_LOSSES):
+            options = {} if name == "cmpm" else {"temperature": self.temperature}
+            losses[name] = PAIR_LOSSES[name](image_features, text_features, person_ids, **options)
+        return sum(weight * losses[name] for name, weight in self.weights.items()), losses
+
+
+class LossesOfModel(nn.Module):
+    """Objective and model in one, batch in and losses out: what DistributedDataParallel can wrap."""
+
+    def __init__(self, objective: Objective, model: AdaptedCLIP):
+        super().__init__()
+        self.objective, self.model = objective, model
+
+    def forward(self, batch: Mapping[str, Tensor], pairs: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective(self.model, batch, pairs)

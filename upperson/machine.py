@@ -1,0 +1,235 @@
+"""What a run computes on: a device, a precision, and the processes that share a batch.
+
+torchrun starts several processes. Each computes its share of a batch, and all take the same optimizer step. A loss
+compares the pairs of the whole batch with each other, so every process gathers the features of all processes and
+computes the same loss from them. DistributedDataParallel then averages the gradients of the W processes. One process
+is the usual case: nothing is initialised then, and every method of Group is the identity.
+"""
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn.parallel import DistributedDataParallel
+
+from upperson.errors import RunError
+
+# One process may decode a data set for the others. That one of them has died is noticed much earlier: by gloo, or by
+# torchrun, which then ends all.
+TIMEOUT = timedelta(minutes=30)
+# What PyTorch's errors say where another process has ended or does not answer.
+LOST_CONTACT = re.compile(r"gloo|NCCL|TCPStore|Connection (closed|reset) by peer|Broken pipe")
+TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+Value = TypeVar("Value")
+
+
+def share_of(total: int, rank: int, world_size: int) -> range:
+    """Which of `total` things process `rank` of `world_size` has: a run of them, as torch.tensor_split cuts.
+
+    The runs follow each other and differ in length by one at most, the longer ones first. Raises ValueError for a
+    rank that is not there.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0 to {world_size - 1}, as world_size is {world_size}, found {rank}")
+    each, longer = divmod(total, world_size)
+    start = rank * each + min(rank, longer)
+    return range(start, start + each + (rank < longer))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that train together, and which of them this one is."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # among those of this machine: the number of its GPU
+
+    @classmethod
+    def of_environment(cls, environment: Mapping[str, str] = os.environ) -> "Group":
+        """What torchrun says in the environment; without it, this process alone. RunError if half of it is there."""
+        if environment.get("WORLD_SIZE", "1") == "1":
+            return cls()
+        wrong = [name for name in TORCHRUN if name not in environment]
+        wrong += [name for name in TORCHRUN[:3] if not environment.get(name, "0").isdecimal()]
+        if wrong:
+            raise RunError(f"WORLD_SIZE is {environment['WORLD_SIZE']} in the environment, but missing there or no "
+                           f"number: {', '.join(wrong)}; start with torchrun --nproc-per-node N train.py, or unset "
+                           "WORLD_SIZE")
+        return cls(*(int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def prefix(self) -> str:
+        """What an error message begins with where there are several processes."""
+        return f"process {self.rank} of {self.world_size}: " if self.world_size > 1 else ""
+
+    def share_of(self, total: int) -> range:
+        """Which of `total` things are this process's: shares differ by at most one, and the first are larger."""
+        return share_of(total, self.rank, self.world_size)
+
+    def own(self, things: Sequence[Value]) -> Sequence[Value]:
+        """This process's share of a list."""
+        share = self.share_of(len(things))
+        return things[share.start : share.stop]
+
+    def gather(self, x: Tensor, total: int) -> Tensor:
+        """The rows of all processes, (total, …), in the order of their ranks, on every process.
+
+        `x` holds this process's share of `total` rows first; what follows is cut off. Every process must go on to
+        compute the same from the result: its gradient, the same on all, is then that of the whole, and each process
+        takes the rows that are its own. They come back times W, since DistributedDataParallel averages over W
+        processes what has to be the sum of their parts.
+        """
+        return x if self.world_size == 1 else _Gather.apply(x[: len(self.share_of(total))], total, self)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of `x` over the processes, on all of them; its gradient comes back times W, see `gather`."""
+        return x if self.world_size == 1 else _Total.apply(x, self)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest `x` of all processes, elementwise, on all of them; no gradient. It does not wait for a GPU."""
+        if self.world_size > 1:
+            x = x.detach().clone()
+            dist.all_reduce(x, dist.ReduceOp.MAX)
+        return x
+
+    def say(self, text: str) -> None:
+        """Prints, if this is the main process."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def broadcast(self, value: Value) -> Value:
+        """The value of the main process, which may be anything that can be pickled, on all of them."""
+        if self.world_size == 1:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+ALONE = Group()
+
+
+def device_and_precision(device: str, precision: str, group: Group = ALONE) -> tuple[torch.device, str]:
+    """The device and the precision that "auto" stands for: a CUDA GPU in bf16 where there is one, else the CPU in fp32.
+
+    Each process of a group has a GPU of its own, by its local rank. Raises RunError for what this machine lacks.
+    """
+    available = torch.cuda.is_available()
+    found = torch.device(device if device != "auto" else "cuda" if available else "cpu")
+    if group.world_size > 1 and found.type == "cuda":
+        if found.index is not None:
+            raise RunError(
+                f"device: {device} is one GPU for {group.world_size} processes; --device cuda gives each its own, and "
+                "CUDA_VISIBLE_DEVICES says which there are"
+            )
+        found = torch.device("cuda", group.local_rank)
+    if found.type == "cuda" and (not available or (found.index or 0) >= torch.cuda.device_count()):
+        raise RunError(f"device: {found} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise RunError("device: mps is not there; PyTorch finds no Apple GPU on this machine")
+    if precision == "auto":
+        precision = "bf16" if found.type == "cuda" else "fp32"
+    if precision == "fp16" and found.type != "cuda":
+        raise RunError(f"precision: fp16 needs a CUDA GPU; expected fp32 or bf16 on {found.type}")
+    return found, precision
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of forward passes in "fp32", "bf16" or "fp16"."""
+    return torch.autocast(device.type, AUTOCAST_DTYPES.get(precision), enabled=precision in AUTOCAST_DTYPES)
+
+
+@contextmanager
+def process_group(group: Group, device: torch.device) -> Iterator[None]:
+    """Within it the processes of `group` can talk to each other: by NCCL if `device` is a GPU, else by gloo."""
+    if group.world_size == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def data_parallel(module: nn.Module, group: Group) -> nn.Module:
+    """`module`, whose parameters get the averaged gradients of all processes in backward."""
+    if group.world_size == 1:
+        return module
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.15 renames broadcast_buffers, 2.11 knows no other
+        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def contact(where: Callable[[], str]) -> Iterator[None]:
+    """Within it the error that another process's end leads to says so, and `where` this one stood."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or LOST_CONTACT.search(str(error))
+        if not lost or isinstance(error, RunError):
+            raise
+        message = str(error).split("\n")[0].split(". ")[0]
+        reason = re.sub(r"^\[.*?\] ", "", message)  # without the place in gloo's source
+        raise RunError(f"lost contact with another one ({reason}) {where()}") from error
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, total: int, group: Group) -> Tensor:
+        ctx.group, ctx.total = group, total
+        shares = [share_of(total, rank, group.world_size) for rank in range(group.world_size)]
+        longest = len(shares[0])
+        padded = x.new_zeros(longest, *x.shape[1:])  # all must send equally much
+        padded[: len(x)] = x
+        gathered = x.new_empty(group.world_size * longest, *x.shape[1:])
+        dist.all_gather_into_tensor(gathered, padded)
+        if longest * group.world_size == total:
+            return gathered
+        parts = zip(gathered.split(longest), shares, strict=True)
+        return torch.cat([part[: len(share)] for part, share in parts])
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        own = ctx.group.share_of(ctx.total)
+        return gradient[own.start : own.stop] * ctx.group.world_size, None, None
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.group.world_size, None

@@ -1,0 +1,185 @@
+"""What methods cost on the machine at hand: parameters, FLOPs, memory, time.
+
+Measured with random images and captions of full length, in a process of its own for each row and stage, so that none
+finds memory or caches that another left.
+"""
+
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from upperson.config import Config
+from upperson.model import AdaptedCLIP
+from upperson.losses.objective import Objective
+from upperson.train.optimizer import build_optimizer
+from upperson.config.presets import PRESETS
+from upperson.machine import device_and_precision
+from upperson.train.results import count
+from upperson.evaluate.embed import autocast
+from upperson.tables.rows import Configs, trainings
+
+BATCH, DRAWN_BATCH = 128, 64
+FULL_SIZE, FULL_SIZE_BATCH = "cuhk-pedes", 2  # whose model is measured beside the embedded one
+QUERIES, GALLERY = 50, 3000  # of a search; its time is given for 1,000 queries
+REPETITIONS = 5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training, or a stage of one, costs. FLOPs count a multiplication and an addition as two."""
+
+    trained_parameters: int
+    all_parameters: int
+    inference_gflops: float  # one image and one caption through their towers
+    step_gflops: float  # a training step, per pair
+    step_megabytes: float | None  # that forward and backward pass allocate, gradients included; None: not known
+    step_milliseconds: float  # of the whole batch
+    query_seconds: float  # embedding 1,000 captions, 50 at once, and ranking 3,000 embedded images for them
+
+
+Costs = dict[str, dict[str, list[Cost]]]  # by model, then by row: one, or one of each stage of the method
+
+
+def measure_costs(rows: Callable[[Config], Configs], base: Config, device: str) -> Costs:
+    """The costs of what `rows` makes of a preset; where that is of a drawn data set, with ViT-B/16 as well."""
+    parts = [(base, DRAWN_BATCH if base.data.is_drawn else BATCH)]
+    if base.data.is_drawn:
+        parts.append((PRESETS[FULL_SIZE], FULL_SIZE_BATCH))
+    costs: Costs = {}
+    for of_model, batch in parts:
+        model = of_model.model
+        title = f"{model.model}, {model.image_size[0]}×{model.image_size[1]}, batch {batch}"
+        for name, config in rows(of_model).items():
+            print(f"measuring {name}, {title}", file=sys.stderr, flush=True)
+            # What the weights are changes no cost, and random ones need no download.
+            config = config.replace(device=device, pretrained="none")
+            costs.setdefault(title, {})[name] = measure_apart(config, batch)
+    return costs
+
+
+def how_measured(config: Config, device: str) -> str:
+    found, precision = resources(config.replace(device=device).train)
+    return (f"Measured on {found.type} in {precision}, with random images and captions of full length; memory is what "
+            "forward and backward pass allocate, gradients included; FLOPs of inference at batch 1, low-rank updates "
+            "merged in them.")
+
+
+def measure_apart(config: Config, batch_size: int) -> list[Cost]:
+    """measure() in a fresh process, for each stage of the method; one cost where it has none."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as process:
+        return [process.submit(measure, part, batch_size).result() for part in trainings(config)]
+
+
+def measure(config: Config, batch_size: int) -> Cost:
+    """The costs of one training with batches of `batch_size` pairs, on the device and in the precision it names.
+
+    The loss is SDM, whatever the configuration names. The peak memory of a CPU is that of the process, so this should
+    be its first work there.
+    """
+    device, precision = device_and_precision(config.train.device, config.train.precision)
+    torch.manual_seed(0)
+    model = AdaptedCLIP(config.model).to(device)
+    model.freeze(config.train.freeze)
+    parameters = model.trained_parameters()
+    objective = Objective("sdm", config.train.temperature, model.embedding_width, model.tokenizer.vocab_size, ())
+    batch = random_batch(model, batch_size, device)
+    gallery = torch.randn(GALLERY, model.embedding_width, device=device)
+    costs: dict[str, Any] = {"step_gflops": 0.0, "step_megabytes": 0.0, "step_milliseconds": 0.0}
+
+    if parameters:
+        optimizer = build_optimizer(parameters, config.train)
+
+        def find_gradients() -> None:
+            optimizer.zero_grad()
+            with autocast(device, precision):
+                loss, _ = objective(model, batch)
+            loss.backward()
+
+        def step() -> None:
+            find_gradients()
+            optimizer.step()
+
+        peak = Peak(device)
+        find_gradients()
+        costs["step_megabytes"] = peak.megabytes()
+        costs["step_milliseconds"] = 1e3 * shortest(step, device)
+
+    seconds = shortest(lambda: search(model, batch["captions"][:1], gallery, precision), device)
+    costs["query_seconds"] = 1000 / QUERIES * seconds
+    if parameters:
+        costs["step_gflops"] = flops(step) / batch_size
+    with autocast(device, precision):  # with gradients: the counter follows the modules through them
+        costs["inference_gflops"] = flops(
+            lambda: (model.encode_image(batch["images"][:1]), model.encode_text(batch["captions"][:1]))
+        )
+    return Cost(count(parameters.values()), count(model.parameters()), **costs)
+
+
+def random_batch(model: AdaptedCLIP, size: int, device: torch.device) -> dict[str, Tensor]:
+    """Pairs as upperson.data.train_loader gives them; the captions fill the context."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(size, 3, *model.config.image_size, generator=generator)
+    captions = model.tokenizer(["coat " * model.context_length] * size)
+    batch = {"images": images, "captions": captions, "person_ids": torch.arange(size)}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def search(model: AdaptedCLIP, caption: Tensor, gallery: Tensor, precision: str) -> Tensor:
+    """The ten best of the gallery (G, E) for QUERIES captions; `caption` (1, L) stands for all."""
+    with torch.inference_mode(), autocast(caption.device, precision):
+        features = model.encode_text(caption.expand(QUERIES, -1)).float()
+        return (features @ gallery.t()).topk(10).indices
+
+
+def flops(call: Callable[[], Any]) -> float:
+    """10⁹ floating-point operations of matrix products and convolutions in a call, backward included."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 1e9
+
+
+def shortest(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the fastest of a few calls, after one to warm up."""
+    times = []
+    for _ in range(1 + REPETITIONS):
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+class Peak:
+    """The memory that is allocated from its creation on: PyTorch's own count on a GPU, the process's size on Linux."""
+
+    STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+        elif self.CLEAR.exists():
+            self.CLEAR.write_text("5")  # the high-water mark starts again
+            self.before = self.resident("VmRSS")
+
+    def megabytes(self) -> float | None:
+        """10⁶ bytes above what was there; None on a machine that does not tell."""
+        if self.device.type == "cuda":
+            return (torch.cuda.max_memory_allocated(self.device) - self.before) / 1e6
+        return (self.resident("VmHWM") - self.before) / 1e6 if self.CLEAR.exists() else None
+
+    def resident(self, name: str) -> int:
+        line = next(line for line in self.STATUS.read_text().splitlines() if line.startswith(name))
+        return 1024 * int(line.split()[1])

@@ -1,0 +1,41 @@
+"""The optimizer and the learning rate of a training (arXiv 2504.10084, Sec. IV-B, and the released code)."""
+
+from torch import nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+from upperson.errors import MethodError
+from upperson.config import TrainConfig
+
+
+def build_optimizer(parameters: dict[str, nn.Parameter], settings: TrainConfig) -> Adam:
+    """Adam with coupled weight decay, none on biases; biases and prefixes may have a learning rate of their own.
+
+    On a GPU a step is one kernel for many parameters. Raises MethodError for the rate of prefixes where there are none.
+    """
+    if settings.prefix_learning_rate is not None and not any(".prefix." in name for name in parameters):
+        raise MethodError("prefix_learning_rate: there is no prefix to train")
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rate = settings.learning_rate
+        if ".prefix." in name and settings.prefix_learning_rate is not None:
+            rate = settings.prefix_learning_rate
+        is_bias = name.endswith("bias")
+        if is_bias and settings.bias_learning_rate is not None:
+            rate = settings.bias_learning_rate
+        decay = 0.0 if is_bias else settings.weight_decay
+        groups.setdefault((rate, decay), []).append(parameter)
+    return Adam(
+        [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
+        eps=settings.adam_epsilon,
+        fused=True if all(parameter.is_cuda for parameter in parameters.values()) else None,
+    )
+
+
+def build_schedule(optimizer: Adam, settings: TrainConfig) -> LRScheduler:
+    """Per epoch: linear warm-up from warmup_factor, then a cosine to zero. Step it after every epoch."""
+    cosine_epochs = settings.epochs - settings.warmup_epochs
+    if not settings.warmup_epochs:
+        return CosineAnnealingLR(optimizer, cosine_epochs)
+    warmup = LinearLR(optimizer, settings.warmup_factor, total_iters=settings.warmup_epochs)
+    return SequentialLR(optimizer, [warmup, CosineAnnealingLR(optimizer, cosine_epochs)], [settings.warmup_epochs])
