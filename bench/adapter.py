@@ -25,7 +25,7 @@ from upperson_kernels import layernorm_adapter
 from upperson_kernels.adapter import reference
 
 EPS = 1e-5
-AUTOTUNING = 25                                                         # seconds from the start; see `autotuned`
+AUTOTUNING = 25  # seconds from the start; see `autotuned`
 IN_SWEEP = ("fused (this project)", "eager", "torch.compile")
 
 
@@ -58,9 +58,11 @@ class Shape:
 
 SHAPES = {
     f"{name}{' + residual' if residual else ''}": Shape(length, width, hidden, residual)
-    for name, length, width, hidden in (("image", 193, 768, 96),        # ViT-B/16 at 384×128
-                                        ("text", 77, 512, 64),
-                                        ("image-L/14", 244, 1024, 128))
+    for name, length, width, hidden in (
+        ("image", 193, 768, 96),  # ViT-B/16 at 384×128
+        ("text", 77, 512, 64),
+        ("image-L/14", 244, 1024, 128),
+    )
     for residual in (False, True)
 } | {"image, own norm": Shape(193, 768, 96, residual=True, own_norm=True)}
 
@@ -76,12 +78,14 @@ def definition(x: Tensor, residual: Tensor | None, *parameters: Tensor) -> Tenso
 
 def public(x: Tensor, residual: Tensor | None, *parameters: Tensor, backend: str) -> Tensor | tuple[Tensor, Tensor]:
     *parameters, norm_weight, norm_bias = (*parameters, None, None)[:9]
-    return layernorm_adapter(x, *parameters, eps=EPS, residual=residual, norm_weight=norm_weight, norm_bias=norm_bias,
-                             backend=backend)
+    return layernorm_adapter(
+        x, *parameters, eps=EPS, residual=residual, norm_weight=norm_weight, norm_bias=norm_bias, backend=backend
+    )
 
 
-def layernorm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor,
-              *adapter: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+def layernorm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *adapter: Tensor
+) -> Tensor | tuple[Tensor, Tensor]:
     """The bound of an adapter that costs nothing. Another function."""
     total = x if residual is None else x + residual
     y = F.layer_norm(total, total.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), EPS)
@@ -104,6 +108,7 @@ def autotuned(deadline: float) -> Function:
             raise RuntimeError(f"not compiled, as the {AUTOTUNING} s for autotuning went to the shapes before")
         started = True
         return compiled(*arguments)
+
     return candidate
 
 
@@ -111,10 +116,14 @@ def candidates(shape: Shape, device: torch.device, deadline: float) -> dict[str,
     """All that can run on the device. "eager" is this project's PyTorch backend."""
     found = {"eager": Candidate(partial(public, backend="torch"))}
     if device.type == "cuda":
-        found = {"fused (this project)": Candidate(partial(public, backend="triton"), "fused")} | found | {
-            "torch.compile": Candidate(torch.compile(definition, dynamic=False)),
-            "torch.compile, max-autotune": Candidate(autotuned(deadline)),
-        }
+        found = (
+            {"fused (this project)": Candidate(partial(public, backend="triton"), "fused")}
+            | found
+            | {
+                "torch.compile": Candidate(torch.compile(definition, dynamic=False)),
+                "torch.compile, max-autotune": Candidate(autotuned(deadline)),
+            }
+        )
     found["LayerNorm alone"] = Candidate(layernorm, "bound")
     return {name: replace(candidate, function=at(candidate.function, shape)) for name, candidate in found.items()}
 
@@ -132,13 +141,20 @@ def at(function: Callable, shape: Shape) -> Function:
 def inputs(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
     """x, residual if any, γ, β (both frozen), down weight and bias, up weight and bias, scale, γ' and β' if any; output
     gradients."""
+
     def randn(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(size, device=device, dtype=dtype)
 
     width, hidden = shape.width, shape.hidden
     activations = [randn(batch, shape.length, width, dtype=dtype) for _ in range(1 + shape.residual)]
-    adapter = [randn(hidden, width) * width**-0.5, randn(hidden), randn(width, hidden) * hidden**-0.5, randn(width),
-               torch.tensor(1.0, device=device), *(randn(width) for _ in range(2 * shape.own_norm))]
+    adapter = [
+        randn(hidden, width) * width**-0.5,
+        randn(hidden),
+        randn(width, hidden) * hidden**-0.5,
+        randn(width),
+        torch.tensor(1.0, device=device),
+        *(randn(width) for _ in range(2 * shape.own_norm)),
+    ]
     tensors = [*activations, randn(width), randn(width), *adapter]
     trained = [*activations, *adapter]
     for tensor in trained:
@@ -152,12 +168,12 @@ def case(name: str, shape: Shape, batch: int, dtype: torch.dtype, device: torch.
     return Case(
         shape=name,
         title=f"{name}: {batch} × {shape.length} rows, {shape.width} → {shape.hidden}, {dtype_name}"
-              + (", after a residual addition" if shape.residual else "")
-              + (", the adapter with its own LayerNorm" if shape.own_norm else ""),
+        + (", after a residual addition" if shape.residual else "")
+        + (", the adapter with its own LayerNorm" if shape.own_norm else ""),
         labels=dict(**asdict(shape), batch=batch, dtype=dtype_name),
         setup=lambda: inputs(shape, batch, dtype, device),
         definition=at(definition, shape),
-        scaled=(7 + shape.residual, 5 + shape.residual),                # the scale, and the up weight
+        scaled=(7 + shape.residual, 5 + shape.residual),  # the scale, and the up weight
         candidates=candidates(shape, device, deadline),
         bytes={mode: shape.bytes(batch, mode, dtype.itemsize) for mode in MODES},
         flops={mode: shape.flops(batch, mode) for mode in MODES},
@@ -170,12 +186,19 @@ def sweep_cases(dtype: torch.dtype, device: torch.device, deadline: float) -> It
     image = SHAPES["image"]
     batch = 128 if gpu else 2
     points = [(f"batch (of {image.length} tokens)", n, image, n) for n in ((8, 32, 128, 256) if gpu else (1, 2, 4, 8))]
-    points += [(f"tokens (batch {batch})", n, replace(image, length=n), batch)
-               for n in ((77, 193, 512) if gpu else (50, 77, 128, 193))]
+    points += [
+        (f"tokens (batch {batch})", n, replace(image, length=n), batch)
+        for n in ((77, 193, 512) if gpu else (50, 77, 128, 193))
+    ]
     for axis, value, shape, batch in points:
         each = case(f"sweep, {axis}", shape, batch, dtype, device, deadline)
-        yield axis, value, replace(each, candidates={
-            name: candidate for name, candidate in each.candidates.items() if name in IN_SWEEP})
+        yield (
+            axis,
+            value,
+            replace(
+                each, candidates={name: candidate for name, candidate in each.candidates.items() if name in IN_SWEEP}
+            ),
+        )
 
 
 def floors() -> Iterator[tuple[str, float, float]]:
@@ -192,8 +215,16 @@ def main() -> int:
     dtype, deadline = DTYPES[arguments.dtype], time.monotonic() + AUTOTUNING
     names = [arguments.shape] if arguments.shape else list(SHAPES)
     cases = (case(name, SHAPES[name], arguments.batch, dtype, device, deadline) for name in names)
-    return bench("adapter", options, arguments, device, cases, sweep_cases(dtype, device, deadline),
-                 "the fused kernels,\ntorch.compile, launch time and peak memory", floors())
+    return bench(
+        "adapter",
+        options,
+        arguments,
+        device,
+        cases,
+        sweep_cases(dtype, device, deadline),
+        "the fused kernels,\ntorch.compile, launch time and peak memory",
+        floors(),
+    )
 
 
 if __name__ == "__main__":

@@ -25,10 +25,13 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from upperson_kernels import prefix_attention
 from upperson_kernels.attention import reference
 
-SCALE = 10.0                                                            # λ at the start of training
-SCALE_POSITION, KEY_POSITION, VALUE_POSITION = 3, 1, 2                  # among the inputs of a call
-FORCED = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-          "cuDNN": SDPBackend.CUDNN_ATTENTION}
+SCALE = 10.0  # λ at the start of training
+SCALE_POSITION, KEY_POSITION, VALUE_POSITION = 3, 1, 2  # among the inputs of a call
+FORCED = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
 IN_SWEEP = ("fused (this project)", "explicit softmax", "folded SDPA", "folded SDPA, flash")
 
 
@@ -52,12 +55,15 @@ class Shape:
         float32 for each row is written and read."""
         rows = sum(lengths) * self.heads
         tensor, statistics = rows * self.width * element, 4 * rows
-        return {"forward": 4 * tensor + statistics, "backward": 8 * tensor + statistics,
-                "both": 12 * tensor + 2 * statistics}[mode]
+        return {
+            "forward": 4 * tensor + statistics,
+            "backward": 8 * tensor + statistics,
+            "both": 12 * tensor + 2 * statistics,
+        }[mode]
 
 
 SHAPES = {
-    "image": Shape(length=193, heads=12, causal=False),                 # ViT-B/16 at 384×128
+    "image": Shape(length=193, heads=12, causal=False),  # ViT-B/16 at 384×128
     "text": Shape(length=77, heads=8, causal=True),
     "image-L/14": Shape(length=244, heads=16, causal=False),
 }
@@ -77,16 +83,22 @@ def concatenated(qkv: Tensor, key: Tensor, value: Tensor, scale: Tensor, target:
     """Queries (B, H, N, D), and keys and values (B, H, P + N, D) with λ folded into the prefix."""
     query, token_key, token_value = qkv.transpose(1, 3).unbind(2)
     key, value = (key, scale * value) if target == "weights" else (scale * key, value)
-    return [query, *(torch.cat([p.to(qkv.dtype).transpose(0, 1).expand(len(qkv), -1, -1, -1), t], dim=2)
-                     for p, t in ((key, token_key), (value, token_value)))]
+    return [
+        query,
+        *(
+            torch.cat([p.to(qkv.dtype).transpose(0, 1).expand(len(qkv), -1, -1, -1), t], dim=2)
+            for p, t in ((key, token_key), (value, token_value))
+        ),
+    ]
 
 
 def lower_right(qkv: Tensor, key: Tensor, value: Tensor, scale: Tensor, causal: bool, target: str) -> Tensor:
     """Folded attention whose causal mask is a name and no tensor: that is all that flash attention takes. Aligned
     to the lower right, it shows every query the prefix."""
     length, prefix = qkv.shape[1], key.shape[0]
-    return F.scaled_dot_product_attention(*concatenated(qkv, key, value, scale, target),
-                                          attn_mask=causal_lower_right(length, prefix + length)).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        *concatenated(qkv, key, value, scale, target), attn_mask=causal_lower_right(length, prefix + length)
+    ).transpose(1, 2)
 
 
 def flex(qkv: Tensor, key: Tensor, value: Tensor, scale: Tensor, causal: bool, target: str, mask: object) -> Tensor:
@@ -98,14 +110,21 @@ def flex_mask(shape: Shape, device: torch.device) -> object:
     """The block mask of a causal shape: the prefix and what came before; None where all is visible."""
     if not shape.causal:
         return None
-    return create_block_mask(lambda batch, head, i, j: j - shape.prefix <= i, None, None, shape.length,
-                             shape.prefix + shape.length, device=device)
+    return create_block_mask(
+        lambda batch, head, i, j: j - shape.prefix <= i,
+        None,
+        None,
+        shape.length,
+        shape.prefix + shape.length,
+        device=device,
+    )
 
 
 def forced(function: Callable[..., Tensor], backend: SDPBackend) -> Callable[..., Tensor]:
     def with_backend(*arguments) -> Tensor:
         with sdpa_kernel(backend):
             return function(*arguments)
+
     return with_backend
 
 
@@ -121,8 +140,11 @@ def candidates(shape: Shape, target: str, device: torch.device) -> dict[str, Can
         functions["folded SDPA, lower right"] = lower_right
     if device.type == "cuda":
         functions |= {
-            f"folded SDPA, {name}": forced(lower_right if shape.causal and name == "flash" else reference.folded,
-                                           backend) for name, backend in FORCED.items()}
+            f"folded SDPA, {name}": forced(
+                lower_right if shape.causal and name == "flash" else reference.folded, backend
+            )
+            for name, backend in FORCED.items()
+        }
         functions["explicit, compiled"] = torch.compile(reference.explicit, dynamic=False)
         functions["FlexAttention"] = partial(torch.compile(flex, dynamic=False), mask=flex_mask(shape, device))
     found = {name: Candidate(at(function, shape, target)) for name, function in functions.items()}
@@ -134,8 +156,10 @@ def candidates(shape: Shape, target: str, device: torch.device) -> dict[str, Can
 
 def at(function: Callable[..., Tensor], shape: Shape, target: str) -> Callable[..., Tensor]:
     """The function of the four tensors alone."""
+
     def with_options(*tensors: Tensor) -> Tensor:
         return function(*tensors, shape.causal, target)
+
     return with_options
 
 
@@ -159,7 +183,7 @@ def case(name: str, shape: Shape, batch: int, dtype: torch.dtype, device: torch.
     return Case(
         shape=name,
         title=f"{name}: {batch} × {shape.length} tokens, {causal}{shape.heads} heads of {shape.width}, prefix "
-              f"{shape.prefix}, {dtype_name}, λ on the {target}",
+        f"{shape.prefix}, {dtype_name}, λ on the {target}",
         labels=dict(**asdict(shape), batch=batch, tokens=sum(lengths), dtype=dtype_name, scale_target=target),
         setup=lambda: inputs(shape, batch, dtype, device),
         definition=at(reference.explicit, shape, target),
@@ -180,7 +204,7 @@ def packed_case(shape: Shape, batch: int, dtype: torch.dtype, device: torch.devi
     cu_seqlens = F.pad(ends, (1, 0)).to(device, torch.int32)
     padded = replace(shape, length=int(lengths.max()))
     real = (torch.arange(padded.length) < lengths[:, None]).to(device)  # (B, N)
-    rows = real.flatten().nonzero().flatten()                           # an index; a mask would wait for the GPU
+    rows = real.flatten().nonzero().flatten()  # an index; a mask would wait for the GPU
 
     def setup() -> tuple[list[Tensor], list[Tensor]]:
         tensors, (grad,) = inputs(padded, batch, dtype, device)
@@ -189,20 +213,22 @@ def packed_case(shape: Shape, batch: int, dtype: torch.dtype, device: torch.devi
     plain = case(PACKED, padded, batch, dtype, device, target)
     options = dict(cu_seqlens=cu_seqlens, max_seqlen=padded.length)
     pack = dict(layout=lambda t: t.flatten(0, 1)[rows])
-    packed = {"packed, PyTorch backend": Candidate(
-        at(partial(public, backend="torch", **options), shape, target), **pack)}
+    packed = {
+        "packed, PyTorch backend": Candidate(at(partial(public, backend="torch", **options), shape, target), **pack)
+    }
     compared = plain.candidates
     if device.type == "cuda":
-        packed = {"fused, packed": Candidate(at(partial(public, backend="triton", **options), shape, target), "fused",
-                                             **pack)} | packed
+        packed = {
+            "fused, packed": Candidate(at(partial(public, backend="triton", **options), shape, target), "fused", **pack)
+        } | packed
         on_padded = compared.pop("fused (this project)")
         packed["fused, padded"] = replace(on_padded, kind="baseline")
     lengths = lengths.tolist()
     return replace(
         plain,
         title=f"{PACKED}: {batch} captions of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all, causal, "
-              f"{shape.heads} heads of {shape.width}, prefix {shape.prefix}, {plain.labels['dtype']}, λ on the "
-              f"{target}",
+        f"{shape.heads} heads of {shape.width}, prefix {shape.prefix}, {plain.labels['dtype']}, λ on the "
+        f"{target}",
         labels=plain.labels | dict(tokens=sum(lengths)),
         setup=setup,
         candidates=packed | compared,
@@ -216,14 +242,22 @@ def sweep_cases(dtype: torch.dtype, device: torch.device, target: str) -> Iterat
     gpu = device.type == "cuda"
     image = SHAPES["image"]
     batch = 128 if gpu else 2
-    points = [(f"batch (of {image.length} tokens)", n, image, n)
-              for n in ((8, 16, 32, 64, 128, 256) if gpu else (1, 2, 4, 8))]
-    points += [(f"tokens (batch {batch})", n, replace(image, length=n), batch)
-               for n in ((50, 77, 128, 193, 257, 512) if gpu else (50, 77, 128, 193))]
+    points = [
+        (f"batch (of {image.length} tokens)", n, image, n) for n in ((8, 16, 32, 64, 128, 256) if gpu else (1, 2, 4, 8))
+    ]
+    points += [
+        (f"tokens (batch {batch})", n, replace(image, length=n), batch)
+        for n in ((50, 77, 128, 193, 257, 512) if gpu else (50, 77, 128, 193))
+    ]
     for axis, value, shape, batch in points:
         each = case(f"sweep, {axis}", shape, batch, dtype, device, target)
-        yield axis, value, replace(each, candidates={
-            name: candidate for name, candidate in each.candidates.items() if name in IN_SWEEP})
+        yield (
+            axis,
+            value,
+            replace(
+                each, candidates={name: candidate for name, candidate in each.candidates.items() if name in IN_SWEEP}
+            ),
+        )
 
 
 def floors() -> Iterator[tuple[str, float, float]]:
@@ -247,9 +281,17 @@ def main() -> int:
             else:
                 yield case(name, SHAPES[name], arguments.batch, dtype, device, target)
 
-    return bench("attention", options, arguments, device, cases(), sweep_cases(dtype, device, target),
-                 "the fused kernels,\nSDPA's flash, efficient and cuDNN backends, FlexAttention and the compiled "
-                 "softmax, launch time and peak memory", floors())
+    return bench(
+        "attention",
+        options,
+        arguments,
+        device,
+        cases(),
+        sweep_cases(dtype, device, target),
+        "the fused kernels,\nSDPA's flash, efficient and cuDNN backends, FlexAttention and the compiled "
+        "softmax, launch time and peak memory",
+        floors(),
+    )
 
 
 if __name__ == "__main__":

@@ -56,13 +56,13 @@ class Case:
 
     shape: str
     title: str
-    labels: dict[str, Any]                                              # what else a row of results says about it
-    setup: Callable[[], tuple[list[Tensor], list[Tensor]]]              # inputs, and gradients of the outputs
-    definition: Function                                                # in plain PyTorch
-    scaled: tuple[int, int]                                             # positions of the scale and of what it scales
+    labels: dict[str, Any]  # what else a row of results says about it
+    setup: Callable[[], tuple[list[Tensor], list[Tensor]]]  # inputs, and gradients of the outputs
+    definition: Function  # in plain PyTorch
+    scaled: tuple[int, int]  # positions of the scale and of what it scales
     candidates: dict[str, Candidate]
-    bytes: dict[str, float]                                             # by mode: each input and output once
-    flops: dict[str, float]                                             # by mode
+    bytes: dict[str, float]  # by mode: each input and output once
+    flops: dict[str, float]  # by mode
 
 
 @dataclass
@@ -71,9 +71,9 @@ class Results:
 
     environment: dict[str, str | None]
     rates: Rates
-    rows: list[dict] = field(default_factory=list)                      # one for each candidate and mode
-    left_out: list[dict] = field(default_factory=list)                  # candidates that were not timed, and why
-    sweep: list[dict] = field(default_factory=list)                     # rows over batch and length, for the plot
+    rows: list[dict] = field(default_factory=list)  # one for each candidate and mode
+    left_out: list[dict] = field(default_factory=list)  # candidates that were not timed, and why
+    sweep: list[dict] = field(default_factory=list)  # rows over batch and length, for the plot
 
     def save(self, path: Path) -> None:
         temporary = path.with_name(f".{path.name}.tmp")
@@ -113,15 +113,18 @@ def reasons_to_leave_out(case: Case) -> dict[str, str]:
     scale, scaled = case.scaled
     # The scale's gradient is a sum that may cancel to almost nothing. Its error is taken relative to what was
     # summed, whose size is that of what the scale multiplies times the gradient of it, over the scale.
-    sizes[len(grads) + wanted.index(scale)] = (doubles[scaled].detach().norm() / doubles[scale].detach().abs()
-                                               * exact_gradients[wanted.index(scaled)].norm())
+    sizes[len(grads) + wanted.index(scale)] = (
+        doubles[scaled].detach().norm() / doubles[scale].detach().abs() * exact_gradients[wanted.index(scaled)].norm()
+    )
 
     def errors(candidate: Candidate) -> list[float]:
         lay = candidate.layout or (lambda t: t)
         outputs, gradients = run(candidate.function, *lay_out(candidate, tensors, grads))
         exact = [*map(lay, exact_outputs), lay(exact_gradients[0]), *exact_gradients[1:]]
-        return [float((value.double() - e).norm() / size)
-                for value, e, size in zip(outputs + gradients, exact, sizes, strict=True)]
+        return [
+            float((value.double() - e).norm() / size)
+            for value, e, size in zip(outputs + gradients, exact, sizes, strict=True)
+        ]
 
     budget = [2 * e + 4 * torch.finfo(tensors[0].dtype).eps for e in errors(Candidate(case.definition))]
     reasons = {}
@@ -131,7 +134,7 @@ def reasons_to_leave_out(case: Case) -> dict[str, str]:
         try:
             found = errors(candidate)
             timed_call(candidate.function, *lay_out(candidate, tensors, grads), "forward").run(None)  # without autograd
-        except Exception as error:                                      # whatever a library of the field raises
+        except Exception as error:  # whatever a library of the field raises
             reasons[name] = f"cannot run: {str(error).strip().splitlines()[0][:90] if str(error) else repr(error)}"
             continue
         if not all(e <= b for e, b in zip(found, budget, strict=True)):  # NaN is not
@@ -151,7 +154,7 @@ def timed_call(function: Function, tensors: list[Tensor], grads: list[Tensor], m
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def backward(outputs: tuple[Tensor, ...]) -> object:
-        return torch.autograd.grad(outputs, wanted, grads[:len(outputs)], allow_unused=True)
+        return torch.autograd.grad(outputs, wanted, grads[: len(outputs)], allow_unused=True)
 
     if mode == "forward":
         return Call(torch.no_grad()(lambda _: forward()))
@@ -160,14 +163,15 @@ def timed_call(function: Function, tensors: list[Tensor], grads: list[Tensor], m
     return Call(lambda _: backward(forward()))
 
 
-def compare(case: Case, device: torch.device, seconds: float, rates: Rates,
-            modes: Sequence[str] = MODES) -> tuple[list[dict], list[dict]]:
+def compare(
+    case: Case, device: torch.device, seconds: float, rates: Rates, modes: Sequence[str] = MODES
+) -> tuple[list[dict], list[dict]]:
     """Times the candidates of a case that are right, for `seconds` each mode, and prints a table for each.
 
     Returns the rows, and who was left out and why.
     """
-    torch.compiler.reset()                      # shapes of earlier cases would count as recompilations of this one
-    torch._dynamo.config.fail_on_recompile_limit_hit = True             # rather than run uncompiled in silence
+    torch.compiler.reset()  # shapes of earlier cases would count as recompilations of this one
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than run uncompiled in silence
     print(f"\n{case.title}")
     try:
         reasons = reasons_to_leave_out(case)
@@ -176,22 +180,36 @@ def compare(case: Case, device: torch.device, seconds: float, rates: Rates,
     for name, reason in reasons.items():
         print(f"  {name}: {reason}")
     able = {name: candidate for name, candidate in case.candidates.items() if name not in reasons}
-    left_out = [dict(shape=case.shape, **case.labels, candidate=name, kind=case.candidates[name].kind, reason=reason)
-                for name, reason in reasons.items()]
+    left_out = [
+        dict(shape=case.shape, **case.labels, candidate=name, kind=case.candidates[name].kind, reason=reason)
+        for name, reason in reasons.items()
+    ]
     if not able:
         return [], left_out
 
     inputs = [case.setup() for _ in range(copies_beyond_cache(case.bytes["forward"], device))]
     rows = []
     for mode in modes:
-        calls = {name: [timed_call(candidate.function, *lay_out(candidate, *each), mode) for each in inputs]
-                 for name, candidate in able.items()}
+        calls = {
+            name: [timed_call(candidate.function, *lay_out(candidate, *each), mode) for each in inputs]
+            for name, candidate in able.items()
+        }
         timings = time_in_turns(calls, device, seconds)
         floor = rates.floor(case.bytes[mode], case.flops[mode])
-        mode_rows = [dict(shape=case.shape, **case.labels, mode=mode, candidate=name, kind=able[name].kind,
-                          **asdict(timing), floor=floor, **rate(case, able[name], mode, floor, timing.median),
-                          peak_memory=peak_memory(calls[name][0], device))
-                     for name, timing in timings.items()]
+        mode_rows = [
+            dict(
+                shape=case.shape,
+                **case.labels,
+                mode=mode,
+                candidate=name,
+                kind=able[name].kind,
+                **asdict(timing),
+                floor=floor,
+                **rate(case, able[name], mode, floor, timing.median),
+                peak_memory=peak_memory(calls[name][0], device),
+            )
+            for name, timing in timings.items()
+        ]
         print(table(mode, mode_rows))
         rows += mode_rows
     return rows, left_out
@@ -209,13 +227,18 @@ def table(mode: str, rows: list[dict]) -> str:
     gpu = rows[0]["launch"] is not None
     unit, name = (1e12, "TFLOP/s") if gpu else (1e9, "GFLOP/s")
     floor = microseconds(rows[0]["floor"])
-    lines = [f"  {mode:<30}{'median':>10}{'p20':>10}{'p80':>10}{name:>10}   of the floor ({floor} µs)"
-             + ("   launch   peak memory" if gpu else "")]
+    lines = [
+        f"  {mode:<30}{'median':>10}{'p20':>10}{'p80':>10}{name:>10}   of the floor ({floor} µs)"
+        + ("   launch   peak memory" if gpu else "")
+    ]
     for row in rows:
         line = f"    {row['candidate']:<28}"
         line += "".join(f"{microseconds(row[key]):>8}µs" for key in ("median", "p20", "p80"))
-        line += (f"{'–':>10}{'–':>9}" if row["kind"] == "bound" else
-                 f"{row['flops_per_second'] / unit:>10,.1f}{row['share_of_floor']:>9.0%}")
+        line += (
+            f"{'–':>10}{'–':>9}"
+            if row["kind"] == "bound"
+            else f"{row['flops_per_second'] / unit:>10,.1f}{row['share_of_floor']:>9.0%}"
+        )
         if gpu:
             line += f"{row['launch']:>22,.0f}µs{row['peak_memory'] / 2**20:>10,.1f} MiB"
         lines.append(line)
@@ -227,8 +250,10 @@ def print_floors(calls: Iterable[tuple[str, float, float]]) -> None:
     print("\nFloors at batch 128, 16-bit (least bytes over memory bandwidth, useful FLOPs over matrix rate):")
     print(f"  {'':<32}{'MB':>8}{'GFLOP':>8}" + "".join(f"{r.name:>12}" for r in KNOWN_RATES))
     for name, moved, flops in calls:
-        print(f"  {name:<32}{moved / 1e6:>8.0f}{flops / 1e9:>8.1f}"
-              + "".join(f"{r.floor(moved, flops):>9.0f} µs" for r in KNOWN_RATES))
+        print(
+            f"  {name:<32}{moved / 1e6:>8.0f}{flops / 1e9:>8.1f}"
+            + "".join(f"{r.floor(moved, flops):>9.0f} µs" for r in KNOWN_RATES)
+        )
 
 
 # ---------------------------------------------------------------------------------------- the command
@@ -239,17 +264,35 @@ def parser(description: str, shapes: Iterable[str]) -> argparse.ArgumentParser:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--shape", choices=list(shapes), help="one shape instead of all")
-    parser.add_argument("--batch", type=at_least_one, default=128 if gpu else 4, metavar="N",
-                        help="samples (default: 128, on a CPU 4)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if gpu else "fp32",
-                        help="of the activations (default: bf16, on a CPU fp32)")
-    parser.add_argument("--seconds", type=above_zero, default=1.0 if gpu else 2.0, metavar="S",
-                        help="time for each mode of each shape (default: 1, on a CPU 2)")
-    parser.add_argument("--sweep", action="store_true",
-                        help="also over batch and length, drawn as a plot beside the JSON file; needs --json")
-    parser.add_argument("--json", type=json_path, nargs="?", const="", metavar="FILE",
-                        help="write the figures and the environment to FILE (default: one named after the device in "
-                             "bench/results)")
+    parser.add_argument(
+        "--batch", type=at_least_one, default=128 if gpu else 4, metavar="N", help="samples (default: 128, on a CPU 4)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bf16" if gpu else "fp32",
+        help="of the activations (default: bf16, on a CPU fp32)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=above_zero,
+        default=1.0 if gpu else 2.0,
+        metavar="S",
+        help="time for each mode of each shape (default: 1, on a CPU 2)",
+    )
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="also over batch and length, drawn as a plot beside the JSON file; needs --json",
+    )
+    parser.add_argument(
+        "--json",
+        type=json_path,
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write the figures and the environment to FILE (default: one named after the device in bench/results)",
+    )
     return parser
 
 
@@ -278,9 +321,16 @@ def json_path(text: str) -> Path:
     return path
 
 
-def bench(name: str, parser: argparse.ArgumentParser, arguments: argparse.Namespace, device: torch.device,
-          cases: Iterator[Case], sweep: Iterator[tuple[str, int, Case]], needs_gpu: str,
-          floors: Iterable[tuple[str, float, float]]) -> int:
+def bench(
+    name: str,
+    parser: argparse.ArgumentParser,
+    arguments: argparse.Namespace,
+    device: torch.device,
+    cases: Iterator[Case],
+    sweep: Iterator[tuple[str, int, Case]],
+    needs_gpu: str,
+    floors: Iterable[tuple[str, float, float]],
+) -> int:
     """Runs all cases, then the sweep's (axis, value, case); prints, saves after each. The exit status: 1 if a
     fused candidate was left out, as it is wrong or cannot run."""
     if arguments.sweep and arguments.json is None:
@@ -291,8 +341,10 @@ def bench(name: str, parser: argparse.ArgumentParser, arguments: argparse.Namesp
 
     torch.manual_seed(0)
     rates = measure_rates(device, DTYPES[arguments.dtype])
-    print(f"{rates.name}: copy {rates.bytes_per_second / 1e9:,.0f} GB/s, {arguments.dtype} product "
-          f"{rates.flops_per_second / 1e9:,.0f} GFLOP/s (measured now)")
+    print(
+        f"{rates.name}: copy {rates.bytes_per_second / 1e9:,.0f} GB/s, {arguments.dtype} product "
+        f"{rates.flops_per_second / 1e9:,.0f} GFLOP/s (measured now)"
+    )
     if device.type != "cuda":
         print(f"No GPU: the PyTorch candidates run on the CPU. These need a GPU and are left out: {needs_gpu}.")
     results = Results(environment(device), rates)
@@ -334,13 +386,20 @@ def plot(results: Results, path: Path) -> None:
 
     axes_of_sweep = list(dict.fromkeys(row["axis"] for row in results.sweep))
     names = list(dict.fromkeys(row["candidate"] for row in results.sweep))
-    figure, axes = pyplot.subplots(1, len(axes_of_sweep), figsize=(5.2 * len(axes_of_sweep), 4), squeeze=False,
-                                   sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(axes_of_sweep), figsize=(5.2 * len(axes_of_sweep), 4), squeeze=False, sharey=True, layout="constrained"
+    )
     for axis, panel in zip(axes_of_sweep, axes[0], strict=True):
         for name in names:
             rows = [row for row in results.sweep if row["axis"] == axis and row["candidate"] == name]
-            panel.plot([row["value"] for row in rows], [100 * row["share_of_floor"] for row in rows], marker="o",
-                       markersize=3, label=name, linewidth=2.5 if name.startswith("fused") else 1.2)
+            panel.plot(
+                [row["value"] for row in rows],
+                [100 * row["share_of_floor"] for row in rows],
+                marker="o",
+                markersize=3,
+                label=name,
+                linewidth=2.5 if name.startswith("fused") else 1.2,
+            )
         values = sorted({row["value"] for row in results.sweep if row["axis"] == axis})
         panel.set_xscale("log", base=2)
         panel.set_xticks(values, map(str, values))

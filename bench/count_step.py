@@ -51,7 +51,7 @@ def count(name: str, path: paths.Path, config: Config, batch: int) -> Count:
     config = config.replace(backend="triton")
     real = paths.build(path, config)
     batches = paths.random_batches(config, real.tokenizer, real.context_length, batch, 1)
-    prepared = paths.prepare(real, batches, torch.device("cpu"))            # the captions' lengths are real
+    prepared = paths.prepare(real, batches, torch.device("cpu"))  # the captions' lengths are real
     mode, (model,) = without_memory(real)
     with mode:
         step = paths.Step(model, prepared, "fp16", path.configuration(config).train)
@@ -59,9 +59,19 @@ def count(name: str, path: paths.Path, config: Config, batch: int) -> Count:
         found = cost(step)
         own = [*model.parameters(), *model.buffers()]
         trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
-        return Count(name, found.flops, flops(step.image_features), flops(step.text_features), found.touched,
-                     found.peak, trained, found.at_peak, saved(step.image_features, own),
-                     saved(step.text_features, own), *rows_of_width(model, prepared[0]))
+        return Count(
+            name,
+            found.flops,
+            flops(step.image_features),
+            flops(step.text_features),
+            found.touched,
+            found.peak,
+            trained,
+            found.at_peak,
+            saved(step.image_features, own),
+            saved(step.text_features, own),
+            *rows_of_width(model, prepared[0]),
+        )
 
 
 def rows_of_width(model: AdaptedCLIP, prepared: tuple[Any, ...]) -> tuple[int, int]:
@@ -71,8 +81,10 @@ def rows_of_width(model: AdaptedCLIP, prepared: tuple[Any, ...]) -> tuple[int, i
     patch_height, patch_width = model.clip.visual.patch_size
     image_tokens = len(images) * (1 + height // patch_height * (width // patch_width))
     text_tokens = captions.numel() if isinstance(captions, Tensor) else len(captions.token_ids)
-    return tuple(2 * tokens * len(blocks) * blocks[0].attn.embed_dim
-                 for tokens, blocks in ((image_tokens, model.image_blocks), (text_tokens, model.text_blocks)))
+    return tuple(
+        2 * tokens * len(blocks) * blocks[0].attn.embed_dim
+        for tokens, blocks in ((image_tokens, model.image_blocks), (text_tokens, model.text_blocks))
+    )
 
 
 # ---------------------------------------------------------------------------------------- what it says
@@ -81,13 +93,33 @@ def rows_of_width(model: AdaptedCLIP, prepared: tuple[Any, ...]) -> tuple[int, i
 def table(counts: list[dict[str, Any]]) -> list[str]:
     """A line for each path; ratios are those to the first."""
     first = counts[0]
-    header = ["", "GFLOP", f"{first['path']} ÷ it", "image forward", "text forward", "GB touched", "peak MiB",
-              f"of {first['path']}", "saved MiB", "trained"]
-    body = [[row["path"], f"{row['flops'] / 1e9:,.0f}", f"{first['flops'] / row['flops']:.2f}×",
-             f"{row['image_flops'] / 1e9:,.0f}", f"{row['text_flops'] / 1e9:,.0f}", f"{row['touched'] / 1e9:,.1f}",
-             f"{row['peak'] / MIB:,.0f}", f"{row['peak'] / first['peak']:.0%}",
-             f"{sum(group['bytes'] for group in [*row['image_saved'], *row['text_saved']]) / MIB:,.0f}",
-             f"{row['trained_parameters']:,}"] for row in counts]
+    header = [
+        "",
+        "GFLOP",
+        f"{first['path']} ÷ it",
+        "image forward",
+        "text forward",
+        "GB touched",
+        "peak MiB",
+        f"of {first['path']}",
+        "saved MiB",
+        "trained",
+    ]
+    body = [
+        [
+            row["path"],
+            f"{row['flops'] / 1e9:,.0f}",
+            f"{first['flops'] / row['flops']:.2f}×",
+            f"{row['image_flops'] / 1e9:,.0f}",
+            f"{row['text_flops'] / 1e9:,.0f}",
+            f"{row['touched'] / 1e9:,.1f}",
+            f"{row['peak'] / MIB:,.0f}",
+            f"{row['peak'] / first['peak']:.0%}",
+            f"{sum(group['bytes'] for group in [*row['image_saved'], *row['text_saved']]) / MIB:,.0f}",
+            f"{row['trained_parameters']:,}",
+        ]
+        for row in counts
+    ]
     return aligned(header, body)
 
 
@@ -99,8 +131,9 @@ def activations(row: dict[str, Any], shown: int = 16) -> list[str]:
     for tower in ("image", "text"):
         kept, unit = row[f"{tower}_saved"], row[f"{tower}_row"]
         total = sum(group["bytes"] for group in kept)
-        lines.append(f"{row['path']}: the {tower} tower keeps {total / MIB:,.0f} MiB, {total / unit:.1f} C a token and "
-                     "block")
+        lines.append(
+            f"{row['path']}: the {tower} tower keeps {total / MIB:,.0f} MiB, {total / unit:.1f} C a token and block"
+        )
         lines += [f"  {group['bytes'] / unit:6.2f} C  {Group(**group)}" for group in kept[:shown]]
     return lines
 
@@ -108,8 +141,11 @@ def activations(row: dict[str, Any], shown: int = 16) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=at_least_one, default=128, metavar="N", help="pairs (default: 128)")
-    parser.add_argument("--activations", action="store_true",
-                        help="list what lives at the peak and what is kept for the backward pass, plain and ours")
+    parser.add_argument(
+        "--activations",
+        action="store_true",
+        help="list what lives at the peak and what is kept for the backward pass, plain and ours",
+    )
     parser.add_argument("--json", type=json_path, metavar="FILE", help="write the counts to FILE")
     arguments = parser.parse_args()
     if arguments.batch < 2:

@@ -86,13 +86,13 @@ class Operators(TorchDispatchMode):
         if self.live > self.peak:
             self.peak, self.at_peak = self.live, list(self.allocations.values())
         writes_nothing = func.namespace == "aten" and func.__name__.startswith(("empty", "new_empty"))
-        if (fresh or func._schema.is_mutable) and not writes_nothing:       # else a view
+        if (fresh or func._schema.is_mutable) and not writes_nothing:  # else a view
             self.touched += sum(map(extent, [*given, *made]))
         return result
 
     def watch(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = id(storage)                                                   # PyTorch keeps the object as long as it
+        key = id(storage)  # PyTorch keeps the object as long as it
         if key not in self.allocations:
             self.allocations[key] = Allocation(tuple(tensor.shape), tensor.dtype, storage.nbytes())
             self.live += storage.nbytes()
@@ -115,8 +115,10 @@ def extent(tensor: Tensor) -> int:
 def groups(allocations: Iterable[Allocation]) -> tuple[Group, ...]:
     """Allocations of one shape and kind together, largest first."""
     counts = Counter(allocations)
-    found = [Group(kind.shape, str(kind.dtype).removeprefix("torch."), number, number * kind.bytes)
-             for kind, number in counts.items()]
+    found = [
+        Group(kind.shape, str(kind.dtype).removeprefix("torch."), number, number * kind.bytes)
+        for kind, number in counts.items()
+    ]
     return tuple(sorted(found, key=lambda group: -group.bytes))
 
 

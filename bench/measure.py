@@ -85,8 +85,8 @@ class GpuClock:
     as they are, gaps included.
     """
 
-    QUEUED = 8                                                          # calls; a GPU's queue holds about 1000 kernels
-    LONGEST_SLEEP = 2**26                                               # cycles, some 40 ms
+    QUEUED = 8  # calls; a GPU's queue holds about 1000 kernels
+    LONGEST_SLEEP = 2**26  # cycles, some 40 ms
 
     def __init__(self) -> None:
         self.cycles = 2**19
@@ -94,9 +94,9 @@ class GpuClock:
     def times(self, calls: Sequence[Call]) -> tuple[list[float], list[float]]:
         """Microseconds of each call on the GPU, and of Python's launching it; none if the sleep was too short."""
         times, launches = [], []
-        prepared = [call.prepare() for call in calls]                   # all of them before: they fill the cache
+        prepared = [call.prepare() for call in calls]  # all of them before: they fill the cache
         for first in range(0, len(calls), self.QUEUED):
-            chunk = calls[first:first + self.QUEUED]
+            chunk = calls[first : first + self.QUEUED]
             events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in chunk]
             torch.cuda.synchronize()
             torch.cuda._sleep(self.cycles)
@@ -124,7 +124,7 @@ def time_in_turns(candidates: dict[str, list[Call]], device: torch.device, secon
     clocks = {name: GpuClock() if device.type == "cuda" else CpuClock() for name in candidates}
     times: dict[str, list[float]] = {name: [] for name in candidates}
     launches: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(2):                                                                  # compile and warm up
+    for _ in range(2):  # compile and warm up
         for name, calls in candidates.items():
             clocks[name].times(calls[:1])
     end = time.perf_counter() + seconds
@@ -192,6 +192,7 @@ def device_slug(device: torch.device) -> str:
 
 def environment(device: torch.device) -> dict[str, str | None]:
     """What a figure depends on and a reader needs to know."""
+
     def output(*command: str) -> str | None:
         try:
             run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
@@ -201,12 +202,19 @@ def environment(device: torch.device) -> dict[str, str | None]:
 
     try:
         import triton
+
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     driver = output(*query) if device.type == "cuda" else None
-    return dict(device=device_name(device), driver=driver, torch=torch.__version__, triton=triton_version,
-                python=platform.python_version(),
-                commit=output("git", "describe", "--always", "--dirty", "--exclude=*"),
-                date=time.strftime("%Y-%m-%d"), cores=str(os.cpu_count()))
+    return dict(
+        device=device_name(device),
+        driver=driver,
+        torch=torch.__version__,
+        triton=triton_version,
+        python=platform.python_version(),
+        commit=output("git", "describe", "--always", "--dirty", "--exclude=*"),
+        date=time.strftime("%Y-%m-%d"),
+        cores=str(os.cpu_count()),
+    )

@@ -34,10 +34,10 @@ class Path:
     """What is trained and how a step is computed: what of the configuration is changed, and what of the model."""
 
     changes: dict[str, Any] = field(default_factory=dict)
-    plain: bool = False                                                 # the released code's operators
-    compiled: bool = False                                              # the blocks, by torch.compile
+    plain: bool = False  # the released code's operators
+    compiled: bool = False  # the blocks, by torch.compile
     method: str = DEFAULT
-    stage: str = ""                                                     # of a method in stages
+    stage: str = ""  # of a method in stages
 
     def configuration(self, base: Config) -> Config:
         """The base with the method, its recipe and the path's changes."""
@@ -98,12 +98,20 @@ def build(path: Path, base: Config) -> AdaptedCLIP:
     if path.plain:
         for block in model.blocks().values():
             block.attention = explicit_attention
-            block.activation = None                                     # open_clip's own QuickGELU
+            block.activation = None  # open_clip's own QuickGELU
     return model
 
 
-def explicit_attention(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: Tensor, *, causal: bool,
-                       scale_target: str, **_: Any) -> Tensor:
+def explicit_attention(
+    qkv: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    prefix_scale: Tensor,
+    *,
+    causal: bool,
+    scale_target: str,
+    **_: Any,
+) -> Tensor:
     """upperson_kernels.prefix_attention by its definition. Under autocast too all stays in the dtype of qkv, as in the released
     code; autocast would hold the weights in float32 as well."""
     with torch.autocast(qkv.device.type, enabled=False):
@@ -133,8 +141,10 @@ def random_batches(config: Config, tokenizer: Callable, context_length: int, siz
     words = WORDS + DEVIATION * torch.special.ndtri((order + 0.5) / len(order))
     words = words.round().clamp(FEWEST, context_length - 2).int().tolist()
     tokens = tokenizer([" ".join(["coat"] * number_of_words) for number_of_words in words])
-    return [Batch(torch.randn(size, 3, *config.model.image_size, generator=generator), part, torch.arange(size) // 2)
-            for part in tokens.split(size)]
+    return [
+        Batch(torch.randn(size, 3, *config.model.image_size, generator=generator), part, torch.arange(size) // 2)
+        for part in tokens.split(size)
+    ]
 
 
 def fill(batches: Sequence[Batch]) -> float:
@@ -148,8 +158,10 @@ def fill(batches: Sequence[Batch]) -> float:
 
 def prepare(model: AdaptedCLIP, batches: Sequence[Batch], device: torch.device) -> list[tuple[Any, ...]]:
     """Images, captions and person ids as a training gets them from its loader: packed where the model packs."""
-    return [(batch.images.to(device), model.pack_captions(batch.tokens).to(device), batch.person_ids.to(device))
-            for batch in batches]
+    return [
+        (batch.images.to(device), model.pack_captions(batch.tokens).to(device), batch.person_ids.to(device))
+        for batch in batches
+    ]
 
 
 class Step:

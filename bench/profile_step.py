@@ -23,7 +23,7 @@ KINDS = {
     "matrix products": r"::(add)?(b?mm|bmm)|linear|matmul|gemm",
     "convolution": r"conv",
     "copies and layout": r"copy|clone|contiguous|::cat|index|embedding|gather|scatter|fill|zero|slice|select|pad|::to$|"
-                         r"split|stack",
+    r"split|stack",
     "sums": r"::sum|mean|norm|max|min|cumsum",
     "elementwise": r"::(add|sub|mul|div|neg|exp|log|pow|sqrt|where|masked|eq|le|lt|ge|gt|bitwise)",
 }
@@ -64,8 +64,10 @@ def kinds_table(events: list[FunctionEvent], wall: float, gpu: bool) -> list[str
         if event.device_type == torch.autograd.DeviceType.CPU and own > 0:
             milliseconds[kind_of(event)] += own / 1e3 / STEPS
             calls[kind_of(event)] += 1 / STEPS
-    body = [[kind, f"{value:,.2f}", f"{value / wall:.0%}", f"{calls[kind]:,.0f}"]
-            for kind, value in milliseconds.most_common()]
+    body = [
+        [kind, f"{value:,.2f}", f"{value / wall:.0%}", f"{calls[kind]:,.0f}"]
+        for kind, value in milliseconds.most_common()
+    ]
     if gpu:
         idle = wall - sum(milliseconds.values())
         body.append(["GPU idle", f"{idle:,.2f}", f"{idle / wall:.0%}", ""])

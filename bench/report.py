@@ -31,9 +31,9 @@ from measure import device_slug, environment, microseconds
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-COMPILED_TARGETS = (80, 89, 90, 100)                                    # that bench/resources.py knows
+COMPILED_TARGETS = (80, 89, 90, 100)  # that bench/resources.py knows
 MODES = ("forward", "backward", "both")
-TAIL = 25                                                               # lines of a failed part's output
+TAIL = 25  # lines of a failed part's output
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Part:
     name: str
     command: Sequence[str | Path]
     seconds: float
-    needs: tuple[str, ...] = ()                                         # modules that must be installed
-    collect: Callable[[], Any] = lambda: None                           # called when it has ended; None: nothing there
+    needs: tuple[str, ...] = ()  # modules that must be installed
+    collect: Callable[[], Any] = lambda: None  # called when it has ended; None: nothing there
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Record:
     """How a part went. Only a part that passed is not run again."""
 
     name: str
-    status: str                                                         # passed, failed, over time, left out
+    status: str  # passed, failed, over time, left out
     seconds: float = 0.0
     reason: str = ""
     tail: str = ""
@@ -83,9 +83,11 @@ class Report:
             return ""
         if tests is None:
             return "The kernel tests have not run yet"
-        return {"failed": "The kernel tests fail on this machine",
-                "over time": "The kernel tests did not end in their time",
-                "left out": f"The kernel tests did not run ({tests.reason})"}[tests.status]
+        return {
+            "failed": "The kernel tests fail on this machine",
+            "over time": "The kernel tests did not end in their time",
+            "left out": f"The kernel tests did not run ({tests.reason})",
+        }[tests.status]
 
 
 # ---------------------------------------------------------------------------------------- parts
@@ -100,8 +102,18 @@ def gpu_parts(work: Path) -> list[Part]:
     # Most of the tests' time goes into compiling a few hundred kernels, on as many cores as there are.
     spread = ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
     return [
-        program("kernel tests", 150, "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread,
-                *sorted((ROOT / "tests").glob("test_kernels*.py")), needs=("pytest", "hypothesis")),
+        program(
+            "kernel tests",
+            150,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *spread,
+            *sorted((ROOT / "tests").glob("test_kernels*.py")),
+            needs=("pytest", "hypothesis"),
+        ),
         benchmark("attention", 125, work, "attn.py", "--sweep"),
         benchmark("adapter", 125, work, "adapter.py", "--sweep"),
         benchmark("training step", 240, work, "step.py", needs=MODEL_NEEDS),
@@ -122,10 +134,17 @@ def cpu_parts(work: Path) -> list[Part]:
 
 NEEDS_A_GPU = (
     Record("kernel tests", "left out", reason="no GPU; `pytest` runs them in Triton's interpreter"),
-    Record("speed of the fused kernels", "left out", reason="no GPU; the interpreter says nothing about speed. Only "
-           "PyTorch candidates are timed, in small batches, and the training step is that of the embedded model"),
-    Record("full embedded training", "left out", reason="8 epochs take two cores about 5 minutes; a short run stands "
-           "in, `python train.py` is the full one"),
+    Record(
+        "speed of the fused kernels",
+        "left out",
+        reason="no GPU; the interpreter says nothing about speed. Only "
+        "PyTorch candidates are timed, in small batches, and the training step is that of the embedded model",
+    ),
+    Record(
+        "full embedded training",
+        "left out",
+        reason="8 epochs take two cores about 5 minutes; a short run stands in, `python train.py` is the full one",
+    ),
 )
 MODEL_NEEDS = ("open_clip", "torchvision", "safetensors", "tqdm", "PIL")
 
@@ -137,8 +156,16 @@ def program(name: str, seconds: float, *arguments: str | Path, **options) -> Par
 def benchmark(name: str, seconds: float, work: Path, script: str, *arguments: str, **options) -> Part:
     """A script of this folder that writes what it found to --json."""
     path = work / f"{file_name(name)}.json"
-    return program(name, seconds, ROOT / "bench" / script, *arguments, "--json", path,
-                   collect=lambda: json.loads(path.read_text()) if path.exists() else None, **options)
+    return program(
+        name,
+        seconds,
+        ROOT / "bench" / script,
+        *arguments,
+        "--json",
+        path,
+        collect=lambda: json.loads(path.read_text()) if path.exists() else None,
+        **options,
+    )
 
 
 def training(seconds: float, work: Path, *arguments: str) -> Part:
@@ -153,8 +180,15 @@ def training(seconds: float, work: Path, *arguments: str) -> Part:
         rates = [line["images_per_second"] for line in lines if line["kind"] == "epoch"]
         return json.loads((folder / "results.json").read_text()) | {"images_per_second": statistics.median(rates)}
 
-    return program("embedded training", seconds, ROOT / "train.py", *where, *arguments,
-                   needs=(*MODEL_NEEDS, "matplotlib"), collect=collect)
+    return program(
+        "embedded training",
+        seconds,
+        ROOT / "train.py",
+        *where,
+        *arguments,
+        needs=(*MODEL_NEEDS, "matplotlib"),
+        collect=collect,
+    )
 
 
 def file_name(name: str) -> str:
@@ -197,8 +231,15 @@ def execute(part: Part, log: Path, seconds: float) -> Record:
     variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [variables.get("PYTHONPATH")])])
     began = time.monotonic()
     with open(log, "wb") as output:
-        process = subprocess.Popen(list(map(str, part.command)), cwd=ROOT, env=variables, stdout=output,
-                                   stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            list(map(str, part.command)),
+            cwd=ROOT,
+            env=variables,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         over_time = False
         try:
             process.wait(seconds)
@@ -256,8 +297,9 @@ def targets(attention: list[dict], adapter: list[dict]) -> list[dict]:
     found = []
 
     def add(what: str, required: float, measured: float, unit: str, note: str = "") -> None:
-        found.append(dict(what=what, required=required, measured=measured, unit=unit, note=note,
-                          met=measured >= required))
+        found.append(
+            dict(what=what, required=required, measured=measured, unit=unit, note=note, met=measured >= required)
+        )
 
     for operator, rows in (("attention", attention), ("adapter", adapter)):
         for shape in dict.fromkeys(row["shape"] for row in rows):
@@ -268,22 +310,31 @@ def targets(attention: list[dict], adapter: list[dict]) -> list[dict]:
 
             def speed_up(mode: str, *prefixes: str, table: dict = table, ours: dict = ours) -> tuple[float, str] | None:
                 """Over the fastest baseline whose name begins so, and its name."""
-                rivals = [row for (m, name), row in table.items()
-                          if m == mode and row["kind"] == "baseline" and name.startswith(prefixes)]
+                rivals = [
+                    row
+                    for (m, name), row in table.items()
+                    if m == mode and row["kind"] == "baseline" and name.startswith(prefixes)
+                ]
                 if not rivals:
                     return None
                 best = min(rivals, key=lambda row: row["median"])
                 return best["median"] / ours[mode]["median"], best["candidate"]
 
-            wanted = ((("best folded SDPA", 1.5, ("folded SDPA",)), ("explicit softmax", 4.0, ("explicit softmax",)))
-                      if operator == "attention" else
-                      (("eager", 3.0, ("eager",)), ("best torch.compile", 1.3, ("torch.compile",))))
+            wanted = (
+                (("best folded SDPA", 1.5, ("folded SDPA",)), ("explicit softmax", 4.0, ("explicit softmax",)))
+                if operator == "attention"
+                else (("eager", 3.0, ("eager",)), ("best torch.compile", 1.3, ("torch.compile",)))
+            )
             for rival, required, prefixes in wanted:
                 if result := speed_up("both", *prefixes):
                     add(f"{operator}, {shape}: forward + backward against {rival}", required, result[0], "×", result[1])
             if operator == "attention":
-                add(f"{operator}, {shape}: forward + backward, share of the floor", 0.6, ours["both"]["share_of_floor"],
-                    "%")
+                add(
+                    f"{operator}, {shape}: forward + backward, share of the floor",
+                    0.6,
+                    ours["both"]["share_of_floor"],
+                    "%",
+                )
             if worst := min(((*result, mode) for mode in MODES if (result := speed_up(mode, ""))), default=None):
                 ratio, name, mode = worst
                 add(f"{operator}, {shape}: slowest mode against its best baseline", 1.0, ratio, "×", f"{mode}, {name}")
@@ -293,16 +344,28 @@ def targets(attention: list[dict], adapter: list[dict]) -> list[dict]:
 def step_targets(rows: list[dict]) -> list[dict]:
     """The same for the training step of CLIP ViT-B/16 at batch 128, of our paths the faster one."""
     plain = next((row for row in rows if row["path"] == "plain"), None)
-    ours = min((row for row in rows if row["path"].startswith("ours")), key=lambda row: row["milliseconds"],
-               default=None)
+    ours = min(
+        (row for row in rows if row["path"].startswith("ours")), key=lambda row: row["milliseconds"], default=None
+    )
     if plain is None or ours is None:
         return []
-    measured = (("20 ms ÷ its time", 1.0, 20 / ours["milliseconds"], "×"),
-                ("share of the measured matrix rate", 0.55, ours["share_of_matrix_rate"], "%"),
-                ("speed against the plain path", 4.0, plain["milliseconds"] / ours["milliseconds"], "×"),
-                ("peak memory of the plain path ÷ its own", 2.0, plain["peak_memory"] / ours["peak_memory"], "×"))
-    return [dict(what=f"training step: {what}", required=required, measured=value, unit=unit, note=ours["path"],
-                 met=value >= required) for what, required, value, unit in measured]
+    measured = (
+        ("20 ms ÷ its time", 1.0, 20 / ours["milliseconds"], "×"),
+        ("share of the measured matrix rate", 0.55, ours["share_of_matrix_rate"], "%"),
+        ("speed against the plain path", 4.0, plain["milliseconds"] / ours["milliseconds"], "×"),
+        ("peak memory of the plain path ÷ its own", 2.0, plain["peak_memory"] / ours["peak_memory"], "×"),
+    )
+    return [
+        dict(
+            what=f"training step: {what}",
+            required=required,
+            measured=value,
+            unit=unit,
+            note=ours["path"],
+            met=value >= required,
+        )
+        for what, required, value, unit in measured
+    ]
 
 
 def markdown(report: Report, plots: dict[str, str]) -> str:
@@ -326,11 +389,14 @@ def markdown(report: Report, plots: dict[str, str]) -> str:
         if rows := report.rows(name):
             lines += ["", f"## {name.capitalize()}", "", *operator_lines(rows, report.rows(name, "left_out"))]
             rates = report.record(name).result["rates"]
-            lines += ["", f"Floors are those of this device's own rates: a copy at "
-                      f"{rates['bytes_per_second'] / 1e9:,.0f} GB/s, a product at "
-                      f"{rates['flops_per_second'] / 1e12:,.2f} TFLOP/s. Times are medians in µs with the 20th and the "
-                      "80th percentile; share, launch (Python's time to queue the call) and peak memory are of "
-                      "forward + backward."]
+            lines += [
+                "",
+                f"Floors are those of this device's own rates: a copy at "
+                f"{rates['bytes_per_second'] / 1e9:,.0f} GB/s, a product at "
+                f"{rates['flops_per_second'] / 1e12:,.2f} TFLOP/s. Times are medians in µs with the 20th and the "
+                "80th percentile; share, launch (Python's time to queue the call) and peak memory are of "
+                "forward + backward.",
+            ]
         if name in plots:
             lines += ["", f"![Share of the floor against batch and length]({plots[name]})"]
     lines += step_lines(report) + training_lines(report) + resource_lines(report)
@@ -348,10 +414,17 @@ def target_lines(report: Report) -> list[str]:
     def number(value: float, unit: str) -> str:
         return f"{value:.0%}" if unit == "%" else f"{value:.2f}×"
 
-    return ["Set for an H200.", "", "| target | at least | measured | met |", "|---|---:|---:|---|",
-            *(f"| {row['what']} | {number(row['required'], row['unit'])} | {number(row['measured'], row['unit'])}"
-              f"{' (' + row['note'] + ')' if row['note'] else ''} | {'yes' if row['met'] else 'no'} |"
-              for row in report.targets)]
+    return [
+        "Set for an H200.",
+        "",
+        "| target | at least | measured | met |",
+        "|---|---:|---:|---|",
+        *(
+            f"| {row['what']} | {number(row['required'], row['unit'])} | {number(row['measured'], row['unit'])}"
+            f"{' (' + row['note'] + ')' if row['note'] else ''} | {'yes' if row['met'] else 'no'} |"
+            for row in report.targets
+        ),
+    ]
 
 
 def operator_lines(rows: list[dict], left_out: list[dict]) -> list[str]:
@@ -360,17 +433,26 @@ def operator_lines(rows: list[dict], left_out: list[dict]) -> list[str]:
     for shape in dict.fromkeys(row["shape"] for row in rows):
         table = {(row["mode"], row["candidate"]): row for row in rows if row["shape"] == shape}
         first = next(iter(table.values()))
-        lines += ["", f"**{shape}**, batch {first['batch']}, {first['dtype']}", "",
-                  "| | forward | backward | forward + backward | of the floor | launch | peak memory |",
-                  "|---|---:|---:|---:|---:|---:|---:|"]
+        lines += [
+            "",
+            f"**{shape}**, batch {first['batch']}, {first['dtype']}",
+            "",
+            "| | forward | backward | forward + backward | of the floor | launch | peak memory |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
         for candidate in dict.fromkeys(name for _, name in table):
             each = [table.get((mode, candidate)) for mode in MODES]
             both = each[-1] or {}
             share, launch, memory = (both.get(key) for key in ("share_of_floor", "launch", "peak_memory"))
-            cells = ["{} ({}–{})".format(*(microseconds(row[key]) for key in ("median", "p20", "p80"))) if row else ""
-                     for row in each]
-            cells += [f"{share:.0%}" if share else "–", f"{launch:,.0f} µs" if launch else "–",
-                      f"{memory / 2**20:,.0f} MiB" if memory is not None else "–"]
+            cells = [
+                "{} ({}–{})".format(*(microseconds(row[key]) for key in ("median", "p20", "p80"))) if row else ""
+                for row in each
+            ]
+            cells += [
+                f"{share:.0%}" if share else "–",
+                f"{launch:,.0f} µs" if launch else "–",
+                f"{memory / 2**20:,.0f} MiB" if memory is not None else "–",
+            ]
             lines.append(f"| {candidate} | {' | '.join(cells)} |")
         for row in left_out:
             if row["shape"] == shape:
@@ -393,11 +475,17 @@ def training_lines(report: Report) -> list[str]:
         return []
     result = record.result
     names = list(result["adapted"])
-    lines = ["", "## Embedded training", "",
-             f"{result['epochs']} epochs on {'the fused kernels' if report.gpu else 'plain PyTorch'}, "
-             f"{result['images_per_second']:,.0f} images/s; {result['queries']:,} captions search "
-             f"{result['gallery']:,} images.", "",
-             f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    lines = [
+        "",
+        "## Embedded training",
+        "",
+        f"{result['epochs']} epochs on {'the fused kernels' if report.gpu else 'plain PyTorch'}, "
+        f"{result['images_per_second']:,.0f} images/s; {result['queries']:,} captions search "
+        f"{result['gallery']:,} images.",
+        "",
+        f"| | {' | '.join(names)} |",
+        "|---|" + "---:|" * len(names),
+    ]
     for title, metrics in (("zero-shot CLIP", result["zero_shot"]), ("UP-Person", result["adapted"])):
         lines.append(f"| {title} | {' | '.join(f'{metrics[name]:.2f}' for name in names)} |")
     return lines
@@ -408,13 +496,20 @@ def resource_lines(report: Report) -> list[str]:
     if not rows:
         return []
     kernels = dict.fromkeys(row["kernel"] for row in rows)
-    lines = ["", "## Compiled kernels", "",
-             f"Ahead of time for sm_{rows[0]['target']}, at {len({row['shape'] for row in rows})} shapes; a stack "
-             "above 0 is a spill.", "", "| kernel | registers, at most | stack, at most | shared memory, at most |",
-             "|---|---:|---:|---:|"]
+    lines = [
+        "",
+        "## Compiled kernels",
+        "",
+        f"Ahead of time for sm_{rows[0]['target']}, at {len({row['shape'] for row in rows})} shapes; a stack "
+        "above 0 is a spill.",
+        "",
+        "| kernel | registers, at most | stack, at most | shared memory, at most |",
+        "|---|---:|---:|---:|",
+    ]
     for kernel in kernels:
-        most = {key: max(row[key] for row in rows if row["kernel"] == kernel)
-                for key in ("registers", "stack", "shared")}
+        most = {
+            key: max(row[key] for row in rows if row["kernel"] == kernel) for key in ("registers", "stack", "shared")
+        }
         lines.append(f"| {kernel} | {most['registers']} | {most['stack']} B | {most['shared'] / 1024:.0f} KB |")
     return lines
 
@@ -438,10 +533,16 @@ def main(make_parts: Callable[[Path], list[Part]] | None = None, work_folder: Pa
     """`make_parts` gives the parts for a work folder; by default those that this machine can run."""
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=10.0 if gpu else 5.0, metavar="M",
-                        help="time for everything (default: 10, without a GPU 5)")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR",
-                        help="folder of the reports (default: bench/results)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10.0 if gpu else 5.0,
+        metavar="M",
+        help="time for everything (default: 10, without a GPU 5)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the reports (default: bench/results)"
+    )
     parser.add_argument("--fresh", action="store_true", help="run parts again that passed before")
     arguments = parser.parse_args()
     if not arguments.minutes > 0:
@@ -455,14 +556,16 @@ def main(make_parts: Callable[[Path], list[Part]] | None = None, work_folder: Pa
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     report = Report(found, gpu)
-    print(f"{found['device']}; torch {found['torch']}, Triton {found['triton']}, commit {found['commit']}; "
-          f"logs and finished parts in {work}")
+    print(
+        f"{found['device']}; torch {found['torch']}, Triton {found['triton']}, commit {found['commit']}; "
+        f"logs and finished parts in {work}"
+    )
 
     def finished(record: Record) -> None:
         report.parts.append(record)
         publish(report, work, arguments.output, slug)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)           # so that the part that runs is stopped too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the part that runs is stopped too
     parts = (make_parts or (gpu_parts if gpu else cpu_parts))(work)
     try:
         run(parts, work, 60 * arguments.minutes, finished)

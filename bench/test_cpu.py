@@ -1,9 +1,9 @@
 """What can be compared on a CPU: pytest bench (needs pytest-benchmark). Not part of the tests.
 
-    attention       PyTorch backend against the definition, forward and backward: an image's call, batch 4
-    adapter         PyTorch backend, and LayerNorm alone as the bound
-    metrics         ranking and measuring at the size of CUHK-PEDES's test split
-    augmentation    the transform of one image, for training and for evaluation
+attention       PyTorch backend against the definition, forward and backward: an image's call, batch 4
+adapter         PyTorch backend, and LayerNorm alone as the bound
+metrics         ranking and measuring at the size of CUHK-PEDES's test split
+augmentation    the transform of one image, for training and for evaluation
 """
 
 import pytest
@@ -31,8 +31,11 @@ def test_attention(benchmark, candidate):
     grad = torch.randn(4, 193, 12, 64)
 
     def step(candidate=candidate):
-        out = (reference.explicit(qkv, key, value, scale, False, "weights") if candidate == "definition" else
-               prefix_attention(qkv, key, value, scale, backend="torch"))
+        out = (
+            reference.explicit(qkv, key, value, scale, False, "weights")
+            if candidate == "definition"
+            else prefix_attention(qkv, key, value, scale, backend="torch")
+        )
         return [out.detach(), *torch.autograd.grad(out, (qkv, key, value, scale), grad)]
 
     for found, expected in zip(step(), step("definition"), strict=True):
@@ -45,8 +48,16 @@ def test_attention(benchmark, candidate):
 def test_adapter(benchmark, candidate):
     x = torch.randn(4, 193, 768, requires_grad=True)
     weight, bias = torch.randn(2, 768)
-    adapter = [t.requires_grad_() for t in (torch.randn(96, 768) * 768**-0.5, torch.randn(96),
-                                            torch.randn(768, 96) * 96**-0.5, torch.randn(768), torch.tensor(1.0))]
+    adapter = [
+        t.requires_grad_()
+        for t in (
+            torch.randn(96, 768) * 768**-0.5,
+            torch.randn(96),
+            torch.randn(768, 96) * 96**-0.5,
+            torch.randn(768),
+            torch.tensor(1.0),
+        )
+    ]
     grad = torch.randn(4, 193, 768)
 
     def step():
@@ -70,5 +81,5 @@ def test_metrics(benchmark):
 @pytest.mark.benchmark(group="resizing and normalising one image")
 def test_transform(benchmark):
     transform = image_transform((384, 128), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
-    image = Image.effect_noise((100, 250), 50).convert("RGB")           # about as large as the crops of CUHK-PEDES
+    image = Image.effect_noise((100, 250), 50).convert("RGB")  # about as large as the crops of CUHK-PEDES
     assert benchmark(transform, image).shape == (3, 384, 128)

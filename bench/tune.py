@@ -28,8 +28,8 @@ from upperson_kernels.backend import capability
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 PREFIX = 10
-ADAPTERS = {64: (77, 512), 96: (193, 768), 128: (244, 1024)}            # rows of a sample and width, by hidden width
-WORTH = 0.98                                                            # of the shipped tiles' time
+ADAPTERS = {64: (77, 512), 96: (193, 768), 128: (244, 1024)}  # rows of a sample and width, by hidden width
+WORTH = 0.98  # of the shipped tiles' time
 
 Workload = Callable[[], tuple[Tensor, ...]]
 
@@ -39,7 +39,7 @@ class Job:
     """A kernel whose tiles are chosen, and the calls whose time together decides."""
 
     kernel: str
-    width: int                                                          # of a head, or the adapter's hidden width
+    width: int  # of a head, or the adapter's hidden width
     workloads: list[Workload]
 
 
@@ -48,14 +48,17 @@ def jobs(batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[Job]:
         return torch.randn(shape, device=device, dtype=dtype)
 
     attend, attend_back = [], []
-    for length, heads, causal in ((193, 12, False), (77, 8, True)):     # both towers of ViT-B/16
+    for length, heads, causal in ((193, 12, False), (77, 8, True)):  # both towers of ViT-B/16
         qkv, grad = randn(batch, length, 3, heads, 64), randn(batch, length, heads, 64)
         prefix = (*randn(2, PREFIX, heads, 64, dtype=torch.float32), torch.tensor(10.0, device=device))
         inputs, options = (qkv, *prefix, None, 0), (causal, "weights")
         out, lse = attention.launch_forward(*inputs, *options)
         attend.append(lambda inputs=inputs, options=options: attention.launch_forward(*inputs, *options))
-        attend_back.append(lambda grad=grad, inputs=inputs, out=out, lse=lse, options=options:
-                           attention.launch_backward(grad, *inputs, out, lse, *options, [True] * 4))
+        attend_back.append(
+            lambda grad=grad, inputs=inputs, out=out, lse=lse, options=options: attention.launch_backward(
+                grad, *inputs, out, lse, *options, [True] * 4
+            )
+        )
     yield Job("attention_forward", 64, attend)
     yield Job("attention_backward", 64, attend_back)
 
@@ -69,24 +72,42 @@ def jobs(batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[Job]:
         def forward(residual: Tensor | None, own_norm: tuple, x=x, norm=norm, layers=layers) -> Workload:
             return lambda: adapter.forward(x, residual, *norm, *layers, *own_norm, 1e-5)
 
-        def backward(dstream: Tensor | None, own_norm: tuple, wanted: range, dy=dy,
-                     saved=(x, norm[0], *layers), rows=(mean, rstd, activations)) -> Workload:
+        def backward(
+            dstream: Tensor | None,
+            own_norm: tuple,
+            wanted: range,
+            dy=dy,
+            saved=(x, norm[0], *layers),
+            rows=(mean, rstd, activations),
+        ) -> Workload:
             return lambda: adapter.backward(dy, dstream, *saved, *own_norm, *rows, [i in wanted for i in range(10)])
 
         none, x_alone, adapter_alone = (None, None), range(1), range(3, 8)
-        yield Job("adapter_rows", hidden, [
-            forward(None, none), forward(dy, none), forward(dy, norm),
-            backward(None, none, x_alone), backward(dy, none, x_alone), backward(dy, norm, x_alone)])
-        yield Job("adapter_parameters", hidden, [
-            backward(None, none, adapter_alone), backward(dy, norm, adapter_alone)])
+        yield Job(
+            "adapter_rows",
+            hidden,
+            [
+                forward(None, none),
+                forward(dy, none),
+                forward(dy, norm),
+                backward(None, none, x_alone),
+                backward(dy, none, x_alone),
+                backward(dy, norm, x_alone),
+            ],
+        )
+        yield Job(
+            "adapter_parameters", hidden, [backward(None, none, adapter_alone), backward(dy, norm, adapter_alone)]
+        )
 
 
 def alternatives(kernel: str) -> list[tiles.Tiles]:
     """What is tried beside the shipped tiles."""
     first, second = tiles.FIELDS[kernel][:2]
     rows = (16, 32, 64, 128) if kernel == "adapter_parameters" else (32, 64, 128)
-    return [{first: m, second: n, "num_warps": warps, "num_stages": stages}
-            for m, n, warps, stages in itertools.product(rows, (32, 64, 128), (4, 8), (2, 3))]
+    return [
+        {first: m, second: n, "num_warps": warps, "num_stages": stages}
+        for m, n, warps, stages in itertools.product(rows, (32, 64, 128), (4, 8), (2, 3))
+    ]
 
 
 def tune(job: Job, choices: list[tiles.Tiles], element_size: int, device: torch.device, seconds: float) -> list[dict]:
@@ -106,9 +127,10 @@ def tune(job: Job, choices: list[tiles.Tiles], element_size: int, device: torch.
             if all(map(same, (workload() for workload in job.workloads), expected)):
                 calls = {i: [Call(lambda _, w=workload: w())] for i, workload in enumerate(job.workloads)}
                 timings = time_in_turns(calls, device, seconds)
-                rows.append(dict(tiles=choice, microseconds=sum(t.median for t in timings.values()),
-                                 ships=choice is shipped))
-        except Exception as error:                                      # out of shared memory, most often
+                rows.append(
+                    dict(tiles=choice, microseconds=sum(t.median for t in timings.values()), ships=choice is shipped)
+                )
+        except Exception as error:  # out of shared memory, most often
             if choice is shipped:
                 raise
             print(f"    {choice}: {str(error).splitlines()[0][:70]}")
@@ -119,9 +141,13 @@ def tune(job: Job, choices: list[tiles.Tiles], element_size: int, device: torch.
 
 def same(values: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     """Equal up to the order of summation, relative to the size of the whole tensor."""
-    return all(float((a.double() - b.double()).norm()) <= 4 * torch.finfo(a.dtype).eps * float(b.double().norm())
-               if a.dtype.itemsize == 2 else torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(b.abs().max()))
-               for a, b in zip(values, expected, strict=True) if b.numel())
+    return all(
+        float((a.double() - b.double()).norm()) <= 4 * torch.finfo(a.dtype).eps * float(b.double().norm())
+        if a.dtype.itemsize == 2
+        else torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(b.abs().max()))
+        for a, b in zip(values, expected, strict=True)
+        if b.numel()
+    )
 
 
 def main() -> int:
@@ -133,8 +159,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=above_zero, default=0.2, metavar="S", help="for each choice (default: 0.2)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("error: tuning times kernels on a GPU, and there is none; the tiles of kernels/tiles.py hold",
-              file=sys.stderr)
+        print(
+            "error: tuning times kernels on a GPU, and there is none; the tiles of kernels/tiles.py hold",
+            file=sys.stderr,
+        )
         return 1
 
     device = torch.device("cuda")
@@ -151,8 +179,15 @@ def main() -> int:
             print(f"  {row['microseconds']:>8,.1f} µs  {row['tiles']}{'  (ships)' if row['ships'] else ''}")
         print(f"  {shipped['microseconds']:>8,.1f} µs  as shipped")
         if rows[0]["microseconds"] < WORTH * shipped["microseconds"]:
-            entries.append(dict(kernel=job.kernel, width=job.width, element_size=dtype.itemsize,
-                                capability=capability(torch.empty(0, device=device)), **rows[0]["tiles"]))
+            entries.append(
+                dict(
+                    kernel=job.kernel,
+                    width=job.width,
+                    element_size=dtype.itemsize,
+                    capability=capability(torch.empty(0, device=device)),
+                    **rows[0]["tiles"],
+                )
+            )
         save(arguments.file, entries, device)
     print(f"{len(entries)} faster than what ships, written to {arguments.file}")
     return 0

@@ -38,8 +38,11 @@ def losses_and_gradients(
     own = {name: group.own(tensor) if len(group.share_of(pairs)) else tensor[:1] for name, tensor in batch.items()}
     loss, parts = module(own, pairs)
     loss.backward()
-    return {"loss": loss.detach(), **{f"loss_{name}": part.detach() for name, part in parts.items()},
-            **{name: parameter.grad for name, parameter in parameters.items()}}
+    return {
+        "loss": loss.detach(),
+        **{f"loss_{name}": part.detach() for name, part in parts.items()},
+        **{name: parameter.grad for name, parameter in parameters.items()},
+    }
 
 
 def compute(config: ModelConfig, batch: dict[str, torch.Tensor], samples: list[Sample], group: Group) -> dict:

@@ -14,7 +14,7 @@ from upperson_kernels.attention import reference as attention_reference
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-EXACT = torch.float32 if GPU else torch.float64                 # the most precise dtype that the kernels take here
+EXACT = torch.float32 if GPU else torch.float64  # the most precise dtype that the kernels take here
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float64, torch.float32, torch.float16]
 
 # The unit roundoff bounds what any order of summation may differ by where PyTorch's own error happens to be zero.
@@ -64,9 +64,9 @@ def assert_within_budget(fused, plain, oracle, tensors, grads):
         assert a.dtype == dtype and a.shape == c.shape
         if c.numel() == 0:
             continue
-        slack = SLACK[dtype] if c.dim() else 10 * SLACK[dtype]          # a sum over everything may nearly cancel
+        slack = SLACK[dtype] if c.dim() else 10 * SLACK[dtype]  # a sum over everything may nearly cancel
         error, allowed = relative_error(a, c), 2 * relative_error(b, c) + slack
-        if c.norm() < 1e-10:                                     # exactly zero up to rounding, as dλ may be
+        if c.norm() < 1e-10:  # exactly zero up to rounding, as dλ may be
             error, allowed = float(a.detach().double().norm()), 1e-6
         assert error <= allowed, f"result {i}: error {error:.2e}, allowed {allowed:.2e}"
 
@@ -98,8 +98,12 @@ def attention_functions(causal, target, cu_seqlens=None):
     def oracle(qkv, *prefix):
         if cu_seqlens is None:
             return attention_reference.explicit(qkv, *prefix, causal, target)
-        return torch.cat([attention_reference.explicit(qkv[None, begin:end], *prefix, causal, target)[0]
-                          for begin, end in itertools.pairwise(cu_seqlens.tolist())])
+        return torch.cat(
+            [
+                attention_reference.explicit(qkv[None, begin:end], *prefix, causal, target)[0]
+                for begin, end in itertools.pairwise(cu_seqlens.tolist())
+            ]
+        )
 
     return fused, plain, oracle
 
@@ -113,7 +117,8 @@ def adapter_inputs(rows=(2, 5), width=24, hidden=3, scale=0.7, dtype=None, resid
     """Tensors of layernorm_adapter in its order; then norm_weight and norm_bias, and the residual, if asked for."""
     tensors = [
         randn(*rows, width, seed=seed, dtype=dtype),
-        1 + randn(width, seed=seed + 1, dtype=dtype, scale=0.1), randn(width, seed=seed + 2, dtype=dtype, scale=0.1),
+        1 + randn(width, seed=seed + 1, dtype=dtype, scale=0.1),
+        randn(width, seed=seed + 2, dtype=dtype, scale=0.1),
         randn(hidden, width, seed=seed + 3, dtype=dtype, scale=width**-0.5),
         randn(hidden, seed=seed + 4, dtype=dtype, scale=0.1),
         randn(width, hidden, seed=seed + 5, dtype=dtype, scale=hidden**-0.5),
@@ -121,8 +126,10 @@ def adapter_inputs(rows=(2, 5), width=24, hidden=3, scale=0.7, dtype=None, resid
         torch.tensor(float(scale), device=DEVICE, dtype=dtype or EXACT),
     ]
     if own_norm:
-        tensors += [1 + randn(width, seed=seed + 8, dtype=dtype, scale=0.3),
-                    randn(width, seed=seed + 9, dtype=dtype, scale=0.3)]
+        tensors += [
+            1 + randn(width, seed=seed + 8, dtype=dtype, scale=0.3),
+            randn(width, seed=seed + 9, dtype=dtype, scale=0.3),
+        ]
     return [*tensors, randn(*rows, width, seed=seed + 7, dtype=dtype)] if residual else tensors
 
 

@@ -190,8 +190,13 @@ class TestToDevice:
     def test_captions_are_packed_before_they_are_moved(self, batches):
         batches[0]["captions"][:, 50] = 49407
         seen = []
-        moved = to_device(batches[0], torch.device("meta"), MEAN, STD,
-                          lambda captions: seen.append(captions.device.type) or pack_captions(captions))
+        moved = to_device(
+            batches[0],
+            torch.device("meta"),
+            MEAN,
+            STD,
+            lambda captions: seen.append(captions.device.type) or pack_captions(captions),
+        )
         assert seen == ["cpu"] and moved["captions"].longest == 51
         assert moved["captions"].token_ids.shape == (3 * 51,) and moved["captions"].token_ids.device.type == "meta"
 
@@ -200,8 +205,10 @@ class TestToDevice:
         moved = to_device(batches[0], torch.device("meta"), MEAN, STD)
         assert moved["images"].shape == (3, 3, 48, 16) and moved["images"].dtype == torch.float32
 
-    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a GPU"))])
+    @pytest.mark.parametrize(
+        "device",
+        ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+    )
     def test_device_batches(self, batches, device):
         found = list(DeviceBatches(batches, torch.device(device), MEAN, STD))
         assert len(found) == 3
@@ -232,7 +239,7 @@ class TestToDevice:
                 happened.append(f"used on {stream.name}")
 
         def fake_to_device(batch, *_):
-            last["moved"] = f"batch {batch}"                            # by the one thread that fetches
+            last["moved"] = f"batch {batch}"  # by the one thread that fetches
             happened.append(last["moved"])
             return {"images": Moved()}
 
@@ -244,12 +251,13 @@ class TestToDevice:
             happened.append("step")
         # A thread fetches, so that of two neighbours in this list of orders nothing more can be said.
         assert happened.count("step") == happened.count("used on current") == happened.count("on side") == 3
-        moved, waited = ([happened.index(f"{what} {batch}") for batch in (1, 2, 3)]
-                         for what in ("batch", "wait for batch"))
+        moved, waited = (
+            [happened.index(f"{what} {batch}") for batch in (1, 2, 3)] for what in ("batch", "wait for batch")
+        )
         steps = [position for position, what in enumerate(happened) if what == "step"]
         assert moved == sorted(moved) and waited == sorted(waited)
         assert all(m < w < step for m, w, step in zip(moved, waited, steps, strict=True))
-        assert moved[2] > waited[0]                                    # no more than one ahead
+        assert moved[2] > waited[0]  # no more than one ahead
 
     def test_what_the_loader_raises_comes_through(self, monkeypatch):
         """From the thread, too."""

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))                                          # the scripts find each other like this too
+sys.path.insert(0, str(BENCH))  # the scripts find each other like this too
 adapter, attn, comparison, measure, report = map(
-    importlib.import_module, ("adapter", "attn", "comparison", "measure", "report"))
+    importlib.import_module, ("adapter", "attn", "comparison", "measure", "report")
+)
 
 CPU = torch.device("cpu")
 RATES = measure.Rates("a device", 1e9, 1e9)
@@ -46,12 +47,25 @@ def run_main(module, monkeypatch, *arguments) -> int:
 
 
 @needs_no_gpu
-@pytest.mark.parametrize("module, shape, candidates", [
-    (attn, "text", {"explicit softmax", "folded SDPA", "folded SDPA, lower right", "SDPA, no prefix"}),
-    (attn, "text, packed", {"packed, PyTorch backend", "explicit softmax", "folded SDPA", "folded SDPA, lower right",
-                            "SDPA, no prefix"}),
-    (adapter, "text + residual", {"eager", "LayerNorm alone"}),
-], ids=["attention", "packed attention", "adapter"])
+@pytest.mark.parametrize(
+    "module, shape, candidates",
+    [
+        (attn, "text", {"explicit softmax", "folded SDPA", "folded SDPA, lower right", "SDPA, no prefix"}),
+        (
+            attn,
+            "text, packed",
+            {
+                "packed, PyTorch backend",
+                "explicit softmax",
+                "folded SDPA",
+                "folded SDPA, lower right",
+                "SDPA, no prefix",
+            },
+        ),
+        (adapter, "text + residual", {"eager", "LayerNorm alone"}),
+    ],
+    ids=["attention", "packed attention", "adapter"],
+)
 def test_operator_benchmark(module, shape, candidates, small, tmp_path, monkeypatch, capsys):
     path = tmp_path / "result.json"
     assert run_main(module, monkeypatch, "--shape", shape, "--batch", "3", "--seconds", "0.01", "--json", path) == 0
@@ -59,11 +73,12 @@ def test_operator_benchmark(module, shape, candidates, small, tmp_path, monkeypa
     assert "These need a GPU and are left out: the fused kernels" in printed and "Floors at batch 128" in printed
     result = json.loads(path.read_text())
     assert {(row["mode"], row["candidate"]) for row in result["rows"]} == {
-        (mode, candidate) for mode in ("forward", "backward", "both") for candidate in candidates}
+        (mode, candidate) for mode in ("forward", "backward", "both") for candidate in candidates
+    }
     assert result["left_out"] == [] and result["sweep"] == []
     for row in result["rows"]:
         assert 0 < row["p20"] <= row["median"] <= row["p80"]
-        assert row["launch"] is None and row["peak_memory"] is None     # a CPU has neither
+        assert row["launch"] is None and row["peak_memory"] is None  # a CPU has neither
         if row["kind"] == "baseline":
             assert row["share_of_floor"] == pytest.approx(row["floor"] / row["median"])
     assert result["environment"]["torch"] == torch.__version__
@@ -74,8 +89,12 @@ def test_operator_benchmark(module, shape, candidates, small, tmp_path, monkeypa
 def test_sweep(module, small, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     path = tmp_path / "result.json"
-    assert run_main(module, monkeypatch, "--shape", "image", "--batch", "2", "--seconds", "0.01", "--sweep",
-                    "--json", path) == 0
+    assert (
+        run_main(
+            module, monkeypatch, "--shape", "image", "--batch", "2", "--seconds", "0.01", "--sweep", "--json", path
+        )
+        == 0
+    )
     sweep = json.loads(path.read_text())["sweep"]
     axes = {(row["axis"].split()[0], row["value"]) for row in sweep}
     assert {("batch", 1), ("batch", 8), ("tokens", 50), ("tokens", 193)} <= axes
@@ -97,14 +116,17 @@ def adapter_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("module, arguments, message", [
-    (attn, ["--batch", "0"], "--batch: '0' is not allowed; expected a whole number from 1"),
-    (attn, ["--seconds", "no"], "--seconds: 'no' is not allowed; expected a number above 0"),
-    (adapter, ["--json", "/nowhere/at/all.json"], "--json: folder /nowhere/at does not exist; expected"),
-    (adapter, ["--json", "/"], "--json: / cannot be written; expected a file in a folder that can be written"),
-    (adapter, ["--sweep"], "--sweep draws its plot beside the JSON file; give --json as well"),
-    (report, ["--minutes", "-1"], "--minutes: -1.0 is not allowed; expected a number above 0"),
-])
+@pytest.mark.parametrize(
+    "module, arguments, message",
+    [
+        (attn, ["--batch", "0"], "--batch: '0' is not allowed; expected a whole number from 1"),
+        (attn, ["--seconds", "no"], "--seconds: 'no' is not allowed; expected a number above 0"),
+        (adapter, ["--json", "/nowhere/at/all.json"], "--json: folder /nowhere/at does not exist; expected"),
+        (adapter, ["--json", "/"], "--json: / cannot be written; expected a file in a folder that can be written"),
+        (adapter, ["--sweep"], "--sweep draws its plot beside the JSON file; give --json as well"),
+        (report, ["--minutes", "-1"], "--minutes: -1.0 is not allowed; expected a number above 0"),
+    ],
+)
 def test_bad_options(module, arguments, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_main(module, monkeypatch, *arguments)
@@ -126,21 +148,26 @@ def test_cpu_comparisons_run_when_asked_alone():
 # ---------------------------------------------------------------------------------------- floors
 
 
-@pytest.mark.parametrize("module, call, megabytes, gigaflop, h200, rtx4090", [
-    (attn, "image, forward", 153, 15.4, 36, 166),
-    (attn, "image, backward", 305, 38.5, 71, 331),
-    (attn, "image-L/14, forward", 258, 32.5, 60, 280),
-    (attn, "image-L/14, backward", 514, 81, 120, 558),
-    (adapter, "image, forward", 76, 7.3, 18, 83),
-    (adapter, "image, backward", 114, 14.6, 27, 124),
-])
+@pytest.mark.parametrize(
+    "module, call, megabytes, gigaflop, h200, rtx4090",
+    [
+        (attn, "image, forward", 153, 15.4, 36, 166),
+        (attn, "image, backward", 305, 38.5, 71, 331),
+        (attn, "image-L/14, forward", 258, 32.5, 60, 280),
+        (attn, "image-L/14, backward", 514, 81, 120, 558),
+        (adapter, "image, forward", 76, 7.3, 18, 83),
+        (adapter, "image, backward", 114, 14.6, 27, 124),
+    ],
+)
 def test_floors(module, call, megabytes, gigaflop, h200, rtx4090):
     """The figures of the design, worked out by hand from the sizes of the tensors; the last digit may be rounded."""
-    (moved, flops), = [rest for name, *rest in module.floors() if name == call]
+    ((moved, flops),) = [rest for name, *rest in module.floors() if name == call]
     assert moved / 1e6 == pytest.approx(megabytes, abs=0.51)
     assert flops / 1e9 == pytest.approx(gigaflop, rel=0.005)
     assert [r.floor(moved, flops) for r in measure.KNOWN_RATES] == [
-        pytest.approx(h200, abs=0.6), pytest.approx(rtx4090, abs=0.6)]
+        pytest.approx(h200, abs=0.6),
+        pytest.approx(rtx4090, abs=0.6),
+    ]
 
 
 def test_floor_of_packed_captions_counts_their_tokens_alone():
@@ -160,7 +187,7 @@ def test_wrong_candidates_are_named_and_not_timed(capsys):
 
     def wrong_gradient(qkv, key, value, scale):
         out = right(qkv, key, value, scale)
-        return out + 0.01 * (out.detach() * (scale - scale.detach()))   # the same value
+        return out + 0.01 * (out.detach() * (scale - scale.detach()))  # the same value
 
     def not_finite(*tensors):
         return right(*tensors) * torch.nan
@@ -173,14 +200,21 @@ def test_wrong_candidates_are_named_and_not_timed(capsys):
             raise RuntimeError("only for training")
         return right(*tensors)
 
-    candidates = {"right": right, "off by one": lambda *t: right(*t).roll(1, dims=1), "gradient": wrong_gradient,
-                  "NaN": not_finite, "breaks": breaks, "inference": breaks_without_gradients,
-                  "acausal": attn.at(attn.reference.explicit, replace(shape, causal=False), "weights")}
+    candidates = {
+        "right": right,
+        "off by one": lambda *t: right(*t).roll(1, dims=1),
+        "gradient": wrong_gradient,
+        "NaN": not_finite,
+        "breaks": breaks,
+        "inference": breaks_without_gradients,
+        "acausal": attn.at(attn.reference.explicit, replace(shape, causal=False), "weights"),
+    }
     case = replace(case, candidates={name: comparison.Candidate(f) for name, f in candidates.items()})
     rows, left_out = comparison.compare(case, CPU, 0.01, RATES)
     assert {row["candidate"] for row in rows} == {"right"}
-    assert [row["floor"] for row in rows] == [RATES.floor(case.bytes[row["mode"]], case.flops[row["mode"]])
-                                              for row in rows]
+    assert [row["floor"] for row in rows] == [
+        RATES.floor(case.bytes[row["mode"]], case.flops[row["mode"]]) for row in rows
+    ]
     assert len({row["floor"] for row in rows}) == len(rows) == 3
     reasons = {entry["candidate"]: entry["reason"] for entry in left_out}
     assert set(reasons) == set(candidates) - {"right"}
@@ -240,13 +274,13 @@ def test_gpu_times_without_waiting_for_python(monkeypatch):
             assert enable_timing
 
         def record(self):
-            self.at = state.gpu = max(state.gpu, state.host)            # an idle GPU is at it at once
+            self.at = state.gpu = max(state.gpu, state.host)  # an idle GPU is at it at once
 
         def query(self):
             return self.at <= state.host
 
         def elapsed_time(self, end):
-            return (end.at - self.at) / 1e6                             # milliseconds, at 1 GHz
+            return (end.at - self.at) / 1e6  # milliseconds, at 1 GHz
 
     def sleep(cycles):
         state.gpu = max(state.gpu, state.host) + cycles
@@ -263,14 +297,14 @@ def test_gpu_times_without_waiting_for_python(monkeypatch):
     clock = measure.GpuClock()
     calls = [measure.Call(call)] * 12
     rounds = [clock.times(calls)[0] for _ in range(12)]
-    assert rounds[0] == []                                              # the first sleeps are too short
+    assert rounds[0] == []  # the first sleeps are too short
     assert rounds[-1] == [pytest.approx(5.0)] * 12
     assert all(time == pytest.approx(5.0) for times in rounds for time in times)
 
 
 def test_copies_fill_more_than_the_cache():
-    assert measure.copies_beyond_cache(2**20, CPU) == 64                # the most there are
-    assert measure.copies_beyond_cache(40 * 2**20, CPU) == 3            # of a 32 MiB cache: 96 MiB
+    assert measure.copies_beyond_cache(2**20, CPU) == 64  # the most there are
+    assert measure.copies_beyond_cache(40 * 2**20, CPU) == 3  # of a 32 MiB cache: 96 MiB
     assert measure.copies_beyond_cache(2**30, CPU) == 1
 
 
@@ -302,7 +336,7 @@ sys.path.insert(0, {str(BENCH)!r})
 import report
 
 FOLDER = Path({str(tmp_path)!r})
-COUNT = "open({str(tmp_path / 'runs')!r}, 'a').write('x')"
+COUNT = "open({str(tmp_path / "runs")!r}, 'a').write('x')"
 KILL = '''
 import os, pathlib, signal
 flag = pathlib.Path({str(tmp_path / "flag")!r})
@@ -316,7 +350,7 @@ sys.exit(report.main(lambda work: parts, FOLDER / "work"))
 """)
     first = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert first.returncode == -9, first.stderr
-    assert [part["name"] for part in read_report(tmp_path)[0]["parts"]] == ["one"]      # nothing is lost
+    assert [part["name"] for part in read_report(tmp_path)[0]["parts"]] == ["one"]  # nothing is lost
     second = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     assert "[1/2] one: passed before" in second.stdout and "[2/2] two: at most" in second.stdout
@@ -338,16 +372,15 @@ def test_report_names_what_failed_and_runs_the_rest(tmp_path, monkeypatch, capsy
     assert run_report(parts, tmp_path, monkeypatch) == 1
     data, text = read_report(tmp_path)
     found = {part["name"]: part for part in data["parts"]}
-    assert [found[part.name]["status"] for part in parts] == [
-        "failed", "over time", "left out", "failed", "passed"]
+    assert [found[part.name]["status"] for part in parts] == ["failed", "over time", "left out", "failed", "passed"]
     assert found["good"]["result"] == {"answer": 42}
-    assert found["good"]["tail"] == "fine, in runs"                     # no path of this machine
+    assert found["good"]["tail"] == "fine, in runs"  # no path of this machine
     assert "**broken: failed** (exit status 1)" in text and "the reason it broke" in text
     assert "**endless: over time** (stopped after 2 s)" in text and "begun" in text
     assert "not installed: a_module_that_nobody_has" in text
     assert "broken: failed, exit status 1" in capsys.readouterr().out
 
-    assert run_report(parts, tmp_path, monkeypatch) == 1                # what failed is tried again, the good one not
+    assert run_report(parts, tmp_path, monkeypatch) == 1  # what failed is tried again, the good one not
     printed = capsys.readouterr().out
     assert "[5/5] good: passed before" in printed and "[1/5] broken: at most" in printed
 
@@ -382,7 +415,12 @@ def test_report_of_a_cpu_says_what_it_leaves_out(tmp_path, monkeypatch):
     assert "| kernel tests | left out |" in text and "| speed of the fused kernels | left out |" in text
     assert "this machine has none" in text
     assert [part.name for part in report.cpu_parts(tmp_path)] == [
-        "attention", "adapter", "training step", "embedded training", "resources"]
+        "attention",
+        "adapter",
+        "training step",
+        "embedded training",
+        "resources",
+    ]
 
 
 @pytest.mark.parametrize("capability, target", [((9, 0), "90"), ((8, 6), "80"), ((12, 0), "100")])
@@ -397,27 +435,62 @@ def test_report_of_a_gpu_runs_the_fused_kernels(capability, target, tmp_path, mo
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").touch()
     (again,) = [part.command for part in report.gpu_parts(tmp_path) if part.name == "embedded training"]
-    assert "--resume" in again and "--run-dir" not in again             # a training that was stopped goes on
+    assert "--resume" in again and "--run-dir" not in again  # a training that was stopped goes on
 
 
 def rows_of(shape: str, kinds: dict[str, str], medians: dict[str, float], share: float = 0.5) -> list[dict]:
-    return [dict(shape=shape, mode=mode, candidate=name, kind=kinds.get(name, "baseline"), median=median, p20=median,
-                 p80=median, launch=9.0, floor=share * median, share_of_floor=share, peak_memory=2**20, batch=128,
-                 dtype="bfloat16")
-            for mode in ("forward", "backward", "both") for name, median in medians.items()]
+    return [
+        dict(
+            shape=shape,
+            mode=mode,
+            candidate=name,
+            kind=kinds.get(name, "baseline"),
+            median=median,
+            p20=median,
+            p80=median,
+            launch=9.0,
+            floor=share * median,
+            share_of_floor=share,
+            peak_memory=2**20,
+            batch=128,
+            dtype="bfloat16",
+        )
+        for mode in ("forward", "backward", "both")
+        for name, median in medians.items()
+    ]
 
 
 def gpu_report(test_status: str) -> "report.Report":
     kinds = {"fused": "fused", "bound": "bound"}
-    attention = rows_of("image", kinds, {"fused": 100, "explicit softmax": 500, "folded SDPA": 180,
-                                         "folded SDPA, flash": 160, "FlexAttention": 90, "bound": 50})
+    attention = rows_of(
+        "image",
+        kinds,
+        {
+            "fused": 100,
+            "explicit softmax": 500,
+            "folded SDPA": 180,
+            "folded SDPA, flash": 160,
+            "FlexAttention": 90,
+            "bound": 50,
+        },
+    )
     adapters = rows_of("image", kinds, {"fused": 10, "eager": 25, "torch.compile": 14, "torch.compile, auto": 15})
     rates = dict(name="x", bytes_per_second=1e12, flops_per_second=1e14)
     results = {"attention": attention, "adapter": adapters}
     parts = [report.Record("kernel tests", test_status, 60.0, tail="1 failed, 5 passed")]
-    parts += [report.Record(name, "passed", result=dict(rows=rows, left_out=[
-        dict(shape="image", candidate="cuDNN", reason="cannot run: no kernel")], rates=rates, sweep=[]))
-        for name, rows in results.items()]
+    parts += [
+        report.Record(
+            name,
+            "passed",
+            result=dict(
+                rows=rows,
+                left_out=[dict(shape="image", candidate="cuDNN", reason="cannot run: no kernel")],
+                rates=rates,
+                sweep=[],
+            ),
+        )
+        for name, rows in results.items()
+    ]
     return report.Report(dict(device="NVIDIA H200", torch="2"), True, parts)
 
 
@@ -436,11 +509,14 @@ def test_targets_are_held_against_the_best_baseline():
     assert {what: (round(row["measured"], 6), row["met"]) for what, row in targets.items()} == expected
 
 
-@pytest.mark.parametrize("status, doubt", [
-    ("passed", ""),
-    ("failed", "The kernel tests fail on this machine"),
-    ("over time", "The kernel tests did not end in their time"),
-])
+@pytest.mark.parametrize(
+    "status, doubt",
+    [
+        ("passed", ""),
+        ("failed", "The kernel tests fail on this machine"),
+        ("over time", "The kernel tests did not end in their time"),
+    ],
+)
 def test_no_speed_up_while_a_test_is_red(status, doubt, tmp_path):
     path = report.publish(gpu_report(status), tmp_path, tmp_path, "nvidia-h200")
     assert path.name == "report-nvidia-h200.md"
@@ -450,7 +526,7 @@ def test_no_speed_up_while_a_test_is_red(status, doubt, tmp_path):
     assert ("no figure of a fused kernel on this page is valid" in text) == bool(doubt)
     assert ("no speed-up is reported" in text) == bool(doubt)
     assert "Not timed: cuDNN, cannot run: no kernel" in text
-    assert "| FlexAttention | 90.0 (90.0–90.0) |" in text                     # rows that win over us are kept
+    assert "| FlexAttention | 90.0 (90.0–90.0) |" in text  # rows that win over us are kept
 
 
 def test_plots_stand_beside_the_report(tmp_path):

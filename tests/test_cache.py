@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from upperson.errors import DataError
-from upperson.data import (ImageCache, Sample, image_loader, train_loader)
+from upperson.data import ImageCache, Sample, image_loader, train_loader
 from upperson.data.images import load_pixels
 
 SIZE = (48, 16)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from upperson.errors import CheckpointError
 from upperson.files import write_atomically
-from upperson.model.checkpoint import (load_checkpoint, load_model, load_resume_state, save_checkpoint, save_resume_state)
+from upperson.model.checkpoint import load_checkpoint, load_model, load_resume_state, save_checkpoint, save_resume_state
 from upperson.config import Config, ModelConfig
 from upperson.model import AdaptedCLIP
 
@@ -200,11 +200,14 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         write_atomically(tmp_path / "nowhere" / "a.json", b"")
 
 
-@pytest.mark.parametrize(("metadata", "message"), [
-    ({"results": "{}"}, "the configuration inside does not fit"),
-    ({"config": None}, "expected an object in the metadata 'results'"),
-    ({"config": None, "results": "[]"}, "expected an object in the metadata 'results'"),
-])
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"results": "{}"}, "the configuration inside does not fit"),
+        ({"config": None}, "expected an object in the metadata 'results'"),
+        ({"config": None, "results": "[]"}, "expected an object in the metadata 'results'"),
+    ],
+)
 def test_a_checkpoint_without_all_its_metadata_is_refused(path, config, metadata, message):
     metadata = {key: config.to_json() if value is None else value for key, value in metadata.items()}
     save_file({}, path, {"format": "upperson checkpoint", "version": "1", **metadata})

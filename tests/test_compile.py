@@ -12,18 +12,25 @@ from pathlib import Path
 import pytest
 
 RESOURCES = Path(__file__).parents[1] / "bench" / "resources.py"
-SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}                    # KB a program may have
+SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KB a program may have
 PREFIXES = (2, 10, 14)
 ATTENTION = ("image", "image L/14", "text", "text, short", "text, packed")
 ACTIVATIONS = ("2048", "3072", "4096")
 ADAPTERS = ("512 → 64", "768 → 96", "1024 → 128")
-PADDED = {                                                              # elements computed over elements needed
-    ("attention forward", "image"): 1.16, ("attention backward", "image"): 1.62,
-    ("attention forward", "image L/14"): 1.12, ("attention backward", "image L/14"): 1.56,
-    ("attention forward", "text"): 2.05, ("attention backward", "text"): 2.85,
-    ("attention forward", "text, short"): 3.0, ("attention backward", "text, short"): 4.2,
-    ("attention forward", "text, packed"): 10.2, ("attention backward", "text, packed"): 10.2,
-    ("adapter", "512 → 64"): 1, ("adapter", "768 → 96"): 1.34, ("adapter", "1024 → 128"): 1,
+PADDED = {  # elements computed over elements needed
+    ("attention forward", "image"): 1.16,
+    ("attention backward", "image"): 1.62,
+    ("attention forward", "image L/14"): 1.12,
+    ("attention backward", "image L/14"): 1.56,
+    ("attention forward", "text"): 2.05,
+    ("attention backward", "text"): 2.85,
+    ("attention forward", "text, short"): 3.0,
+    ("attention backward", "text, short"): 4.2,
+    ("attention forward", "text, packed"): 10.2,
+    ("attention backward", "text, packed"): 10.2,
+    ("adapter", "512 → 64"): 1,
+    ("adapter", "768 → 96"): 1.34,
+    ("adapter", "1024 → 128"): 1,
 }
 
 
@@ -41,15 +48,25 @@ def rows(tmp_path_factory):
 def test_production_shapes_compile_without_spills(target, rows):
     rows = [row for row in rows if row["target"] == target]
     compiled = {(row["kernel"], row["shape"]) for row in rows}
-    assert compiled >= {(f"attention {mode}", f"{name}, P {prefix}") for mode in ("forward", "backward")
-                        for name in ATTENTION for prefix in PREFIXES}
-    assert compiled >= {(f"attention {mode}", f"{name}, P 10, λ on logits") for mode in ("forward", "backward")
-                        for name in ATTENTION}
-    assert compiled >= {(f"adapter {mode}", f"{name}{variant}") for mode in ("forward", "input gradient")
-                        for name in ADAPTERS for variant in ("", ", residual", ", own norm")}
+    assert compiled >= {
+        (f"attention {mode}", f"{name}, P {prefix}")
+        for mode in ("forward", "backward")
+        for name in ATTENTION
+        for prefix in PREFIXES
+    }
+    assert compiled >= {
+        (f"attention {mode}", f"{name}, P 10, λ on logits") for mode in ("forward", "backward") for name in ATTENTION
+    }
+    assert compiled >= {
+        (f"adapter {mode}", f"{name}{variant}")
+        for mode in ("forward", "input gradient")
+        for name in ADAPTERS
+        for variant in ("", ", residual", ", own norm")
+    }
     assert compiled >= {("adapter forward", f"{name}, residual, own norm") for name in ADAPTERS}
-    assert compiled >= {("adapter parameter gradient", f"{name}{variant}") for name in ADAPTERS
-                        for variant in ("", ", own norm")}
+    assert compiled >= {
+        ("adapter parameter gradient", f"{name}{variant}") for name in ADAPTERS for variant in ("", ", own norm")
+    }
     assert compiled >= {(f"QuickGELU {mode}", width) for mode in ("forward", "backward") for width in ACTIVATIONS}
     for row in rows:
         assert row["stack"] == 0, row
@@ -59,8 +76,9 @@ def test_production_shapes_compile_without_spills(target, rows):
             assert row["shared"] <= 4096 and row["occupancy"] >= 0.5, row
             continue
         adapter = row["kernel"].startswith("adapter")
-        kind, shape = ("adapter", row["shape"].split(", ")[0]) if adapter else (row["kernel"],
-                                                                                row["shape"].split(", P")[0])
+        kind, shape = (
+            ("adapter", row["shape"].split(", ")[0]) if adapter else (row["kernel"], row["shape"].split(", P")[0])
+        )
         assert 1 <= row["padded"] <= PADDED[kind, shape], row
 
 

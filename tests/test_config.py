@@ -46,14 +46,17 @@ def test_presets(preset, expected):
         assert values | recipe | expected == values
 
 
-@pytest.mark.parametrize(("changes", "title"), [
-    (dict(), "UP-Person"),
-    (dict(lora="none", adapter_attn="none", adapter_mlp="none"), "S-Prefix"),
-    (dict(prefix="vanilla", lora="dora", adapter_mlp="none"), "prefix + DoRA + L-Adapter at the attention"),
-    (dict(prefix="none", lora="none", adapter_attn="ln-tuning", adapter_mlp="ln-tuning"), "LN-tuning"),
-    (dict(method="full"), "full fine-tuning"),
-    (dict(method="zero-shot"), "zero-shot CLIP"),
-])
+@pytest.mark.parametrize(
+    ("changes", "title"),
+    [
+        (dict(), "UP-Person"),
+        (dict(lora="none", adapter_attn="none", adapter_mlp="none"), "S-Prefix"),
+        (dict(prefix="vanilla", lora="dora", adapter_mlp="none"), "prefix + DoRA + L-Adapter at the attention"),
+        (dict(prefix="none", lora="none", adapter_attn="ln-tuning", adapter_mlp="ln-tuning"), "LN-tuning"),
+        (dict(method="full"), "full fine-tuning"),
+        (dict(method="zero-shot"), "zero-shot CLIP"),
+    ],
+)
 def test_titles_name_what_is_trained(changes, title):
     assert ModelConfig().replace(**changes).method.title == title
 

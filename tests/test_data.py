@@ -18,7 +18,22 @@ import torch
 from PIL import Image
 
 from upperson.errors import DataError
-from upperson.data import (NOT_MASKED, Sample, batches_per_epoch, caption_loader, check_images, gallery, image_loader, image_transform, load_image, mask_caption, queries, read_dataset, share_of, train_loader)
+from upperson.data import (
+    NOT_MASKED,
+    Sample,
+    batches_per_epoch,
+    caption_loader,
+    check_images,
+    gallery,
+    image_loader,
+    image_transform,
+    load_image,
+    mask_caption,
+    queries,
+    read_dataset,
+    share_of,
+    train_loader,
+)
 from upperson.data.augmentation import RandomAugmentation
 from upperson.data.loaders import _stable_seed
 
@@ -441,7 +456,7 @@ class TestMasking:
         assert labelled[:, 1:6].any(1).all() and not labelled[:, 0].any() and not labelled[:, 6:].any()
         assert torch.equal(labels[labelled], caption.expand_as(labels)[labelled])
         assert ((masked != caption) <= labelled).all()
-        later = labelled[:, 2:6]                                # the first word is also the one for want of others
+        later = labelled[:, 2:6]  # the first word is also the one for want of others
         assert later.float().mean().item() == pytest.approx(0.15, abs=0.016)
         stayed = (masked == caption)[:, 2:6][later]
         assert stayed.float().mean().item() == pytest.approx(0.1, abs=0.035)
@@ -525,8 +540,9 @@ class TestTrainLoader:
 
     def test_labels_belong_to_the_masked_captions(self, loader):
         for masks in (True, False):
-            for plain, batch in zip(loader(mask_captions=masks), loader(mask_captions=masks, mask_labels=True),
-                                    strict=True):
+            for plain, batch in zip(
+                loader(mask_captions=masks), loader(mask_captions=masks, mask_labels=True), strict=True
+            ):
                 assert set(plain) == {"images", "augmentation", "captions", "person_ids"}
                 assert all(torch.equal(plain[name], batch[name]) for name in plain)
                 masked, labels = batch["masked_captions"], batch["mask_labels"]
@@ -607,9 +623,7 @@ class TestTrainLoader:
         torch.manual_seed(6)
         assert same(first, list(loader()))
 
-    @pytest.mark.parametrize(
-        ("pairs", "sizes"), [(11, [5, 5]), (10, [5, 5]), (12, [5, 5, 2]), (3, [3]), (6, [5])]
-    )
+    @pytest.mark.parametrize(("pairs", "sizes"), [(11, [5, 5]), (10, [5, 5]), (12, [5, 5, 2]), (3, [3]), (6, [5])])
     def test_last_batch_of_one_is_left_out(self, samples, loader, pairs, sizes):
         batches = loader((samples + samples)[:pairs], batch_size=5)
         assert [len(batch["person_ids"]) for batch in batches] == sizes

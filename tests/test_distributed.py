@@ -33,10 +33,16 @@ WORLD_SIZE = 2
 
 def start(rank, port, *command):
     """One of two processes of a Python program, as torchrun starts it."""
-    variables = dict(WORLD_SIZE=WORLD_SIZE, RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-                     OMP_NUM_THREADS=1)
-    return subprocess.Popen([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | {k: str(v) for k, v in variables.items()})
+    variables = dict(
+        WORLD_SIZE=WORLD_SIZE, RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS=1
+    )
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {k: str(v) for k, v in variables.items()},
+    )
 
 
 def start_all(*command):
@@ -66,14 +72,21 @@ def computed(tmp_path_factory):
     config = ModelConfig(str(description), "none", (48, 16), backend="torch")
     config = config.replace(prefix_length=3, lora_rank=2, adapter_reduction=4)
     size = max(size for _, size in distributed_worker.CASES)
-    images, captions = (torch.cat([tensor, tensor.flip(-1) if tensor.is_floating_point() else tensor])[:size]
-                        for tensor in inputs(torch.float64))
+    images, captions = (
+        torch.cat([tensor, tensor.flip(-1) if tensor.is_floating_point() else tensor])[:size]
+        for tensor in inputs(torch.float64)
+    )
     labels = torch.full_like(captions, NOT_MASKED)
     labels[:, 1] = captions[:, 1]  # one masked word in a caption, in one of them two, in another none
     labels[2, 2], labels[4] = captions[2, 2], NOT_MASKED
     masked = captions.where(labels == NOT_MASKED, 49405)
-    batch = dict(images=images, captions=captions, person_ids=torch.tensor(distributed_worker.PEOPLE[:size]),
-                 masked_captions=masked, mask_labels=labels)
+    batch = dict(
+        images=images,
+        captions=captions,
+        person_ids=torch.tensor(distributed_worker.PEOPLE[:size]),
+        masked_captions=masked,
+        mask_labels=labels,
+    )
     samples = read_splits(DataConfig(embedded_identities=(2, 2, 5), embedded_views=3))["test"][:27]
     torch.save((config, batch, samples), folder / "inputs.pt")
     finish_all(start_all(TESTS / "distributed_worker.py", folder))
@@ -170,13 +183,14 @@ def assert_alike(together, alone):
     found, expected = log_of(together), log_of(alone)
     assert [(line["kind"], line["step"]) for line in found] == [(line["kind"], line["step"]) for line in expected]
     for line, other in zip(found, expected, strict=True):
-        for name, value in line.items():                                # rounding grows from step to step
+        for name, value in line.items():  # rounding grows from step to step
             if name.startswith(("loss", "gradient")):
                 bound = 1e-5 if name.startswith("loss") else 1e-4
                 assert value == pytest.approx(other[name], rel=bound), (line, other)
     for name, value in load_checkpoint(alone / "last.safetensors").parameters.items():
-        torch.testing.assert_close(load_checkpoint(together / "last.safetensors").parameters[name], value,
-                                   rtol=1e-2, atol=5e-4)                # Adam magnifies what rounding leaves of 0
+        torch.testing.assert_close(
+            load_checkpoint(together / "last.safetensors").parameters[name], value, rtol=1e-2, atol=5e-4
+        )  # Adam magnifies what rounding leaves of 0
 
 
 def wait_for(processes, run_dir, step):

@@ -101,9 +101,7 @@ def test_people_who_look_alike_are_drawn_again(monkeypatch):
     pending: list[Identity] = []
     monkeypatch.setattr("upperson.embedded.dataset.draw_identity", twins)
     splits = read_embedded(train=3, val=2, test=2, views=1)
-    looks = {
-        sample.person_id: sample.image.identity.appearance for split in SPLITS for sample in splits[split]
-    }
+    looks = {sample.person_id: sample.image.identity.appearance for split in SPLITS for sample in splits[split]}
     assert len(looks) == len(set(looks.values())) == 7
 
 
@@ -414,9 +412,7 @@ def test_zero_shot_is_above_chance(data):
     images, people = gallery(samples)
     captions, wanted = queries(samples)
     pictures = torch.stack([torch.from_numpy(np.array(image.draw())).permute(2, 0, 1) for image in images])
-    pictures = normalize(
-        pictures / 255, list(open_clip.OPENAI_DATASET_MEAN), list(open_clip.OPENAI_DATASET_STD)
-    )
+    pictures = normalize(pictures / 255, list(open_clip.OPENAI_DATASET_MEAN), list(open_clip.OPENAI_DATASET_STD))
     with torch.no_grad():
         seen = F.normalize(clip.encode_image(pictures), dim=-1)
         read = F.normalize(clip.encode_text(open_clip.SimpleTokenizer()(captions)), dim=-1)

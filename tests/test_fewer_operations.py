@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from upperson.errors import BackboneError
 from upperson_kernels.attention import reference
 from upperson.losses.pairs import sdm_loss
-from upperson.model import (AdaptedCLIP)
+from upperson.model import AdaptedCLIP
 from upperson.model.attention import attend_once
 from upperson.model.captions import PackedCaptions, pack_captions
 from upperson.petl.low_rank import LoRA
@@ -51,16 +51,24 @@ def assert_equal(found, expected):
         if value is None:
             assert found[name] is None, name
             continue
-        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10 * float(value.detach().abs().max() + 1),
-                                   msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name],
+            value,
+            rtol=1e-10,
+            atol=1e-10 * float(value.detach().abs().max() + 1),
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
 
 
 # ------------------------------------------------------------------------------------ the same results
 
 
 @pytest.mark.parametrize("on", [*((switch,) for switch in SWITCHES), SWITCHES], ids="+".join)
-@pytest.mark.parametrize("variant", [WHOLE, dict(WHOLE, scale_target="logits"), *VARIANTS, dict(method="full"),
-                                     dict(method="cskt", prompt_length=2)], ids=identify)
+@pytest.mark.parametrize(
+    "variant",
+    [WHOLE, dict(WHOLE, scale_target="logits"), *VARIANTS, dict(method="full"), dict(method="cskt", prompt_length=2)],
+    ids=identify,
+)
 def test_each_switch_changes_no_result(tiny, variant, on):
     config = tiny.replace(**({} if "method" in variant else NOTHING) | variant, **OFF)
     if variant == dict(prefix="none"):
@@ -118,8 +126,9 @@ def test_a_pooling_without_a_token_is_refused(tiny):
         AdaptedCLIP(tiny, open_clip.CustomTextCLIP(**dict(TINY_CLIP, text_cfg=text)))
 
 
-@pytest.mark.parametrize("vision", [dict(pool_type="avg"), dict(attentional_pool=True, attn_pooler_heads=2)],
-                         ids=["average", "attention"])
+@pytest.mark.parametrize(
+    "vision", [dict(pool_type="avg"), dict(attentional_pool=True, attn_pooler_heads=2)], ids=["average", "attention"]
+)
 def test_image_towers_that_read_all_tokens(tiny, vision):
     clip = open_clip.CLIP(**dict(TINY_CLIP, vision_cfg=TINY_CLIP["vision_cfg"] | vision)).double().eval()
     images, _ = inputs(torch.float64)
@@ -161,8 +170,9 @@ def test_packing_by_hand():
 def test_one_query_of_the_definition(prefix, causal, target):
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(3, 6, 3, 2, 8, dtype=torch.float64, generator=generator).requires_grad_()
-    key, value = (torch.randn(prefix, 2, 8, dtype=torch.float64, generator=generator).requires_grad_()
-                  for _ in range(2))
+    key, value = (
+        torch.randn(prefix, 2, 8, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2)
+    )
     scale = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
     read, samples = torch.tensor([5, 0, 2]), torch.arange(3)
     visible = torch.arange(6) <= read[:, None] if causal else None
@@ -170,8 +180,9 @@ def test_one_query_of_the_definition(prefix, causal, target):
     found = attend_once(query[samples, read], keys, values, key, value, scale, scale_target=target, visible=visible)
     expected = reference.explicit(qkv, key, value, scale, causal, target)[samples, read]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    gradients = [torch.autograd.grad(out.sin().sum(), [qkv, key, value, scale], allow_unused=True)
-                 for out in (found, expected)]
+    gradients = [
+        torch.autograd.grad(out.sin().sum(), [qkv, key, value, scale], allow_unused=True) for out in (found, expected)
+    ]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -206,7 +217,7 @@ def test_low_rank_gradients_by_finite_differences():
 def test_low_rank_gradients_have_no_second_derivative_rather_than_a_wrong_one():
     lora, weight, bias = random_lora(24)
     x = torch.randn(4, 8).double().requires_grad_()
-    first, = torch.autograd.grad(lora.linear(x, weight, bias, True).square().sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(lora.linear(x, weight, bias, True).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 
@@ -216,8 +227,10 @@ def test_low_rank_gradients_leave_trained_weights_theirs():
     lora, weight, bias = random_lora(24)
     x = torch.randn(4, 8).double()
     wanted = [weight.requires_grad_(), bias.requires_grad_(), *lora.parameters()]
-    for a, b in zip(*(torch.autograd.grad(lora.linear(x, weight, bias, switch).sin().sum(), wanted)
-                      for switch in (True, False)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(lora.linear(x, weight, bias, switch).sin().sum(), wanted) for switch in (True, False)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -266,14 +279,14 @@ def test_each_switch_saves_what_it_promises(tiny):
     rows = pairs * (13 + 12)
     blocks = 3
 
-    whole = 2 * rows * width * 3 * width                            # Gᵀ x, (3 C, C)
-    merge_backward = 2 * 2 * 2 * 2 * width * width * rank           # of up · down: two towers, two parts, two factors
+    whole = 2 * rows * width * 3 * width  # Gᵀ x, (3 C, C)
+    merge_backward = 2 * 2 * 2 * 2 * width * width * rank  # of up · down: two towers, two parts, two factors
     low_rank = 2 * rows * (2 * rank) * width + 2 * 3 * 2 * rows * rank * width
     assert off - count(tiny, **OFF | dict(low_rank_gradients=True)) == blocks * (whole + merge_backward - low_rank)
 
     packed_rows = 4 + 6 + 10 + 11
     assert count(tiny, **OFF | dict(pack_captions=True)) < off
-    linear = 2 * width * (3 * width + width + 2 * 4 * width)        # of one token through in_proj, out_proj, MLP
+    linear = 2 * width * (3 * width + width + 2 * 4 * width)  # of one token through in_proj, out_proj, MLP
     saved = off - count(tiny, **OFF | dict(pack_captions=True))
     # Forward, and backward for the tokens (not in the first block's in_proj, whose input nobody trains) and for the
     # weight that LoRA updates; attention is at most the longest caption's.
@@ -283,7 +296,7 @@ def test_each_switch_saves_what_it_promises(tiny):
     assert saved == expected + attention
 
     skipped = off - count(tiny, **OFF | dict(skip_unread=True))
-    assert skipped > 0.2 * off                                      # of three blocks, most of one
+    assert skipped > 0.2 * off  # of three blocks, most of one
 
 
 def test_nothing_is_computed_below_the_first_trained_parameter(tiny):
@@ -310,7 +323,9 @@ def test_the_first_block_needs_no_gradient_of_its_input(tiny):
     images, _ = inputs()
     lengths = []
     model.image_blocks[0].lora.linear, linear = (
-        lambda y, *rest: lengths.append(y.requires_grad) or linear(y, *rest)), model.image_blocks[0].lora.linear
+        (lambda y, *rest: lengths.append(y.requires_grad) or linear(y, *rest)),
+        model.image_blocks[0].lora.linear,
+    )
     model.encode_image(images).sum().backward()
     assert lengths == [False]
 

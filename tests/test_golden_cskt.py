@@ -49,7 +49,8 @@ def build(recipe, configuration, **changes):
     clip.double().load_state_dict({"logit_scale": clip.logit_scale, **weights})
     settings = recipe.CONFIGS[configuration]
     config = ModelConfig("ViT-B-16-quickgelu", "none", (384, 128), backend="torch").replace(
-        method="cskt", prompt_length=settings["n"], depth_prompt=settings["depth"], **changes)
+        method="cskt", prompt_length=settings["n"], depth_prompt=settings["depth"], **changes
+    )
     model = AdaptedCLIP(config, clip).double()
     parameters = model.trained_parameters()
     assert sorted(map(neutral_name, parameters)) == sorted(petl)
@@ -66,8 +67,11 @@ def model(recipe):
 
 @pytest.fixture(scope="module")
 def batch(recipe, numbers):
-    return (torch.from_numpy(recipe.images("cskt")), torch.from_numpy(numbers["caption_ids"]),
-            torch.from_numpy(recipe.PIDS))
+    return (
+        torch.from_numpy(recipe.images("cskt")),
+        torch.from_numpy(numbers["caption_ids"]),
+        torch.from_numpy(recipe.PIDS),
+    )
 
 
 def edited(tokens, m):
@@ -75,8 +79,8 @@ def edited(tokens, m):
     ids, ends = torch.zeros_like(tokens), []
     for row, caption in zip(ids, tokens, strict=True):
         end = caption.argmax().item()
-        words = caption[1:end][:75 - m]
-        row[0], row[1 + m:1 + m + len(words)] = caption[0], words
+        words = caption[1:end][: 75 - m]
+        row[0], row[1 + m : 1 + m + len(words)] = caption[0], words
         ends.append(1 + m + len(words))
         row[ends[-1]] = caption[end]
     return ids, torch.tensor(ends)
@@ -100,6 +104,7 @@ def written_out(recipe, weights, petl, images, tokens, n, depth):
 
     def blocks(x, tower, transformer, heads, first, causal):
         for i in range(12):
+
             def w(name, i=i):
                 return weights[f"{transformer}.resblocks.{i}.{name}"]
 
@@ -107,10 +112,12 @@ def written_out(recipe, weights, petl, images, tokens, n, depth):
                 return petl[f"{tower}.blocks.{i}.adapter_mlp.{name}"]
 
             if 1 <= i < depth:
-                x = torch.cat([x[:, :first], rows(tower, i).expand(len(x), -1, -1), x[:, first + m:]], 1)
+                x = torch.cat([x[:, :first], rows(tower, i).expand(len(x), -1, -1), x[:, first + m :]], 1)
             y = layer_norm(x, w("ln_1.weight"), w("ln_1.bias"))
-            q, k, v = ((y @ matrix.t() + bias).unflatten(2, (heads, 64)).transpose(1, 2) for matrix, bias in
-                       zip(w("attn.in_proj_weight").chunk(3), w("attn.in_proj_bias").chunk(3), strict=True))
+            q, k, v = (
+                (y @ matrix.t() + bias).unflatten(2, (heads, 64)).transpose(1, 2)
+                for matrix, bias in zip(w("attn.in_proj_weight").chunk(3), w("attn.in_proj_bias").chunk(3), strict=True)
+            )
             scores = q @ k.transpose(2, 3) / 8
             if causal:
                 scores = scores + torch.full(scores.shape[2:], -torch.inf, dtype=scores.dtype).triu(1)
@@ -120,8 +127,7 @@ def written_out(recipe, weights, petl, images, tokens, n, depth):
             hidden = hidden * torch.sigmoid(1.702 * hidden)
             z = layer_norm(x, p("norm_weight"), p("norm_bias"))
             adapter = torch.relu(z @ p("down_weight").t() + p("down_bias")) @ p("up_weight").t() + p("up_bias")
-            x = (x + hidden @ w("mlp.c_proj.weight").t() + w("mlp.c_proj.bias")
-                 + recipe.ADAPTER_SCALE[tower] * adapter)
+            x = x + hidden @ w("mlp.c_proj.weight").t() + w("mlp.c_proj.bias") + recipe.ADAPTER_SCALE[tower] * adapter
             outputs[f"{tower}_block{i}"] = x
         return x
 
@@ -133,7 +139,7 @@ def written_out(recipe, weights, petl, images, tokens, n, depth):
     image = layer_norm(x[:, 0], weights["visual.ln_post.weight"], weights["visual.ln_post.bias"])
     ids, ends = edited(tokens, m)
     x = weights["token_embedding.weight"][ids]
-    x = torch.cat([x[:, :1], rows("text", 0).expand(len(x), -1, -1), x[:, 1 + m:]], 1)
+    x = torch.cat([x[:, :1], rows("text", 0).expand(len(x), -1, -1), x[:, 1 + m :]], 1)
     x = blocks(x + weights["positional_embedding"], "text", "transformer", 8, 1, causal=True)
     text = layer_norm(x[torch.arange(len(x)), ends], weights["ln_final.weight"], weights["ln_final.bias"])
     return image @ weights["visual.proj"], text @ weights["text_projection"], outputs
@@ -144,8 +150,11 @@ def test_recipe_stream_is_the_golden_one(recipe, numbers):
     probes = [key.removeprefix("probe/") for key in numbers.files if key.startswith("probe/")]
     assert probes
     for name in probes:
-        drawn = (recipe.images("cskt") if name == "input/images"
-                 else recipe.draw("cskt", name, shapes[name], *recipe.std_mean(name, shapes[name])))
+        drawn = (
+            recipe.images("cskt")
+            if name == "input/images"
+            else recipe.draw("cskt", name, shapes[name], *recipe.std_mean(name, shapes[name]))
+        )
         assert np.array_equal(drawn.reshape(-1)[:8], numbers[f"probe/{name}"].reshape(-1))
 
 
@@ -162,10 +171,10 @@ def test_the_caption_edit(n):
     shift = np.load(GOLDEN / "shift.npz")
     tokens, expected = torch.from_numpy(shift["ids"]), torch.from_numpy(shift[f"n{n}/ids"])
     words = words_of(tokens, 76 - 2 * n)
-    assert torch.equal(words, expected[:, 1 + 2 * n:])                  # before them: start token, placeholders
+    assert torch.equal(words, expected[:, 1 + 2 * n :])  # before them: start token, placeholders
     assert torch.equal(words.argmax(1) + 1 + 2 * n, torch.from_numpy(shift[f"n{n}/pool_position"]))
     ids, ends = edited(tokens, 2 * n)
-    assert torch.equal(ids[:, 1 + 2 * n:], expected[:, 1 + 2 * n:]) and torch.equal(ends, words.argmax(1) + 1 + 2 * n)
+    assert torch.equal(ids[:, 1 + 2 * n :], expected[:, 1 + 2 * n :]) and torch.equal(ends, words.argmax(1) + 1 + 2 * n)
 
 
 def test_captions_are_cut_alike_by_the_tokenizer(model, recipe, batch, numbers):
@@ -184,8 +193,13 @@ def test_features_gradients_and_three_steps(model, batch, numbers, recipe):
     settings = preset("cuhk-pedes", "cskt").train
     optimizer = build_optimizer(parameters, settings)
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
-    names = dict(zip(map(str, numbers["optim/names"]), zip(numbers["optim/lr"], numbers["optim/weight_decay"],
-                                                           strict=True), strict=True))
+    names = dict(
+        zip(
+            map(str, numbers["optim/names"]),
+            zip(numbers["optim/lr"], numbers["optim/weight_decay"], strict=True),
+            strict=True,
+        )
+    )
     assert {neutral_name(name): rates[id(p)] for name, p in parameters.items()} == names
     assert optimizer.defaults["eps"] == numbers["optim/eps"]
 
@@ -214,17 +228,25 @@ def test_written_out_token_by_token_it_is_the_released_code(recipe, batch, numbe
     image, text, outputs = written_out(recipe, *weights_of(recipe, "cskt"), images[:2], tokens[:2], 4, 12)
     assert_near("image features", image, numbers["image_features"][:2], FEATURE_BOUND)
     assert_near("text features", text, numbers["text_features"][:2], FEATURE_BOUND)
-    for tower, part, where in (("image", "", slice(0, 4)), ("image", "_last8", slice(-8, None)),
-                               ("text", "", slice(0, 4)), ("text", "_1to9", slice(1, 10))):
+    for tower, part, where in (
+        ("image", "", slice(0, 4)),
+        ("image", "_last8", slice(-8, None)),
+        ("text", "", slice(0, 4)),
+        ("text", "_1to9", slice(1, 10)),
+    ):
         for i in (0, 5, 11):
-            assert_near(f"{tower} block {i}{part}", outputs[f"{tower}_block{i}"][0, where],
-                        numbers[f"debug/{tower}_block{i}{part}"], FEATURE_BOUND)
+            assert_near(
+                f"{tower} block {i}{part}",
+                outputs[f"{tower}_block{i}"][0, where],
+                numbers[f"debug/{tower}_block{i}{part}"],
+                FEATURE_BOUND,
+            )
 
 
 @pytest.mark.parametrize("switches", [dict(), dict(skip_unread=False, pack_captions=False)], ids=["shared", "plain"])
 def test_fewer_prompts_in_fewer_layers(recipe, batch, switches):
     """n = 2 to depth 9: above it prompts run on as tokens. Features, and gradients of everything."""
-    images, tokens = torch.from_numpy(recipe.images("cskt_b")[:2]), batch[1][5:7]       # one caption is cut
+    images, tokens = torch.from_numpy(recipe.images("cskt_b")[:2]), batch[1][5:7]  # one caption is cut
     weights, petl = weights_of(recipe, "cskt_b")
     for parameter in petl.values():
         parameter.requires_grad_()

@@ -55,11 +55,13 @@ def model(recipe):
 
 def written_out(weights, petl, images, tokens):
     """Image and text features from the formulas of the golden README, sections 1 and 2."""
+
     def layer_norm(x, name):
         return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-5)
 
     def blocks(x, tower, transformer, heads, mask):
         for i in range(12):
+
             def w(name, i=i):
                 return weights[f"{transformer}.resblocks.{i}.{name}"]
 
@@ -145,8 +147,12 @@ def assert_three_steps(model, batch, numbers, recipe, optimizer, neutral_name):
             assert_near("image feature gradient", image_features.grad, numbers["grad_image_features"], GRADIENT_BOUND)
             assert_near("text feature gradient", text_features.grad, numbers["grad_text_features"], GRADIENT_BOUND)
             for name, parameter in parameters.items():
-                assert_near(f"gradient of {name}", recipe.summary(parameter.grad),
-                            numbers[f"grad/{neutral_name(name)}"], GRADIENT_BOUND)
+                assert_near(
+                    f"gradient of {name}",
+                    recipe.summary(parameter.grad),
+                    numbers[f"grad/{neutral_name(name)}"],
+                    GRADIENT_BOUND,
+                )
         optimizer.step()
 
     assert_near("loss", losses[0], numbers["sdm_loss"], GRADIENT_BOUND)
@@ -158,8 +164,12 @@ def assert_three_steps(model, batch, numbers, recipe, optimizer, neutral_name):
 
 def test_recipe_stream_is_the_golden_one(recipe, golden):
     numbers = golden("cuhk")
-    weights = {**recipe.clip_shapes(), **recipe.petl_shapes(**recipe.CONFIGS["cuhk"]), **recipe.other_shapes(),
-               "input/images": (8, 3, 384, 128)}
+    weights = {
+        **recipe.clip_shapes(),
+        **recipe.petl_shapes(**recipe.CONFIGS["cuhk"]),
+        **recipe.other_shapes(),
+        "input/images": (8, 3, 384, 128),
+    }
     probes = [key for key in numbers.files if key.startswith("probe/")]
     assert probes
     for key in probes:
@@ -190,8 +200,9 @@ def test_tokens(model, recipe, batch):
 
 def test_number_of_trained_parameters(model):
     assert sum(p.numel() for p in model.trained_parameters().values()) == 7_419_816
-    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in
-                                                                      model.trained_parameters().values()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {
+        id(p) for p in model.trained_parameters().values()
+    }
 
 
 def test_features_gradients_and_three_steps(model, batch, golden, recipe):

@@ -37,8 +37,12 @@ from upperson_kernels.attention import op as attention_op
 from upperson_kernels.attention import reference as attention_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-drawn = settings(max_examples=15 if GPU else 30, deadline=None, derandomize=True,
-                 suppress_health_check=[HealthCheck.function_scoped_fixture])
+drawn = settings(
+    max_examples=15 if GPU else 30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 needs_float64 = pytest.mark.skipif(GPU, reason="compiled kernels take no float64; the error budgets stand in")
 
 
@@ -58,15 +62,17 @@ def test_attention_gradcheck(prefix, causal, target):
 
 LENGTHS = [1, 2, 15, 16, 17, 50, 63, 64, 65, 77, 127, 128, 129, 192, 193, 197, 244, 257, 600]
 PREFIXES = [0, 1, 2, 3, 10, 14, 16, 17, 64]
-PAIRS = sorted({(length, PREFIXES[i * k % len(PREFIXES)]) for i, length in enumerate(LENGTHS, 1) for k in (1, 5)}
-               | {(length, prefix) for length in (77, 193, 244) for prefix in (2, 10, 14)})
+PAIRS = sorted(
+    {(length, PREFIXES[i * k % len(PREFIXES)]) for i, length in enumerate(LENGTHS, 1) for k in (1, 5)}
+    | {(length, prefix) for length in (77, 193, 244) for prefix in (2, 10, 14)}
+)
 
 
 @pytest.mark.parametrize("target", ["weights", "logits"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("length", "prefix"), PAIRS)
 def test_attention_lengths(length, prefix, causal, target, monkeypatch):
-    if not GPU:                                     # cut as 16-bit inputs are, though computed in float64
+    if not GPU:  # cut as 16-bit inputs are, though computed in float64
         chosen = dict(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
         for kernel in ("attention_forward", "attention_backward"):
             monkeypatch.setitem(tiles.SHIPPED, kernel, lambda *_: chosen)
@@ -77,8 +83,9 @@ def test_attention_lengths(length, prefix, causal, target, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_dtypes(dtype, target):
     for causal, length, scale in ((False, 70, 10.0), (True, 35, 0.5)):
-        check_attention(attention_inputs(batch=2, length=length, prefix=10, width=64, scale=scale, dtype=dtype),
-                        causal, target)
+        check_attention(
+            attention_inputs(batch=2, length=length, prefix=10, width=64, scale=scale, dtype=dtype), causal, target
+        )
 
 
 @pytest.mark.parametrize("target", ["weights", "logits"])
@@ -96,10 +103,19 @@ def test_attention_heads(heads, width):
 
 @pytest.mark.parametrize("target", ["weights", "logits"])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("lengths", "prefix"), [
-    ([5], 3), ([0], 3), ([0, 0], 0), ([3, 0, 40, 1], 0), ([0, 7, 33], 1), ([32, 64, 31, 0], 2), ([77, 12, 26], 10),
-    ([9, 70, 0], 64),
-])
+@pytest.mark.parametrize(
+    ("lengths", "prefix"),
+    [
+        ([5], 3),
+        ([0], 3),
+        ([0, 0], 0),
+        ([3, 0, 40, 1], 0),
+        ([0, 7, 33], 1),
+        ([32, 64, 31, 0], 2),
+        ([77, 12, 26], 10),
+        ([9, 70, 0], 64),
+    ],
+)
 def test_attention_of_packed_sequences(lengths, prefix, causal, target):
     tensors, cu_seqlens = packed_inputs(lengths, prefix)
     check_attention(tensors, causal, target, cu_seqlens)
@@ -127,6 +143,7 @@ def test_attention_of_packed_sequences_is_that_of_each_alone(backend):
 @given(data=st.data())
 def test_attention_of_anything(data, monkeypatch):
     """Shapes, strides, packing, tiles and options as they come."""
+
     def draw(*values):
         return data.draw(st.sampled_from(values))
 
@@ -135,7 +152,7 @@ def test_attention_of_anything(data, monkeypatch):
         for kernel in ("attention_forward", "attention_backward"):
             monkeypatch.setitem(tiles.SHIPPED, kernel, lambda *_: chosen)
     heads, prefix = draw(1, 2, 3), data.draw(st.integers(0, 40))
-    width = 16 if GPU else draw(8, 16, 20, 32)      # every width would compile the kernels anew
+    width = 16 if GPU else draw(8, 16, 20, 32)  # every width would compile the kernels anew
     causal, target, scale = draw(False, True), draw("weights", "logits"), draw(0.0, 1.0, -0.5, 1e-4, 10.0)
     if draw(False, True):
         lengths = data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=4))
@@ -151,7 +168,7 @@ def rearranged(tensor, data):
     """The same values in memory of another order, with gaps, and misaligned."""
     order = data.draw(st.permutations(range(tensor.dim())))
     gap = data.draw(st.sampled_from([0, 1, 3]))
-    if data.draw(st.booleans()):                    # most often rows stay whole, as they do in what networks produce
+    if data.draw(st.booleans()):  # most often rows stay whole, as they do in what networks produce
         order = [*(d for d in order if d != tensor.dim() - 1), tensor.dim() - 1]
     moved = tensor.permute(order)
     memory = torch.full((*moved.shape[:-1], moved.shape[-1] + gap), float("nan"), device=DEVICE, dtype=tensor.dtype)
@@ -165,7 +182,7 @@ def test_attention_many_samples_share_one_prefix():
     grad = randn(5, 9, 2, 16, seed=9)
     fused, _, _ = attention_functions(False, "weights")
     together = run(fused, tensors, [grad])
-    alone = [run(fused, [tensors[0][i:i + 1], *tensors[1:]], [grad[i:i + 1]]) for i in range(5)]
+    alone = [run(fused, [tensors[0][i : i + 1], *tensors[1:]], [grad[i : i + 1]]) for i in range(5)]
     for k in (2, 3, 4):
         torch.testing.assert_close(together[k], sum(a[k] for a in alone))
 
@@ -183,8 +200,10 @@ def test_attention_invariants(backend):
     torch.testing.assert_close(none, plain(token_key, token_value))
 
     one = torch.ones_like(scale)
-    keys, values = (torch.cat([p.transpose(0, 1).expand(2, -1, -1, -1), t], dim=2)
-                    for p, t in ((key, token_key), (value, token_value)))
+    keys, values = (
+        torch.cat([p.transpose(0, 1).expand(2, -1, -1, -1), t], dim=2)
+        for p, t in ((key, token_key), (value, token_value))
+    )
     for target in ("weights", "logits"):
         out = prefix_attention(qkv, key, value, one, scale_target=target, backend=backend)
         torch.testing.assert_close(out, plain(keys, values))
@@ -197,8 +216,11 @@ def test_attention_invariants(backend):
 
 def test_attention_targets_differ_and_causal_matters():
     qkv, key, value, scale = attention_inputs()
-    outs = [prefix_attention(qkv, key, value, scale, causal=causal, scale_target=target)
-            for causal in (False, True) for target in ("weights", "logits")]
+    outs = [
+        prefix_attention(qkv, key, value, scale, causal=causal, scale_target=target)
+        for causal in (False, True)
+        for target in ("weights", "logits")
+    ]
     for i, a in enumerate(outs):
         for b in outs[:i]:
             assert (a - b).abs().max() > 1e-2
@@ -208,14 +230,18 @@ def test_attention_strides():
     """Sliced, permuted, misaligned and expanded inputs and gradients give what their copies give."""
     big = randn(2, 9, 4, 3, 2, 17, seed=3)
     views = [
-        big[:, 1:, 1, ..., 1:],                                                          # sliced and misaligned
-        randn(3, 2, 8, 2, 16).permute(1, 2, 0, 3, 4),                                    # q, k, v apart
-        randn(2, 8, 2, 16, 3).permute(0, 1, 4, 2, 3),                                    # last stride is not 1
+        big[:, 1:, 1, ..., 1:],  # sliced and misaligned
+        randn(3, 2, 8, 2, 16).permute(1, 2, 0, 3, 4),  # q, k, v apart
+        randn(2, 8, 2, 16, 3).permute(0, 1, 4, 2, 3),  # last stride is not 1
         randn(1, 8, 3, 2, 16).expand(2, -1, -1, -1, -1),
     ]
     _, key, value, scale = attention_inputs()
-    grads = [randn(2, 8, 2, 16, seed=5), randn(2, 2, 8, 16, seed=5).transpose(1, 2),
-             torch.ones((), device=DEVICE, dtype=EXACT).expand(2, 8, 2, 16), randn(2, 8, 2, 17, seed=5)[..., 1:]]
+    grads = [
+        randn(2, 8, 2, 16, seed=5),
+        randn(2, 2, 8, 16, seed=5).transpose(1, 2),
+        torch.ones((), device=DEVICE, dtype=EXACT).expand(2, 8, 2, 16),
+        randn(2, 8, 2, 17, seed=5)[..., 1:],
+    ]
     fused, _, _ = attention_functions(True, "weights")
     for qkv, grad in zip(views, grads, strict=True):
         assert qkv.shape == (2, 8, 3, 2, 16)
@@ -242,8 +268,11 @@ def test_attention_float32_parameters_beside_half():
 def test_attention_empty(shape):
     _, key, value, scale = attention_inputs()
     fused, _, _ = attention_functions(False, "weights")
-    out, *grads = run(fused, [torch.empty(shape, device=DEVICE, dtype=EXACT), key, value, scale],
-                      [torch.empty(shape[0], shape[1], 2, 16, device=DEVICE, dtype=EXACT)])
+    out, *grads = run(
+        fused,
+        [torch.empty(shape, device=DEVICE, dtype=EXACT), key, value, scale],
+        [torch.empty(shape[0], shape[1], 2, 16, device=DEVICE, dtype=EXACT)],
+    )
     assert out.shape == (shape[0], shape[1], 2, 16)
     assert all(g.abs().sum() == 0 for g in grads)
 
@@ -254,8 +283,7 @@ def test_attention_computes_only_gradients_asked_for(wanted):
     full = run(attention_functions(False, "weights")[0], tensors, [randn(2, 7, 2, 16, seed=9)])[1:]
     out, lse = attention_op.forward(*tensors, None, 0, False, "weights")
     needs = [i in wanted for i in range(4)]
-    grads = attention_op.backward(randn(2, 7, 2, 16, seed=9), *tensors, None, 0, out, lse, False, "weights",
-                                  needs)
+    grads = attention_op.backward(randn(2, 7, 2, 16, seed=9), *tensors, None, 0, out, lse, False, "weights", needs)
     for i, (grad, need) in enumerate(zip(grads, needs, strict=True)):
         if need:
             assert_same([grad], [full[i]])
@@ -270,8 +298,9 @@ def test_attention_computes_only_gradients_asked_for(wanted):
 # ------------------------------------------------------------------------------------ layernorm_adapter
 
 
-ADAPTER_MODES = pytest.mark.parametrize(("residual", "own_norm"), [(False, False), (True, False), (False, True),
-                                                                   (True, True)])
+ADAPTER_MODES = pytest.mark.parametrize(
+    ("residual", "own_norm"), [(False, False), (True, False), (False, True), (True, True)]
+)
 
 
 @needs_float64
@@ -283,10 +312,20 @@ def test_adapter_gradcheck(residual, own_norm):
 
 
 @ADAPTER_MODES
-@pytest.mark.parametrize(("rows", "width", "hidden"), [
-    ((1,), 64, 8), ((31,), 65, 5), ((2, 33), 64, 16), ((193,), 96, 12), ((4,), 512, 64), ((3,), 768, 96),
-    ((2,), 1024, 128), *([] if GPU else [((5,), 1, 1)]), ((2100,), 16, 2),
-])
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden"),
+    [
+        ((1,), 64, 8),
+        ((31,), 65, 5),
+        ((2, 33), 64, 16),
+        ((193,), 96, 12),
+        ((4,), 512, 64),
+        ((3,), 768, 96),
+        ((2,), 1024, 128),
+        *([] if GPU else [((5,), 1, 1)]),
+        ((2100,), 16, 2),
+    ],
+)
 def test_adapter_shapes(rows, width, hidden, residual, own_norm):
     check_adapter(adapter_inputs(rows, width, hidden, residual=residual, own_norm=own_norm), residual, own_norm)
 
@@ -295,7 +334,7 @@ def test_adapter_shapes(rows, width, hidden, residual, own_norm):
 @given(data=st.data())
 def test_adapter_of_anything(data):
     rows = data.draw(st.lists(st.integers(0, 12), min_size=0, max_size=3))
-    least = 2 if GPU else 1                         # rows of one element are constant: all rounding, times 316
+    least = 2 if GPU else 1  # rows of one element are constant: all rounding, times 316
     width, hidden = data.draw(st.integers(least, 130)), data.draw(st.integers(1, 40))
     residual, own_norm = data.draw(st.booleans()), data.draw(st.booleans())
     scale = data.draw(st.sampled_from([0.0, 1.0, -2.0]))
@@ -335,7 +374,7 @@ def test_adapter_dead_relu(own_norm):
     tensors[4] = torch.full_like(tensors[4], -100.0)
     check_adapter(tensors, own_norm=own_norm)
     fused, grads = adapter_functions(own_norm=own_norm)[0], [randn(2, 5, 24, seed=20 + i) for i in range(1 + own_norm)]
-    dx, _, _, d_down, d_down_bias, d_up, _, _, *d_norm = run(fused, tensors, grads)[1 + own_norm:]
+    dx, _, _, d_down, d_down_bias, d_up, _, _, *d_norm = run(fused, tensors, grads)[1 + own_norm :]
     assert all(d.abs().max() == 0 for d in (d_down, d_down_bias, d_up, *d_norm)) and dx.abs().max() > 0
 
 
@@ -364,8 +403,10 @@ def test_adapter_reads_rows_of_a_large_mean_normalised():
     tensors = adapter_inputs(rows=(40,), width=96, hidden=8, dtype=torch.float32, own_norm=True)
     tensors[0] = tensors[0] + 3000.0
     fused, _, oracle = adapter_functions(own_norm=True)
-    added, exact = (function(*inputs)[1] - inputs[0]
-                    for function, inputs in ((fused, tensors), (oracle, [t.double() for t in tensors])))
+    added, exact = (
+        function(*inputs)[1] - inputs[0]
+        for function, inputs in ((fused, tensors), (oracle, [t.double() for t in tensors]))
+    )
     assert relative_error(added, exact) < 1e-3
 
 
@@ -373,23 +414,36 @@ def test_adapter_reads_rows_of_a_large_mean_normalised():
 def test_adapter_strides(own_norm):
     fused, _, _ = adapter_functions(True, own_norm)
     x, *parameters, residual = adapter_inputs((2, 6), 24, residual=True, own_norm=own_norm)
-    views = [randn(2, 7, 26)[:, 1:, 1:25], randn(6, 2, 24).transpose(0, 1), randn(2, 6, 48)[..., ::2],
-             randn(1, 6, 24).expand(2, -1, -1)]
-    grads = [randn(2, 6, 24, seed=5), torch.ones((), device=DEVICE, dtype=EXACT).expand(2, 6, 24),
-             randn(24, 6, 2).permute(2, 1, 0), randn(2, 7, 25)[:, 1:, 1:]]
-    rows, steps = randn(12, 26)[:, 1:25], randn(24, 48)[::2, :24]                       # launched without a copy
+    views = [
+        randn(2, 7, 26)[:, 1:, 1:25],
+        randn(6, 2, 24).transpose(0, 1),
+        randn(2, 6, 48)[..., ::2],
+        randn(1, 6, 24).expand(2, -1, -1),
+    ]
+    grads = [
+        randn(2, 6, 24, seed=5),
+        torch.ones((), device=DEVICE, dtype=EXACT).expand(2, 6, 24),
+        randn(24, 6, 2).permute(2, 1, 0),
+        randn(2, 7, 25)[:, 1:, 1:],
+    ]
+    rows, steps = randn(12, 26)[:, 1:25], randn(24, 48)[::2, :24]  # launched without a copy
     copies = rows.contiguous(), steps.contiguous()
-    assert_same(run(fused, [rows, *parameters, steps], [rows, steps]),
-                run(fused, [copies[0], *parameters, copies[1]], copies))
+    assert_same(
+        run(fused, [rows, *parameters, steps], [rows, steps]), run(fused, [copies[0], *parameters, copies[1]], copies)
+    )
     for view, grad in zip(views, grads, strict=True):
         for added in (residual, view.flip(0)):
             ours = run(fused, [view, *parameters, added], [grad, grad])
             copied = run(fused, [view.contiguous(), *parameters, added.contiguous()], [grad.contiguous()] * 2)
             assert_same(ours, copied)
-    scattered = [randn(*reversed(p.shape), seed=i).t() if p.dim() == 2 else randn(p.numel(), 2, seed=i)[:, 0].view_as(p)
-                 for i, p in enumerate(parameters)]
-    assert_same(run(fused, [x, *scattered, residual], [grads[0]] * 2),
-                run(fused, [x, *(p.contiguous() for p in scattered), residual], [grads[0]] * 2))
+    scattered = [
+        randn(*reversed(p.shape), seed=i).t() if p.dim() == 2 else randn(p.numel(), 2, seed=i)[:, 0].view_as(p)
+        for i, p in enumerate(parameters)
+    ]
+    assert_same(
+        run(fused, [x, *scattered, residual], [grads[0]] * 2),
+        run(fused, [x, *(p.contiguous() for p in scattered), residual], [grads[0]] * 2),
+    )
 
 
 @pytest.mark.parametrize("own_norm", [False, True])
@@ -418,12 +472,14 @@ WANTED = [(0,), (1,), (2,), (3,), (4,), (5,), (6,), (7,), (3, 4, 5, 6, 7), (0, 7
 WANTED_OF_OWN_NORM = [*WANTED, (8,), (9,), (0, 3, 4, 5, 6, 8, 9)]
 
 
-@pytest.mark.parametrize(("wanted", "own_norm"), [*((wanted, False) for wanted in WANTED),
-                                                  *((wanted, True) for wanted in WANTED_OF_OWN_NORM)])
+@pytest.mark.parametrize(
+    ("wanted", "own_norm"),
+    [*((wanted, False) for wanted in WANTED), *((wanted, True) for wanted in WANTED_OF_OWN_NORM)],
+)
 def test_adapter_computes_only_gradients_asked_for(wanted, own_norm):
     tensors = adapter_inputs(own_norm=own_norm)
     fused, grads = adapter_functions(own_norm=own_norm)[0], [randn(2, 5, 24, seed=9 + i) for i in range(1 + own_norm)]
-    full = run(fused, tensors, grads)[1 + own_norm:]
+    full = run(fused, tensors, grads)[1 + own_norm :]
     x, weight, bias, *parameters = [*tensors, None, None][:10]
     *_, mean, rstd, hidden = adapter_op.forward(x, None, weight, bias, *parameters, 1e-5)
     needs = [i in wanted for i in range(10)]
@@ -437,15 +493,21 @@ def test_adapter_computes_only_gradients_asked_for(wanted, own_norm):
     asked = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
     outputs = fused(*asked)
     torch.autograd.backward(outputs if own_norm else [outputs], grads)
-    assert [t.grad is not None for t in asked] == needs[:len(tensors)]
+    assert [t.grad is not None for t in asked] == needs[: len(tensors)]
 
 
-@pytest.mark.parametrize(("own_norm", "wanted", "expected"), [
-    (False, range(8), ["input", "parameter"]), (False, (5, 6, 7), ["parameter"]), (False, (0,), ["input"]),
-    (True, (0, 3, 4, 5, 6, 7, 8, 9), ["input", "parameter"]),           # γ and β are frozen
-    (True, range(10), ["input", "parameter", "parameter"]), (True, (1,), ["parameter"]),
-    (True, (9,), ["input", "parameter"]),
-])
+@pytest.mark.parametrize(
+    ("own_norm", "wanted", "expected"),
+    [
+        (False, range(8), ["input", "parameter"]),
+        (False, (5, 6, 7), ["parameter"]),
+        (False, (0,), ["input"]),
+        (True, (0, 3, 4, 5, 6, 7, 8, 9), ["input", "parameter"]),  # γ and β are frozen
+        (True, range(10), ["input", "parameter", "parameter"]),
+        (True, (1,), ["parameter"]),
+        (True, (9,), ["input", "parameter"]),
+    ],
+)
 def test_adapter_launches_no_more_than_the_gradients_take(own_norm, wanted, expected, monkeypatch):
     launched = []
 
@@ -495,8 +557,10 @@ def test_references_agree():
     for causal in (False, True):
         for target in ("weights", "logits"):
             tensors = [t.double() for t in attention_inputs()]
-            torch.testing.assert_close(attention_reference.folded(*tensors, causal, target),
-                                       attention_reference.explicit(*tensors, causal, target))
+            torch.testing.assert_close(
+                attention_reference.folded(*tensors, causal, target),
+                attention_reference.explicit(*tensors, causal, target),
+            )
     x, *parameters = (t.double() for t in adapter_inputs())
     y, total = adapter_reference.plain(x, None, *parameters, None, None, 1e-5)
     torch.testing.assert_close(y, adapter_functions()[2](x, *parameters))
@@ -540,58 +604,90 @@ def test_float32_products_follow_pytorchs_setting():
             torch.set_float32_matmul_precision(setting)
             assert upperson_kernels.backend.float32_precision() == precision
         torch.set_float32_matmul_precision("highest")
-        for setting in ("tf32", "ieee"):                                # PyTorch's newer way to say it
+        for setting in ("tf32", "ieee"):  # PyTorch's newer way to say it
             matmul.fp32_precision = setting
             assert upperson_kernels.backend.float32_precision() == setting
     finally:
         matmul.fp32_precision = before
 
 
-@pytest.mark.parametrize(("change", "error", "message"), [
-    (dict(qkv=torch.zeros(2, 7, 2, 2, 16)), ValueError, r"qkv must be \(B, N, 3, H, D\), not \(2, 7, 2, 2, 16\)"),
-    (dict(qkv=torch.zeros(2, 7, 96)), ValueError, r"qkv must be \(B, N, 3, H, D\), not \(2, 7, 96\)"),
-    (dict(qkv=torch.zeros(2, 7, 3, 2, 16, dtype=torch.int64)), TypeError, "qkv must be a floating-point tensor"),
-    (dict(prefix_key=torch.zeros(3, 32)), ValueError, r"prefix_key must be \(P, 2, 16\), not \(3, 32\)"),
-    (dict(prefix_value=torch.zeros(4, 2, 16)), ValueError, r"prefix_value must be \(3, 2, 16\), not \(4, 2, 16\)"),
-    (dict(prefix_scale=torch.zeros(1)), ValueError, r"prefix_scale must be \(\), not \(1,\)"),
-    (dict(prefix_key=torch.zeros(3, 2, 16, dtype=torch.float16)), TypeError,
-     "prefix_key must be float32 beside qkv, not float16"),
-    (dict(prefix_value=torch.zeros(3, 2, 16, device="meta")), ValueError, "prefix_value is on meta, but qkv is on cpu"),
-    (dict(cu_seqlens=torch.tensor([0, 7], dtype=torch.int32)), ValueError,
-     r"qkv must be \(T, 3, H, D\) beside cu_seqlens, not \(2, 7, 3, 2, 16\)"),
-    (dict(max_seqlen=7), ValueError, "max_seqlen goes with cu_seqlens, which is missing"),
-    (dict(prefix_scale=1.0), TypeError, "prefix_attention: prefix_scale must be a tensor, not float"),
-    (dict(qkv=[1.0]), TypeError, "qkv must be a tensor, not list"),
-    (dict(scale_target="values"), ValueError, "scale_target must be 'weights' or 'logits', not 'values'"),
-    (dict(backend="fast"), ValueError, "backend must be None, 'triton' or 'torch', not 'fast'"),
-])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(qkv=torch.zeros(2, 7, 2, 2, 16)), ValueError, r"qkv must be \(B, N, 3, H, D\), not \(2, 7, 2, 2, 16\)"),
+        (dict(qkv=torch.zeros(2, 7, 96)), ValueError, r"qkv must be \(B, N, 3, H, D\), not \(2, 7, 96\)"),
+        (dict(qkv=torch.zeros(2, 7, 3, 2, 16, dtype=torch.int64)), TypeError, "qkv must be a floating-point tensor"),
+        (dict(prefix_key=torch.zeros(3, 32)), ValueError, r"prefix_key must be \(P, 2, 16\), not \(3, 32\)"),
+        (dict(prefix_value=torch.zeros(4, 2, 16)), ValueError, r"prefix_value must be \(3, 2, 16\), not \(4, 2, 16\)"),
+        (dict(prefix_scale=torch.zeros(1)), ValueError, r"prefix_scale must be \(\), not \(1,\)"),
+        (
+            dict(prefix_key=torch.zeros(3, 2, 16, dtype=torch.float16)),
+            TypeError,
+            "prefix_key must be float32 beside qkv, not float16",
+        ),
+        (
+            dict(prefix_value=torch.zeros(3, 2, 16, device="meta")),
+            ValueError,
+            "prefix_value is on meta, but qkv is on cpu",
+        ),
+        (
+            dict(cu_seqlens=torch.tensor([0, 7], dtype=torch.int32)),
+            ValueError,
+            r"qkv must be \(T, 3, H, D\) beside cu_seqlens, not \(2, 7, 3, 2, 16\)",
+        ),
+        (dict(max_seqlen=7), ValueError, "max_seqlen goes with cu_seqlens, which is missing"),
+        (dict(prefix_scale=1.0), TypeError, "prefix_attention: prefix_scale must be a tensor, not float"),
+        (dict(qkv=[1.0]), TypeError, "qkv must be a tensor, not list"),
+        (dict(scale_target="values"), ValueError, "scale_target must be 'weights' or 'logits', not 'values'"),
+        (dict(backend="fast"), ValueError, "backend must be None, 'triton' or 'torch', not 'fast'"),
+    ],
+)
 def test_attention_refuses(change, error, message):
-    arguments = dict(qkv=torch.zeros(2, 7, 3, 2, 16), prefix_key=torch.zeros(3, 2, 16),
-                     prefix_value=torch.zeros(3, 2, 16), prefix_scale=torch.tensor(1.0))
+    arguments = dict(
+        qkv=torch.zeros(2, 7, 3, 2, 16),
+        prefix_key=torch.zeros(3, 2, 16),
+        prefix_value=torch.zeros(3, 2, 16),
+        prefix_scale=torch.tensor(1.0),
+    )
     with pytest.raises(error, match=message):
         prefix_attention(**(arguments | change))
 
 
-@pytest.mark.parametrize(("cu_seqlens", "max_seqlen", "error", "message"), [
-    ([0, 7], None, TypeError, "cu_seqlens must be a tensor, not list"),
-    (torch.tensor([0, 7], dtype=torch.int32), 7.0, TypeError, "max_seqlen must be a whole number, not 7.0"),
-    (torch.tensor([0, 7]), None, TypeError, "cu_seqlens must be int32, not int64"),
-    (torch.tensor([[0, 7]], dtype=torch.int32), None, ValueError, r"cu_seqlens must be \(S \+ 1,\), not \(1, 2\)"),
-    (torch.tensor([], dtype=torch.int32), None, ValueError, r"cu_seqlens must be \(S \+ 1,\), not \(0,\)"),
-    (torch.tensor([0, 7], dtype=torch.int32, device="meta"), None, ValueError, "cu_seqlens is on meta, but qkv"),
-    (torch.tensor([0, 6], dtype=torch.int32), None, ValueError, r"end with T = 7, but is \[0, 6\]"),
-    (torch.tensor([1, 7], dtype=torch.int32), None, ValueError, r"must begin with 0.*but is \[1, 7\]"),
-    (torch.tensor([0, 5, 3, 7], dtype=torch.int32), None, ValueError, "never fall"),
-    (torch.tensor([0, 3, 7], dtype=torch.int32), 3, ValueError, "max_seqlen is 3, but the longest sequence .* has 4"),
-    (torch.tensor([0, 3, 7], dtype=torch.int32), -1, ValueError, "max_seqlen must be at least 0, not -1"),
-])
+@pytest.mark.parametrize(
+    ("cu_seqlens", "max_seqlen", "error", "message"),
+    [
+        ([0, 7], None, TypeError, "cu_seqlens must be a tensor, not list"),
+        (torch.tensor([0, 7], dtype=torch.int32), 7.0, TypeError, "max_seqlen must be a whole number, not 7.0"),
+        (torch.tensor([0, 7]), None, TypeError, "cu_seqlens must be int32, not int64"),
+        (torch.tensor([[0, 7]], dtype=torch.int32), None, ValueError, r"cu_seqlens must be \(S \+ 1,\), not \(1, 2\)"),
+        (torch.tensor([], dtype=torch.int32), None, ValueError, r"cu_seqlens must be \(S \+ 1,\), not \(0,\)"),
+        (torch.tensor([0, 7], dtype=torch.int32, device="meta"), None, ValueError, "cu_seqlens is on meta, but qkv"),
+        (torch.tensor([0, 6], dtype=torch.int32), None, ValueError, r"end with T = 7, but is \[0, 6\]"),
+        (torch.tensor([1, 7], dtype=torch.int32), None, ValueError, r"must begin with 0.*but is \[1, 7\]"),
+        (torch.tensor([0, 5, 3, 7], dtype=torch.int32), None, ValueError, "never fall"),
+        (
+            torch.tensor([0, 3, 7], dtype=torch.int32),
+            3,
+            ValueError,
+            "max_seqlen is 3, but the longest sequence .* has 4",
+        ),
+        (torch.tensor([0, 3, 7], dtype=torch.int32), -1, ValueError, "max_seqlen must be at least 0, not -1"),
+    ],
+)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_attention_refuses_marks(cu_seqlens, max_seqlen, error, message, backend):
     if GPU and backend == "triton":
         pytest.skip("values of cu_seqlens are checked on the CPU")
     with pytest.raises(error, match=message):
-        prefix_attention(torch.zeros(7, 3, 2, 16), torch.zeros(3, 2, 16), torch.zeros(3, 2, 16), torch.tensor(1.0),
-                         cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, backend=backend)
+        prefix_attention(
+            torch.zeros(7, 3, 2, 16),
+            torch.zeros(3, 2, 16),
+            torch.zeros(3, 2, 16),
+            torch.tensor(1.0),
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            backend=backend,
+        )
 
 
 def test_attention_refuses_wide_heads():
@@ -600,36 +696,64 @@ def test_attention_refuses_wide_heads():
     prefix_attention(*attention_inputs(width=144), backend="torch")
 
 
-@pytest.mark.parametrize(("change", "error", "message"), [
-    (dict(x=None), TypeError, "layernorm_adapter: x must be a tensor, not NoneType"),
-    (dict(residual=True), TypeError, "residual must be a tensor, not bool"),
-    (dict(x=torch.tensor(1.0)), ValueError, r"x must be \(..., C\) with C ≥ 1, not \(\)"),
-    (dict(x=torch.zeros(2, 8, dtype=torch.int32)), TypeError, "x must be a floating-point tensor"),
-    (dict(weight=torch.zeros(9)), ValueError, r"weight must be \(8,\), not \(9,\)"),
-    (dict(bias=torch.zeros(1)), ValueError, r"bias must be \(8,\), not \(1,\)"),
-    (dict(down_weight=torch.zeros(8, 4)), ValueError, r"down_weight must be \(R, 8\), not \(8, 4\)"),
-    (dict(down_weight=torch.zeros(0, 8)), ValueError, r"down_weight must be \(R, 8\) with R ≥ 1"),
-    (dict(down_bias=torch.zeros(3)), ValueError, r"down_bias must be \(2,\), not \(3,\)"),
-    (dict(up_weight=torch.zeros(2, 8)), ValueError, r"up_weight must be \(8, 2\), not \(2, 8\)"),
-    (dict(up_bias=torch.zeros(2)), ValueError, r"up_bias must be \(8,\), not \(2,\)"),
-    (dict(scale=torch.zeros(1)), ValueError, r"scale must be \(\), not \(1,\)"),
-    (dict(up_bias=torch.zeros(8, dtype=torch.float64)), TypeError, "up_bias must be float32 beside x, not float64"),
-    (dict(residual=torch.zeros(2, 1, 8)), ValueError, r"residual must be \(2, 8\), not \(2, 1, 8\)"),
-    (dict(residual=torch.zeros(2, 8, dtype=torch.float16)), TypeError, "residual must have x's dtype"),
-    (dict(scale=torch.zeros((), device="meta")), ValueError, "scale is on meta, but x is on cpu"),
-    (dict(norm_weight=torch.ones(8)), ValueError, "norm_weight and norm_bias go together, and norm_bias is missing"),
-    (dict(norm_bias=torch.ones(8)), ValueError, "norm_weight and norm_bias go together, and norm_weight is missing"),
-    (dict(norm_weight=torch.ones(9), norm_bias=torch.ones(8)), ValueError, r"norm_weight must be \(8,\), not \(9,\)"),
-    (dict(norm_weight=torch.ones(8), norm_bias=True), TypeError, "norm_bias must be a tensor, not bool"),
-    (dict(norm_weight=torch.ones(8), norm_bias=torch.ones(8).half()), TypeError,
-     "norm_bias must be float32 beside x, not float16"),
-    (dict(norm_weight=torch.ones(8, device="meta"), norm_bias=torch.ones(8)), ValueError,
-     "norm_weight is on meta, but x is on cpu"),
-])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(x=None), TypeError, "layernorm_adapter: x must be a tensor, not NoneType"),
+        (dict(residual=True), TypeError, "residual must be a tensor, not bool"),
+        (dict(x=torch.tensor(1.0)), ValueError, r"x must be \(..., C\) with C ≥ 1, not \(\)"),
+        (dict(x=torch.zeros(2, 8, dtype=torch.int32)), TypeError, "x must be a floating-point tensor"),
+        (dict(weight=torch.zeros(9)), ValueError, r"weight must be \(8,\), not \(9,\)"),
+        (dict(bias=torch.zeros(1)), ValueError, r"bias must be \(8,\), not \(1,\)"),
+        (dict(down_weight=torch.zeros(8, 4)), ValueError, r"down_weight must be \(R, 8\), not \(8, 4\)"),
+        (dict(down_weight=torch.zeros(0, 8)), ValueError, r"down_weight must be \(R, 8\) with R ≥ 1"),
+        (dict(down_bias=torch.zeros(3)), ValueError, r"down_bias must be \(2,\), not \(3,\)"),
+        (dict(up_weight=torch.zeros(2, 8)), ValueError, r"up_weight must be \(8, 2\), not \(2, 8\)"),
+        (dict(up_bias=torch.zeros(2)), ValueError, r"up_bias must be \(8,\), not \(2,\)"),
+        (dict(scale=torch.zeros(1)), ValueError, r"scale must be \(\), not \(1,\)"),
+        (dict(up_bias=torch.zeros(8, dtype=torch.float64)), TypeError, "up_bias must be float32 beside x, not float64"),
+        (dict(residual=torch.zeros(2, 1, 8)), ValueError, r"residual must be \(2, 8\), not \(2, 1, 8\)"),
+        (dict(residual=torch.zeros(2, 8, dtype=torch.float16)), TypeError, "residual must have x's dtype"),
+        (dict(scale=torch.zeros((), device="meta")), ValueError, "scale is on meta, but x is on cpu"),
+        (
+            dict(norm_weight=torch.ones(8)),
+            ValueError,
+            "norm_weight and norm_bias go together, and norm_bias is missing",
+        ),
+        (
+            dict(norm_bias=torch.ones(8)),
+            ValueError,
+            "norm_weight and norm_bias go together, and norm_weight is missing",
+        ),
+        (
+            dict(norm_weight=torch.ones(9), norm_bias=torch.ones(8)),
+            ValueError,
+            r"norm_weight must be \(8,\), not \(9,\)",
+        ),
+        (dict(norm_weight=torch.ones(8), norm_bias=True), TypeError, "norm_bias must be a tensor, not bool"),
+        (
+            dict(norm_weight=torch.ones(8), norm_bias=torch.ones(8).half()),
+            TypeError,
+            "norm_bias must be float32 beside x, not float16",
+        ),
+        (
+            dict(norm_weight=torch.ones(8, device="meta"), norm_bias=torch.ones(8)),
+            ValueError,
+            "norm_weight is on meta, but x is on cpu",
+        ),
+    ],
+)
 def test_adapter_refuses(change, error, message):
-    arguments = dict(x=torch.zeros(2, 8), weight=torch.ones(8), bias=torch.zeros(8), down_weight=torch.zeros(2, 8),
-                     down_bias=torch.zeros(2), up_weight=torch.zeros(8, 2), up_bias=torch.zeros(8),
-                     scale=torch.tensor(1.0))
+    arguments = dict(
+        x=torch.zeros(2, 8),
+        weight=torch.ones(8),
+        bias=torch.zeros(8),
+        down_weight=torch.zeros(2, 8),
+        down_bias=torch.zeros(2),
+        up_weight=torch.zeros(8, 2),
+        up_bias=torch.zeros(8),
+        scale=torch.tensor(1.0),
+    )
     with pytest.raises(error, match=message):
         layernorm_adapter(**(arguments | change))
 

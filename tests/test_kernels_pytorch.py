@@ -34,8 +34,11 @@ OPERATORS = {
     "attention": (lambda: attention_inputs(length=40), lambda: attention_functions(True, "logits"), 1),
     "adapter": (lambda: adapter_inputs((90,)), lambda: adapter_functions(), 1),
     "adapter with residual": (lambda: adapter_inputs((90,), residual=True), lambda: adapter_functions(True), 2),
-    "adapter with its own norm": (lambda: adapter_inputs((90,), residual=True, own_norm=True),
-                                  lambda: adapter_functions(True, True), 2),
+    "adapter with its own norm": (
+        lambda: adapter_inputs((90,), residual=True, own_norm=True),
+        lambda: adapter_functions(True, True),
+        2,
+    ),
 }
 
 
@@ -62,12 +65,14 @@ def test_an_output_used_twice(operator):
             out = function(*tensors)
             out = out[0] if outputs == 2 else out
             return out.sin() + out * out
+
         return call
 
     tensors = make()
     shape = twice(plain)(*tensors).shape
-    for a, b in zip(run(twice(fused), tensors, [randn(*shape)]), run(twice(plain), tensors, [randn(*shape)]),
-                    strict=True):
+    for a, b in zip(
+        run(twice(fused), tensors, [randn(*shape)]), run(twice(plain), tensors, [randn(*shape)]), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4 if GPU else 1e-9, atol=1e-4 if GPU else 1e-9)
 
 
@@ -77,8 +82,10 @@ def test_opcheck():
     torch.library.opcheck(attention_op.forward, (*tensors, None, 0, True, "weights"))
     tensors = [t.detach() for t in tensors]
     out, lse = attention_op.forward(*tensors, None, 0, True, "weights")
-    torch.library.opcheck(attention_op.backward, (randn(2, 5, 2, 16), *tensors, None, 0, out, lse, True, "weights",
-                                                  [True, False, True, True]))
+    torch.library.opcheck(
+        attention_op.backward,
+        (randn(2, 5, 2, 16), *tensors, None, 0, out, lse, True, "weights", [True, False, True, True]),
+    )
     needs = [True, False, False, True, True, True, True, True]
     for own_norm in (False, True):
         x, *parameters = [*require_grad(adapter_inputs(own_norm=own_norm)), None, None][:10]
@@ -86,8 +93,10 @@ def test_opcheck():
             torch.library.opcheck(adapter_op.forward, (x, residual, *parameters, 1e-5))
         x, weight, bias, *parameters = (None if t is None else t.detach() for t in (x, *parameters))
         *_, mean, rstd, hidden = adapter_op.forward(x, None, weight, bias, *parameters, 1e-5)
-        torch.library.opcheck(adapter_op.backward, (x, x if own_norm else None, x, weight, *parameters, mean, rstd,
-                                                    hidden, [*needs, own_norm, own_norm]))
+        torch.library.opcheck(
+            adapter_op.backward,
+            (x, x if own_norm else None, x, weight, *parameters, mean, rstd, hidden, [*needs, own_norm, own_norm]),
+        )
 
 
 @pytest.mark.parametrize("own_norm", [False, True])
@@ -146,8 +155,14 @@ class SmallBlock(nn.Module):
         return x + y
 
     def with_own_norm(self, x, residual):
-        return layernorm_adapter(x, *self.norm_3.parameters(), residual=residual, norm_weight=self.own_norm.weight,
-                                 norm_bias=self.own_norm.bias, backend=self.norm_3.backend)
+        return layernorm_adapter(
+            x,
+            *self.norm_3.parameters(),
+            residual=residual,
+            norm_weight=self.own_norm.weight,
+            norm_bias=self.own_norm.bias,
+            backend=self.norm_3.backend,
+        )
 
 
 def small_block(dtype=EXACT):
@@ -167,27 +182,33 @@ def gradients(block, out):
 def test_modules_are_the_functions():
     attention = PrefixAttention(2, 16, 3, scale=4.0, scale_target="logits", causal=True).to(DEVICE, EXACT)
     assert {name: tuple(p.shape) for name, p in attention.named_parameters()} == {
-        "prefix_key": (3, 2, 16), "prefix_value": (3, 2, 16), "prefix_scale": ()}
+        "prefix_key": (3, 2, 16),
+        "prefix_value": (3, 2, 16),
+        "prefix_scale": (),
+    }
     assert attention.prefix_scale == 4 and attention.prefix_key.min() >= 0 and attention.prefix_key.max() < 0.01
     qkv = randn(2, 7, 3, 2, 16)
-    assert torch.equal(attention(qkv), prefix_attention(qkv, *attention.parameters(), causal=True,
-                                                        scale_target="logits"))
+    assert torch.equal(
+        attention(qkv), prefix_attention(qkv, *attention.parameters(), causal=True, scale_target="logits")
+    )
     packed, cu_seqlens = packed_inputs([3, 4])
-    assert torch.equal(attention(packed[0], cu_seqlens),
-                       prefix_attention(packed[0], *attention.parameters(), causal=True, scale_target="logits",
-                                        cu_seqlens=cu_seqlens))
+    assert torch.equal(
+        attention(packed[0], cu_seqlens),
+        prefix_attention(packed[0], *attention.parameters(), causal=True, scale_target="logits", cu_seqlens=cu_seqlens),
+    )
     assert repr(attention) == "PrefixAttention(heads=2, head_width=16, length=3, scale_target='logits', causal=True)"
     with pytest.raises(ValueError, match="scale_target must be 'weights' or 'logits', not 'keys'"):
         PrefixAttention(2, 16, 3, scale_target="keys")
 
     norm = LayerNormAdapter(24, 3, eps=1e-3).to(DEVICE, EXACT)
     x, residual = randn(2, 5, 24), randn(2, 5, 24, seed=1)
-    torch.testing.assert_close(norm(x), nn.functional.layer_norm(x, (24,), eps=1e-3))       # as the adapter starts at 0
+    torch.testing.assert_close(norm(x), nn.functional.layer_norm(x, (24,), eps=1e-3))  # as the adapter starts at 0
     nn.init.normal_(norm.up_weight)
     options = dict(eps=1e-3)
     assert torch.equal(norm(x), layernorm_adapter(x, *norm.parameters(), **options))
-    for a, b in zip(norm(x, residual), layernorm_adapter(x, *norm.parameters(), residual=residual, **options),
-                    strict=True):
+    for a, b in zip(
+        norm(x, residual), layernorm_adapter(x, *norm.parameters(), residual=residual, **options), strict=True
+    ):
         assert torch.equal(a, b)
     assert repr(norm) == "LayerNormAdapter(width=24, hidden=3, eps=0.001)"
     assert set(norm.state_dict()) == {"weight", "bias", "down_weight", "down_bias", "up_weight", "up_bias", "scale"}
@@ -234,8 +255,8 @@ def test_autocast_computes_in_half_precision(backend):
         qkv = block.in_proj(x).unflatten(-1, (3, 2, 16))
         assert qkv.dtype == torch.float16
         assert block.attention(qkv).dtype == torch.float16
-        assert block.attention(qkv.float()).dtype == torch.float16      # as scaled_dot_product_attention does
-        assert block.norm_1(x).dtype == torch.float32                   # as layer_norm does
+        assert block.attention(qkv.float()).dtype == torch.float16  # as scaled_dot_product_attention does
+        assert block.norm_1(x).dtype == torch.float32  # as layer_norm does
         for fused in (block.norm_2, block.with_own_norm):
             assert [t.dtype for t in fused(x.half(), x)] == [torch.float32] * 2
         out = block(x)
@@ -325,7 +346,7 @@ def test_adapter_beyond_32_bit_offsets():
 def test_more_than_2_to_31_elements_and_65535_programs():
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB of GPU memory")
-    qkv = torch.zeros(90_000, 17, 3, 8, 64, device=DEVICE, dtype=torch.float16)         # 2.3 · 10⁹
+    qkv = torch.zeros(90_000, 17, 3, 8, 64, device=DEVICE, dtype=torch.float16)  # 2.3 · 10⁹
     qkv[-1] = randn(17, 3, 8, 64, dtype=torch.float16)
     _, *prefix = attention_inputs(heads=8, width=64, dtype=torch.float16)
     grad = [torch.ones((), device=DEVICE, dtype=torch.float16).expand(90_000, 17, 8, 64)]
@@ -334,7 +355,7 @@ def test_more_than_2_to_31_elements_and_65535_programs():
     last, dlast, *_ = run(fused, [qkv[-1:], *prefix], [grad[0][-1:]])
     assert torch.equal(out[-1:], last) and torch.equal(dqkv[-1:], dlast)
 
-    x = torch.zeros(2**21 + 70, 1100, device=DEVICE, dtype=torch.float16)               # 2.3 · 10⁹
+    x = torch.zeros(2**21 + 70, 1100, device=DEVICE, dtype=torch.float16)  # 2.3 · 10⁹
     x[-1] = randn(1100, dtype=torch.float16)
     _, *parameters = adapter_inputs((), 1100, 8, dtype=torch.float16)
     y = layernorm_adapter(x, *parameters)
@@ -343,10 +364,15 @@ def test_more_than_2_to_31_elements_and_65535_programs():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_runs_on_the_device_of_its_inputs():
-    for inputs, functions in ((attention_inputs(), attention_functions(False, "weights")),
-                              (adapter_inputs(), adapter_functions())):
+    for inputs, functions in (
+        (attention_inputs(), attention_functions(False, "weights")),
+        (adapter_inputs(), adapter_functions()),
+    ):
         there = [t.to("cuda:1") for t in inputs]
         shape = functions[1](*inputs).shape
-        for a, b in zip(run(functions[0], there, [randn(*shape).to("cuda:1")]),
-                        run(functions[0], inputs, [randn(*shape)]), strict=True):
+        for a, b in zip(
+            run(functions[0], there, [randn(*shape).to("cuda:1")]),
+            run(functions[0], inputs, [randn(*shape)]),
+            strict=True,
+        ):
             assert a.device == torch.device("cuda:1") and torch.equal(a.cpu(), b.cpu())

@@ -29,8 +29,13 @@ def test_gradcheck(backend):
 def test_against_the_definition(shape, dtype, poisoned_memory):
     tensors = [randn(*shape, seed=1, dtype=dtype, scale=3.0), randn(shape[-1], seed=2, dtype=dtype)]
     assert_within_budget(fused, reference.explicit, reference.explicit, tensors, [randn(*shape, seed=3, dtype=dtype)])
-    assert_within_budget(fused, lambda x: reference.explicit(x, None), lambda x: reference.explicit(x, None),
-                         tensors[:1], [randn(*shape, seed=3, dtype=dtype)])
+    assert_within_budget(
+        fused,
+        lambda x: reference.explicit(x, None),
+        lambda x: reference.explicit(x, None),
+        tensors[:1],
+        [randn(*shape, seed=3, dtype=dtype)],
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -51,7 +56,7 @@ def test_it_is_open_clips():
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_far_out_it_neither_overflows_nor_loses_its_gradient(backend):
     limit = torch.finfo(torch.float16).max if backend == "triton" else 38_000.0
-    x, = require_grad([torch.tensor([[-limit, -200.0, 0.0, 200.0, limit]], dtype=torch.float16, device=DEVICE)])
+    (x,) = require_grad([torch.tensor([[-limit, -200.0, 0.0, 200.0, limit]], dtype=torch.float16, device=DEVICE)])
     y = quick_gelu(x, backend=backend)
     y.backward(torch.ones_like(y))
     assert y.detach()[0, :2].abs().max() == 0 and y[0, 3].item() == pytest.approx(200, rel=2e-3)
@@ -62,11 +67,11 @@ def test_strides_and_misalignment():
     whole, bias = randn(7, 40, seed=1), randn(19, seed=2)
     views = [whole[:, 1:20], whole[::2, 3:22], whole.t()[:19].t(), whole[:1, :19].expand(6, 19)]
     for view in views:
-        x, = require_grad([view])
+        (x,) = require_grad([view])
         x = view.detach().requires_grad_()
         for grad in (torch.ones((), device=DEVICE, dtype=EXACT).expand(x.shape), randn(*x.shape[::-1], seed=4).t()):
             y = fused(x, bias)
-            dx, = torch.autograd.grad(y, x, grad)
+            (dx,) = torch.autograd.grad(y, x, grad)
             exact = view.detach().clone().requires_grad_()
             expected = reference.explicit(exact, bias)
             slack = 100 * SLACK[EXACT]
@@ -87,12 +92,14 @@ def test_float32_bias_beside_half():
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_nothing_as_large_is_saved_beside_one_tensor(backend):
     """The point of it: autograd of the definition keeps two tensors of this size and more."""
+
     def kept(function):
         found = {}
         x, bias = randn(64, 32, seed=1).requires_grad_(), randn(32, seed=2)
-        inner = x * 1                                                   # as behind a product
+        inner = x * 1  # as behind a product
         with torch.autograd.graph.saved_tensors_hooks(
-                lambda t: found.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+            lambda t: found.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+        ):
             y = function(inner, bias)
         return sum(t.numel() for t in found.values() if t.numel() >= x.numel()), y
 
@@ -102,6 +109,7 @@ def test_nothing_as_large_is_saved_beside_one_tensor(backend):
 
 def test_torchs_own_checks_and_compile():
     from upperson_kernels.quick_gelu import op
+
     x, bias = require_grad([randn(3, 8, seed=1), randn(8, seed=2)])
     torch.library.opcheck(op.forward, (x, bias))
     torch.library.opcheck(op.forward, (x, None))
@@ -109,15 +117,18 @@ def test_torchs_own_checks_and_compile():
     assert torch.equal(compiled(x, bias), fused(x, bias))
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), [
-    (([1.0],), TypeError, "quick_gelu: x must be a tensor, not list"),
-    ((torch.ones(()),), ValueError, r"quick_gelu: x must be \(..., C\) with C ≥ 1, not \(\)"),
-    ((torch.ones(2, 0),), ValueError, r"quick_gelu: x must be \(..., C\) with C ≥ 1, not \(2, 0\)"),
-    ((torch.ones(2, 3).int(),), TypeError, "quick_gelu: x must be a floating-point tensor, not torch.int32"),
-    ((torch.ones(2, 3), torch.ones(4)), ValueError, r"quick_gelu: bias must be \(3,\), not \(4,\)"),
-    ((torch.ones(2, 3), torch.ones(3).half()), TypeError, "quick_gelu: bias must be float32 beside x, not float16"),
-    ((torch.ones(2, 3), torch.ones(3, device="meta")), ValueError, "quick_gelu: bias is on meta, but x is on cpu"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([1.0],), TypeError, "quick_gelu: x must be a tensor, not list"),
+        ((torch.ones(()),), ValueError, r"quick_gelu: x must be \(..., C\) with C ≥ 1, not \(\)"),
+        ((torch.ones(2, 0),), ValueError, r"quick_gelu: x must be \(..., C\) with C ≥ 1, not \(2, 0\)"),
+        ((torch.ones(2, 3).int(),), TypeError, "quick_gelu: x must be a floating-point tensor, not torch.int32"),
+        ((torch.ones(2, 3), torch.ones(4)), ValueError, r"quick_gelu: bias must be \(3,\), not \(4,\)"),
+        ((torch.ones(2, 3), torch.ones(3).half()), TypeError, "quick_gelu: bias must be float32 beside x, not float16"),
+        ((torch.ones(2, 3), torch.ones(3, device="meta")), ValueError, "quick_gelu: bias is on meta, but x is on cpu"),
+    ],
+)
 def test_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
         quick_gelu(*arguments)

@@ -74,19 +74,33 @@ def test_cmpm_written_out():
     assert cmpm_loss(5 * features, features, torch.arange(2)) < cmpm_loss(features, features, torch.arange(2))
 
 
-@pytest.mark.parametrize(("text", "weights"), [
-    ("sdm", {"sdm": 1}), ("sdm+itc", {"sdm": 1, "itc": 1}), (" 0.5*cmpm + 2 * sdm ", {"cmpm": 0.5, "sdm": 2}),
-    (".25*itc", {"itc": 0.25}), ("sdm+id+mlm", {"sdm": 1, "id": 1, "mlm": 1}),
-])
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("sdm", {"sdm": 1}),
+        ("sdm+itc", {"sdm": 1, "itc": 1}),
+        (" 0.5*cmpm + 2 * sdm ", {"cmpm": 0.5, "sdm": 2}),
+        (".25*itc", {"itc": 0.25}),
+        ("sdm+id+mlm", {"sdm": 1, "id": 1, "mlm": 1}),
+    ],
+)
 def test_sums(text, weights):
     assert parse_losses(text) == weights
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "expected a sum of sdm, itc, cmpm, id, mlm,"), ("sdm+", "expected a sum"), ("tdm", "expected a sum"),
-    ("sdm-itc", "expected a sum"), ("-1*sdm", "expected a sum"), ("sdm*2", "expected a sum"),
-    ("sdm+sdm", "sdm stands in it twice"), ("0*sdm", "the weight of sdm must be above 0"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected a sum of sdm, itc, cmpm, id, mlm,"),
+        ("sdm+", "expected a sum"),
+        ("tdm", "expected a sum"),
+        ("sdm-itc", "expected a sum"),
+        ("-1*sdm", "expected a sum"),
+        ("sdm*2", "expected a sum"),
+        ("sdm+sdm", "sdm stands in it twice"),
+        ("0*sdm", "the weight of sdm must be above 0"),
+    ],
+)
 def test_sums_that_are_none(text, message):
     with pytest.raises(ValueError, match=message):
         parse_losses(text)

@@ -17,7 +17,7 @@ from upperson.errors import MergeError
 from upperson.deploy import merge as command
 from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
 from upperson.config import Config, ModelConfig
-from upperson.deploy.merge import (merge)
+from upperson.deploy.merge import merge
 from upperson.model import AdaptedCLIP
 from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES
 from upperson.config.presets import PRESETS
@@ -28,11 +28,11 @@ FOLDING = (
     + [dict(adapter_attn="ln-tuning"), dict(adapter_mlp="ln-tuning"), dict(method="full"), dict(method="zero-shot")]
     + [dict(lora="wora", adapter_attn="ln-tuning", adapter_mlp="ln-tuning", depth_lora=2, depth_adapter=1)]
 )
-REMAINING = (
-    [dict(prefix=kind) for kind in ("salable", "vanilla")]
-    + [{place: kind} for place in ("adapter_attn", "adapter_mlp")
-       for kind in ("l-parallel", "l-sequential", "parallel", "sequential")]
-)
+REMAINING = [dict(prefix=kind) for kind in ("salable", "vanilla")] + [
+    {place: kind}
+    for place in ("adapter_attn", "adapter_mlp")
+    for kind in ("l-parallel", "l-sequential", "parallel", "sequential")
+]
 
 
 NAMES = {name: kind.__name__ for name, kind in (PREFIXES | ADAPTERS).items()}
@@ -129,15 +129,19 @@ def test_the_file_loads_in_open_clip_as_the_command_says(tiny, tmp_path, capsys,
     assert clip.visual.positional_embedding.shape == (1 + 6 * 2, 32)
     torch.testing.assert_close(features(clip), features(load_model(path)), rtol=1e-4, atol=1e-5)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["best.safetensors", "merged.safetensors", "tiny.json"]
-    zero_shot = AdaptedCLIP(tiny.replace(pretrained=str(output), method="zero-shot"))         # a backbone here as well
+    zero_shot = AdaptedCLIP(tiny.replace(pretrained=str(output), method="zero-shot"))  # a backbone here as well
     assert torch.equal(zero_shot.clip.visual.positional_embedding, clip.visual.positional_embedding)
 
 
-@pytest.mark.parametrize("variant", [
-    dict(prefix="salable", lora="wora", adapter_attn="ln-tuning", adapter_mlp="l-parallel"),
-    dict(prefix="vanilla", lora="lora", adapter_attn="sequential", adapter_mlp="parallel", depth_lora=1),
-    dict(adapter_mlp="l-sequential", depth_adapter=2),
-], ids=words)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        dict(prefix="salable", lora="wora", adapter_attn="ln-tuning", adapter_mlp="l-parallel"),
+        dict(prefix="vanilla", lora="lora", adapter_attn="sequential", adapter_mlp="parallel", depth_lora=1),
+        dict(adapter_mlp="l-sequential", depth_adapter=2),
+    ],
+    ids=words,
+)
 @pytest.mark.parametrize("image_size", [(48, 16), (64, 16)])
 def test_what_remains_is_a_checkpoint_on_the_merged_weights(tiny, tmp_path, monkeypatch, variant, image_size):
     """Bit for bit. 64×16 has as many patches as the published 32×32."""
@@ -160,8 +164,9 @@ def test_what_remains_is_a_checkpoint_on_the_merged_weights(tiny, tmp_path, monk
 
 def test_the_embedded_clip(tmp_path, capsys):
     """Its weights are of 128×128 images; 256×64 has as many patches."""
-    for number, (image_size, changes) in enumerate(itertools.product(
-            [(192, 64), (256, 64)], [dict(prefix="none", adapter_attn="none", adapter_mlp="none"), {}])):
+    for number, (image_size, changes) in enumerate(
+        itertools.product([(192, 64), (256, 64)], [dict(prefix="none", adapter_attn="none", adapter_mlp="none"), {}])
+    ):
         config = PRESETS["embedded"].model.replace(image_size=image_size, **changes)
         path = tmp_path / f"{number}.safetensors"
         save_checkpoint(path, stirred(build(config), scale=0.05).trained_parameters(), Config(config), {})
@@ -177,8 +182,9 @@ def test_the_embedded_clip(tmp_path, capsys):
             ours = load_model(rest)
         images = torch.randn(2, 3, *image_size)
         with torch.no_grad():
-            torch.testing.assert_close(ours.encode_image(images), load_model(path).encode_image(images),
-                                       rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                ours.encode_image(images), load_model(path).encode_image(images), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_a_model_by_name_and_its_normalisation(tiny, tmp_path, monkeypatch):
@@ -187,8 +193,9 @@ def test_a_model_by_name_and_its_normalisation(tiny, tmp_path, monkeypatch):
     open_clip.add_model_config(tmp_path / "configs")
     backbone = tmp_path / "backbone.safetensors"
     backbone.write_bytes(command.weights_as_bytes(plain(32).state_dict(), (32, 32), (0.5,) * 3, (0.2,) * 3))
-    path = written(tmp_path, tiny.replace(model="tiny-for-merge", pretrained=str(backbone), prefix="salable",
-                                     lora="lora"))
+    path = written(
+        tmp_path, tiny.replace(model="tiny-for-merge", pretrained=str(backbone), prefix="salable", lora="lora")
+    )
     moved = backbone.rename(tmp_path / "moved.safetensors")
     output, rest = tmp_path / "merged.safetensors", tmp_path / "rest.safetensors"
     assert run(path, output, "--rest", rest) == 1
@@ -238,15 +245,29 @@ def test_an_interruption_leaves_nothing(tiny, tmp_path, monkeypatch, capsys, fai
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["best.safetensors", "tiny.json"]
 
 
-@pytest.mark.parametrize(("variant", "arguments", "message"), [
-    (dict(prefix="salable", lora="lora", adapter_mlp="parallel"), [],
-     "best.safetensors: does not fold into weights that open_clip can use: prefix SalablePrefix, adapter_mlp "
-     "ParallelAdapter; --rest FILE keeps that in a checkpoint of its own"),
-    (dict(lora="lora"), ["--rest", "rest.safetensors"],
-     "best.safetensors: everything in it folds into merged.safetensors; nothing remains for rest.safetensors"),
-    (dict(lora="lora"), ["--pretrained", "missing.pt"], "pretrained 'missing.pt' of tiny.json is neither a file nor"),
-    (dict(lora="lora"), ["--pretrained", "tiny.json"], "tiny.json does not hold weights of this model"),
-], ids=["remains", "nothing-remains", "missing", "no-weights"])
+@pytest.mark.parametrize(
+    ("variant", "arguments", "message"),
+    [
+        (
+            dict(prefix="salable", lora="lora", adapter_mlp="parallel"),
+            [],
+            "best.safetensors: does not fold into weights that open_clip can use: prefix SalablePrefix, adapter_mlp "
+            "ParallelAdapter; --rest FILE keeps that in a checkpoint of its own",
+        ),
+        (
+            dict(lora="lora"),
+            ["--rest", "rest.safetensors"],
+            "best.safetensors: everything in it folds into merged.safetensors; nothing remains for rest.safetensors",
+        ),
+        (
+            dict(lora="lora"),
+            ["--pretrained", "missing.pt"],
+            "pretrained 'missing.pt' of tiny.json is neither a file nor",
+        ),
+        (dict(lora="lora"), ["--pretrained", "tiny.json"], "tiny.json does not hold weights of this model"),
+    ],
+    ids=["remains", "nothing-remains", "missing", "no-weights"],
+)
 def test_refused_in_one_line(tiny, tmp_path, monkeypatch, capsys, variant, arguments, message):
     monkeypatch.chdir(tmp_path)
     written(tmp_path, tiny.replace(model="tiny.json", **variant))
@@ -257,17 +278,26 @@ def test_refused_in_one_line(tiny, tmp_path, monkeypatch, capsys, variant, argum
     assert sorted(os.listdir()) == names
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["merged.pt"], "merged.pt: expected a name that ends in .safetensors"),
-    (["./best.safetensors"], "best.safetensors is read; expected another file to write"),
-    (["clip.safetensors"], "clip.safetensors is read; expected another file to write"),
-    (["merged.safetensors", "--rest", "best.safetensors"], "best.safetensors is read; expected another file to write"),
-    (["a.safetensors", "--rest", "./a.safetensors"], "OUTPUT and --rest are the same file, a.safetensors"),
-    (["nowhere/merged.safetensors"], "nowhere/merged.safetensors: expected a file in a folder that is there"),
-    (["folder.safetensors"], "folder.safetensors: expected a file in a folder that is there"),
-    (["merged.safetensors", "--pretrained", "embedded"], "pretrained: 'embedded' belongs to model 'embedded' alone"),
-    ([], "the following arguments are required: OUTPUT"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["merged.pt"], "merged.pt: expected a name that ends in .safetensors"),
+        (["./best.safetensors"], "best.safetensors is read; expected another file to write"),
+        (["clip.safetensors"], "clip.safetensors is read; expected another file to write"),
+        (
+            ["merged.safetensors", "--rest", "best.safetensors"],
+            "best.safetensors is read; expected another file to write",
+        ),
+        (["a.safetensors", "--rest", "./a.safetensors"], "OUTPUT and --rest are the same file, a.safetensors"),
+        (["nowhere/merged.safetensors"], "nowhere/merged.safetensors: expected a file in a folder that is there"),
+        (["folder.safetensors"], "folder.safetensors: expected a file in a folder that is there"),
+        (
+            ["merged.safetensors", "--pretrained", "embedded"],
+            "pretrained: 'embedded' belongs to model 'embedded' alone",
+        ),
+        ([], "the following arguments are required: OUTPUT"),
+    ],
+)
 def test_wrong_arguments(tiny, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     path = written(tmp_path, tiny.replace(lora="lora"))
@@ -282,10 +312,16 @@ def test_wrong_arguments(tiny, tmp_path, monkeypatch, capsys, arguments, message
 
 def test_as_a_module(tmp_path):
     """No traceback, and help that names everything."""
-    missing = subprocess.run([sys.executable, "-m", "upperson.deploy.merge", "missing.safetensors", "merged.safetensors"],
-                             cwd=tmp_path, capture_output=True, text=True)
+    missing = subprocess.run(
+        [sys.executable, "-m", "upperson.deploy.merge", "missing.safetensors", "merged.safetensors"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert (missing.returncode, missing.stderr) == (
-        1, "error: missing.safetensors: there is no such file; expected an upperson checkpoint\n")
+        1,
+        "error: missing.safetensors: there is no such file; expected an upperson checkpoint\n",
+    )
 
 
 def test_the_merged_file_holds_float32_and_no_trained_modules(tiny, tmp_path):
@@ -293,4 +329,4 @@ def test_the_merged_file_holds_float32_and_no_trained_modules(tiny, tmp_path):
     assert run(written(tmp_path, tiny.replace(lora="lora")), output) == 0
     with safe_open(output, framework="pt") as file:
         assert set(file.keys()) == set(plain().state_dict())
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}     # noqa: SIM118 (no mapping)
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}  # noqa: SIM118 (no mapping)

@@ -21,7 +21,7 @@ from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoi
 from upperson.evaluate.__main__ import evaluate_checkpoint
 from upperson.train.interruption import Interruption
 from upperson.deploy.merge import main as merge_command
-from upperson.methods import (METHODS, Method)
+from upperson.methods import METHODS, Method
 from upperson.model.block import Stream
 from upperson.model.captions import words_of
 from upperson.fields import option
@@ -96,8 +96,17 @@ def test_the_example_of_the_documentation(tmp_path):
 
 
 def small(config, run_dir):
-    changes = dict(embedded_identities=(10, 3, 4), embedded_views=2, epochs=1, warmup_epochs=0, batch_size=8,
-                   image_size=(64, 32), backend="torch", workers=0, run_dir=run_dir)
+    changes = dict(
+        embedded_identities=(10, 3, 4),
+        embedded_views=2,
+        epochs=1,
+        warmup_epochs=0,
+        batch_size=8,
+        image_size=(64, 32),
+        backend="torch",
+        workers=0,
+        run_dir=run_dir,
+    )
     if config.model.method.stages():
         changes |= dict(encoder_epochs=1, encoder_warmup_epochs=0)
     return config.replace(**changes)
@@ -119,9 +128,14 @@ def test_every_method_trains_saves_loads_and_evaluates(method, tmp_path, capsys)
     assert config.model.method.title in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("changes", "trained"), [
-    (dict(prompts=False), ("adapter_mlp",)), (dict(adapters=False), ("prompt",)), (dict(), ("prompt", "adapter_mlp")),
-])
+@pytest.mark.parametrize(
+    ("changes", "trained"),
+    [
+        (dict(prompts=False), ("adapter_mlp",)),
+        (dict(adapters=False), ("prompt",)),
+        (dict(), ("prompt", "adapter_mlp")),
+    ],
+)
 def test_parts_of_cskt(tiny, changes, trained):
     model = build(tiny.replace(method="cskt", prompt_length=2, **changes))
     assert {name.split(".")[3] for name in model.trained_parameters()} == set(trained)
@@ -152,8 +166,9 @@ def test_initial_values(tiny):
 
 def token_by_token(model, images, tokens):
     """Features as prompts define them: tokens of every image and caption, replaced before every block."""
+
     def replaced(x, rows, first):
-        return torch.cat([x[:, :first], rows.expand(len(x), -1, -1), x[:, first + len(rows):]], 1)
+        return torch.cat([x[:, :first], rows.expand(len(x), -1, -1), x[:, first + len(rows) :]], 1)
 
     clip, taken = model.clip, model.config.method.positions_taken
     rows = model.prompts("image")
@@ -168,8 +183,8 @@ def token_by_token(model, images, tokens):
     rows, positions = model.prompts("text"), clip.positional_embedding
     seen = words_of(tokens, model.context_length - 1 - taken)
     start = (clip.token_embedding(tokens[:1, 0]) + positions[0]).expand(len(tokens), 1, -1)
-    first = rows[0] + positions[1:1 + taken] if taken else rows[0]
-    x = clip.token_embedding(seen) + positions[1 + taken:1 + taken + seen.shape[1]]
+    first = rows[0] + positions[1 : 1 + taken] if taken else rows[0]
+    x = clip.token_embedding(seen) + positions[1 + taken : 1 + taken + seen.shape[1]]
     x = torch.cat([start, first.expand(len(x), -1, -1), x], 1)
     for i, block in enumerate(model.text_blocks):
         x = replaced(x, rows[i], 1) if 0 < i < len(rows) else x
@@ -186,10 +201,15 @@ def test_prompts_that_the_batch_shares_are_tokens_of_each_sample(tiny, changes, 
     images, tokens = (t.to(DEVICE) for t in inputs(EXACT))
     found = []
     for switches in (None, {}, dict(skip_unread=False), dict(pack_captions=False)):
-        model = stirred(build(tiny.replace(backend="torch" if switches is None else backend, **changes,
-                                           **(switches or {}))), scale=0.05).to(DEVICE, EXACT)
-        features = token_by_token(model, images, tokens) if switches is None else (
-            model.encode_image(images), model.encode_text(tokens))
+        model = stirred(
+            build(tiny.replace(backend="torch" if switches is None else backend, **changes, **(switches or {}))),
+            scale=0.05,
+        ).to(DEVICE, EXACT)
+        features = (
+            token_by_token(model, images, tokens)
+            if switches is None
+            else (model.encode_image(images), model.encode_text(tokens))
+        )
         parameters = model.trained_parameters()
         gradients = torch.autograd.grad((features[0] * features[1]).sum(), parameters.values(), materialize_grads=True)
         found.append((*features, *gradients))
@@ -296,11 +316,20 @@ class Both(METHODS["prompt-decoupling"]):
         return super().modules(towers) | {"text.blocks.2.prefix": PREFIXES["vanilla"](2, 48, 1.0, "weights")}
 
 
-@pytest.mark.parametrize(("method", "message"), [
-    (Misplaced, r"misplaced: there is no place for a module 'image.block.0.lora'; expected {image,text}.blocks.N.KIND"),
-    (Gap, r"gap: expected prompts in layers 0, 1, … of the image tower.* found prompts in \[0, 2\], a prefix in \[\]"),
-    (Both, r"both: .* and then no prefix there; found prompts in \[0, 1\], a prefix in \[2\]"),
-])
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            Misplaced,
+            r"misplaced: there is no place for a module 'image.block.0.lora'; expected {image,text}.blocks.N.KIND",
+        ),
+        (
+            Gap,
+            r"gap: expected prompts in layers 0, 1, … of the image tower.* found prompts in \[0, 2\], a prefix in \[\]",
+        ),
+        (Both, r"both: .* and then no prefix there; found prompts in \[0, 1\], a prefix in \[2\]"),
+    ],
+)
 def test_places_that_a_method_cannot_use(tiny, method, message):
     with pytest.raises(MethodError, match=message):
         options = {Gap: dict(stage="prompts"), Both: dict(stage="prompts", depth_prompt=2)}.get(method, {})
@@ -333,8 +362,10 @@ def test_adapters_too_wide_for_the_kernels_are_computed_by_pytorch(tmp_path):
     images, tokens = inputs()
     for changes in (dict(method="cskt", prompts=False, adapter_reduction=1), dict(adapter_reduction=1)):
         with torch.no_grad():
-            fused, plain = (build(config.replace(backend=backend, **changes)).to(DEVICE).encode_image(
-                images[:1, :, :16].to(DEVICE)) for backend in ("triton", "torch"))
+            fused, plain = (
+                build(config.replace(backend=backend, **changes)).to(DEVICE).encode_image(images[:1, :, :16].to(DEVICE))
+                for backend in ("triton", "torch")
+            )
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
 
 
@@ -365,14 +396,28 @@ def test_compiled_blocks_compute_the_same(tiny):
         torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    (dict(method="cskt", prompt_length=5),
-     "cskt: prompts would take 10 of the 12 positions of a caption; expected at most 9, or prompts "
-     "without positions"),
-    (dict(method="cskt", depth_prompt=4), "depth_prompt: 4 is more than the number of blocks of the image tower, 3"),
-    (dict(method="cskt", adapter_reduction=40), "adapter_reduction: 40 is more than the width of the image tower, 32"),
-    (dict(method="prompt-decoupling", depth_prompt=4), "depth_prompt: 4 is more than the number of blocks of the im"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(method="cskt", prompt_length=5),
+            "cskt: prompts would take 10 of the 12 positions of a caption; expected at most 9, or prompts "
+            "without positions",
+        ),
+        (
+            dict(method="cskt", depth_prompt=4),
+            "depth_prompt: 4 is more than the number of blocks of the image tower, 3",
+        ),
+        (
+            dict(method="cskt", adapter_reduction=40),
+            "adapter_reduction: 40 is more than the width of the image tower, 32",
+        ),
+        (
+            dict(method="prompt-decoupling", depth_prompt=4),
+            "depth_prompt: 4 is more than the number of blocks of the im",
+        ),
+    ],
+)
 def test_refused(tiny, changes, message):
     with pytest.raises(MethodError, match=message):
         AdaptedCLIP(tiny.replace(**changes))
@@ -390,8 +435,10 @@ def test_towers_of_other_depths(tiny, tmp_path):
     path = tmp_path / "deep.json"
     path.write_text(json.dumps(TINY_CLIP | dict(vision_cfg=TINY_CLIP["vision_cfg"] | dict(layers=4))))
     images, tokens = inputs(torch.float64)
-    for changes, layers in ((dict(method="cskt", prompt_length=2), (3, 3)),
-                            (dict(method="prompt-decoupling", stage="prompts"), (4, 3))):
+    for changes, layers in (
+        (dict(method="cskt", prompt_length=2), (3, 3)),
+        (dict(method="prompt-decoupling", stage="prompts"), (4, 3)),
+    ):
         model = stirred(build(tiny.replace(model=str(path), **changes))).double()
         found = tuple(len(model.prompts(tower)) for tower in ("image", "text"))
         assert found == layers

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from upperson.errors import RetrievalError
-from upperson.evaluate.metrics import (retrieval_metrics, similarity_metrics)
+from upperson.evaluate.metrics import retrieval_metrics, similarity_metrics
 
 CASES = ("text_to_image", "image_to_text", "many_positives", "one_positive")
 

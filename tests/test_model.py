@@ -16,7 +16,8 @@ from upperson.model.backbone import build_clip, fit_image_size, resize_position_
 from upperson.model.block import Stream
 
 TINY_CLIP = dict(
-    embed_dim=16, quick_gelu=True,
+    embed_dim=16,
+    quick_gelu=True,
     vision_cfg=dict(image_size=32, layers=3, width=32, head_width=16, patch_size=8),
     text_cfg=dict(context_length=12, vocab_size=49408, width=32, heads=2, layers=3),
 )
@@ -63,12 +64,15 @@ def build(config, seed=0):
 # ------------------------------------------------------------------------------------ what is trained
 
 
-@pytest.mark.parametrize(("preset", "model", "count"), [
-    ("cuhk-pedes", "ViT-B-16-quickgelu", 7_419_816),
-    ("icfg-pedes", "ViT-B-16-quickgelu", 7_542_696),
-    ("rstpreid", "ViT-B-16-quickgelu", 6_191_016),
-    ("cuhk-pedes", "ViT-L-14-quickgelu", 21_199_356),
-])
+@pytest.mark.parametrize(
+    ("preset", "model", "count"),
+    [
+        ("cuhk-pedes", "ViT-B-16-quickgelu", 7_419_816),
+        ("icfg-pedes", "ViT-B-16-quickgelu", 7_542_696),
+        ("rstpreid", "ViT-B-16-quickgelu", 6_191_016),
+        ("cuhk-pedes", "ViT-L-14-quickgelu", 21_199_356),
+    ],
+)
 def test_number_of_trained_parameters(preset, model, count):
     """The paper's counts. On the meta device nothing is allocated."""
     with torch.device("meta"):
@@ -153,8 +157,16 @@ def test_every_option_changes_the_features(tiny):
 
     plain = features()
     assert all(torch.equal(a, b) for a, b in zip(plain, features(), strict=True))
-    for options in (dict(scale_target="logits"), dict(prefix_scale=3.0), dict(prefix_length=5), dict(lora_rank=4),
-                    dict(adapter_reduction=8), dict(depth_prefix=1), dict(depth_lora=1), dict(depth_adapter=1)):
+    for options in (
+        dict(scale_target="logits"),
+        dict(prefix_scale=3.0),
+        dict(prefix_length=5),
+        dict(lora_rank=4),
+        dict(adapter_reduction=8),
+        dict(depth_prefix=1),
+        dict(depth_lora=1),
+        dict(depth_adapter=1),
+    ):
         for a, b in zip(plain, features(**options), strict=True):
             assert (a - b).abs().max() > 1e-4, options
 
@@ -288,23 +300,29 @@ def test_a_tag_without_a_network_is_explained(monkeypatch):
         build_clip(ModelConfig(model="ViT-B-32-quickgelu", pretrained="openai", image_size=(224, 224)))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(model="ViT-B-61"), "unknown model 'ViT-B-61'.*close to it: .*ViT-B-16"),
-    (dict(model="ViT-B-32", pretrained="laion"), "'laion' of ViT-B-32 is neither a file nor one of its tags"),
-    (dict(model="missing.json"), "model configuration missing.json does not exist"),
-    (dict(pretrained="missing.pt"), "'missing.pt' of .* is neither a file nor 'none'"),
-    (dict(image_size=(48, 7)), "image_size 48×7 is smaller than one patch, 8×8"),
-    (dict(model="RN50"), "RN50: the image tower is a ModifiedResNet"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(model="ViT-B-61"), "unknown model 'ViT-B-61'.*close to it: .*ViT-B-16"),
+        (dict(model="ViT-B-32", pretrained="laion"), "'laion' of ViT-B-32 is neither a file nor one of its tags"),
+        (dict(model="missing.json"), "model configuration missing.json does not exist"),
+        (dict(pretrained="missing.pt"), "'missing.pt' of .* is neither a file nor 'none'"),
+        (dict(image_size=(48, 7)), "image_size 48×7 is smaller than one patch, 8×8"),
+        (dict(model="RN50"), "RN50: the image tower is a ModifiedResNet"),
+    ],
+)
 def test_refused(tiny, change, message):
     with pytest.raises(BackboneError, match=message):
         AdaptedCLIP(tiny.replace(**change))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(depth_lora=4), "depth_lora: 4 is more than the number of blocks of the image tower, 3"),
-    (dict(adapter_reduction=33), "adapter_reduction: 33 is more than the width of the image tower, 32"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(depth_lora=4), "depth_lora: 4 is more than the number of blocks of the image tower, 3"),
+        (dict(adapter_reduction=33), "adapter_reduction: 33 is more than the width of the image tower, 32"),
+    ],
+)
 def test_methods_without_room_are_refused(tiny, change, message):
     with pytest.raises(MethodError, match=message):
         AdaptedCLIP(tiny.replace(**change))
@@ -349,7 +367,7 @@ def test_compiled_blocks_share_their_graphs(tiny):
         for ours, theirs in zip(*gradients, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     trained = counter.frame_count
-    assert trained <= 3 * 6                                             # sizes: the first, any but the batch's, any
+    assert trained <= 3 * 6  # sizes: the first, any but the batch's, any
     with torch.inference_mode():
         torch.testing.assert_close(model.encode_text(tokens), eager.encode_text(tokens))
         with model.zero_shot(), eager.zero_shot():

@@ -30,8 +30,9 @@ def batch():
     for row, column in ((0, 1), (1, 1), (2, 1), (3, 1), (3, 9)):
         labels[row, column] = captions[row, column]
         masked[row, column] = 49405
-    return dict(images=images, captions=captions, person_ids=torch.tensor(PEOPLE), masked_captions=masked,
-                mask_labels=labels)
+    return dict(
+        images=images, captions=captions, person_ids=torch.tensor(PEOPLE), masked_captions=masked, mask_labels=labels
+    )
 
 
 def objective(losses, temperature=0.02):
@@ -92,7 +93,7 @@ def test_golden_id_loss(golden, recipe):
 def test_id_takes_ids_with_gaps_and_refuses_strangers():
     head = IdentityClassifier(2, PEOPLE).double()
     with torch.no_grad():
-        head.weight.copy_(torch.tensor([[5.0, 0], [0, 5], [0, 0]]))         # of the people 3, 7, 12
+        head.weight.copy_(torch.tensor([[5.0, 0], [0, 5], [0, 0]]))  # of the people 3, 7, 12
     right, wrong = torch.tensor([[1.0, 0]], dtype=torch.float64), torch.tensor([[0.0, 1]], dtype=torch.float64)
     expected = math.log(math.exp(5) + 2) - 5
     assert head(right, right, torch.tensor([3])).item() == pytest.approx(expected)
@@ -137,8 +138,10 @@ def test_mlm_from_its_parts():
     def attend(attention, q, k):
         w_q, w_k, w_v = attention.in_proj_weight.chunk(3)
         b_q, b_k, b_v = attention.in_proj_bias.chunk(3)
-        q, v, k = (F.linear(x, w, b).unflatten(-1, (2, 64)).transpose(0, 1)
-                   for x, w, b in ((q, w_q, b_q), (k, w_v, b_v), (k, w_k, b_k)))
+        q, v, k = (
+            F.linear(x, w, b).unflatten(-1, (2, 64)).transpose(0, 1)
+            for x, w, b in ((q, w_q, b_q), (k, w_v, b_v), (k, w_k, b_k))
+        )
         mixed = (q @ k.transpose(1, 2) / 8).softmax(-1) @ v
         return attention.out_proj(mixed.transpose(0, 1).flatten(1))
 
@@ -168,7 +171,7 @@ def test_mlm_of_a_caption_does_not_depend_on_its_batch():
     both = model(image, text, ids, labels)
     alone = [model(image[:1], text[:1, :5], ids[:1], labels[:1]), model(image[1:], text[1:], ids[1:], labels[1:])]
     torch.testing.assert_close(both, sum(alone) / 2)
-    text[0, 6:] = 100                                                       # behind the end of the first caption
+    text[0, 6:] = 100  # behind the end of the first caption
     torch.testing.assert_close(model(image, text, ids, labels), both)
     assert model(image, text, ids, torch.full_like(ids, NOT_MASKED)).item() == 0
 

@@ -9,7 +9,7 @@ import pytest
 
 from upperson.errors import DataError
 from upperson.config import DataConfig
-from upperson.data import (DATASETS, gallery, queries, read_dataset)
+from upperson.data import DATASETS, gallery, queries, read_dataset
 from upperson.data.splits import read_splits
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*published are.*:UserWarning")

@@ -92,9 +92,12 @@ def test_stages_have_a_row_and_a_footnote_each(staged):
         rows = [next(line.replace("|", " ") for line in lines if name in line) for name in names]
         values = [row.replace(name, "").split() for row, name in zip(rows, names, strict=True)]
         assert [row[3] for row in values] == ["9.75", "30.12", "38.25"] and {len(row) for row in values} == {5}
-        for note in ("first the one part: epoch 2 of 3, selection val", "; 4,096 of 8,233,145 parameters trained.",
-                     "then the other: epoch 1 of 2, selection val",
-                     "Some Method, all stages: 174,648 of 8,233,145 parameters trained."):
+        for note in (
+            "first the one part: epoch 2 of 3, selection val",
+            "; 4,096 of 8,233,145 parameters trained.",
+            "then the other: epoch 1 of 2, selection val",
+            "Some Method, all stages: 174,648 of 8,233,145 parameters trained.",
+        ):
             assert note in shown
 
 
@@ -151,13 +154,15 @@ def test_curve_follows_the_history(results):
 
 def test_curve_shows_stages_beside_each_other(staged):
     def history(epochs):
-        return [{"epoch": 0, **ZERO_SHOT},
-                *({"epoch": e, "loss": 9 - e, **ADAPTED, "R@1": 10.0 * e} for e in range(1, epochs + 1))]
+        return [
+            {"epoch": 0, **ZERO_SHOT},
+            *({"epoch": e, "loss": 9 - e, **ADAPTED, "R@1": 10.0 * e} for e in range(1, epochs + 1)),
+        ]
 
     both = pixels(report.curve([history(3), history(2)], "val", staged))
     changed = history(2)[:-1] + [history(2)[-1] | {"mAP": 3.0}]
     assert (pixels(report.curve([history(3), changed], "val", staged)) != both).any()
-    before = [{"epoch": 0, **ADAPTED}, *history(2)[1:]]                 # the end of the first stage, in its curve
+    before = [{"epoch": 0, **ADAPTED}, *history(2)[1:]]  # the end of the first stage, in its curve
     assert (pixels(report.curve([history(3), before], "val", staged)) == both).all()
     with pytest.raises(ValueError, match="argument 2 is longer"):
         report.curve([history(3)], "val", staged)

@@ -20,14 +20,14 @@ from test_training import (
 )
 
 from upperson.errors import CheckpointError, MethodError, RunError, RunInterrupted
-from upperson.model.checkpoint import (load_checkpoint, load_model, load_resume_state)
+from upperson.model.checkpoint import load_checkpoint, load_model, load_resume_state
 from upperson.model import AdaptedCLIP
 from upperson.config.presets import preset
 from upperson.evaluate.embed import evaluate
 from upperson.data.splits import read_splits
 from upperson.train.stages import stages_of
 from upperson.tables.runs import Runs
-from upperson.train.loop import (Training)
+from upperson.train.loop import Training
 from upperson.train.fit import fit
 
 STAGES = ("prompts", "encoders")
@@ -76,7 +76,7 @@ def assert_same_stages(first, second):
         assert_same_run(first / name, second / name)
     names = sorted(path.name for path in first.iterdir())
     assert names == sorted([*WHOLE, *STAGES]) == sorted(path.name for path in second.iterdir())
-    for name in sorted(set(WHOLE) - {"best.safetensors", "config.json"}):                   # these name their folder
+    for name in sorted(set(WHOLE) - {"best.safetensors", "config.json"}):  # these name their folder
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     for folder in (first, second):
         assert (folder / "best.safetensors").read_bytes() == (folder / STAGES[-1] / "best.safetensors").read_bytes()
@@ -94,8 +94,10 @@ def test_the_whole_leaves_what_a_run_leaves_with_a_row_for_each_stage(config, wh
 
     results, (first, second) = result.results, [results_of(run_dir / name) for name in STAGES]
     titles = [stage.title for stage, _ in stages_of(config)]
-    assert results["stages"] == [{"name": name, "title": title, **found}
-                                 for name, title, found in zip(STAGES, titles, (first, second), strict=True)]
+    assert results["stages"] == [
+        {"name": name, "title": title, **found}
+        for name, title, found in zip(STAGES, titles, (first, second), strict=True)
+    ]
     assert (results["method"], results["adapted"]) == ("Prompt Decoupling", second["adapted"])
     assert results["zero_shot"] == first["zero_shot"] == second["zero_shot"] and "start" not in results
 
@@ -108,7 +110,8 @@ def test_the_whole_leaves_what_a_run_leaves_with_a_row_for_each_stage(config, wh
     rows = [line.split("|")[1].strip() for line in (run_dir / "results.md").read_text().splitlines() if "|" in line]
     assert rows[2:] == ["zero-shot CLIP", *titles]
     assert [(line["name"], line["mAP"]) for line in log_of(run_dir)] == [
-        (name, found["adapted"]["mAP"]) for name, found in zip(STAGES, (first, second), strict=True)]
+        (name, found["adapted"]["mAP"]) for name, found in zip(STAGES, (first, second), strict=True)
+    ]
     shown = capsys.readouterr().out
     for number, title in enumerate(titles, 1):
         assert shown.count(f"stage {number} of 2: {title}\n") == 1
@@ -118,7 +121,7 @@ def test_the_whole_leaves_what_a_run_leaves_with_a_row_for_each_stage(config, wh
 
 def test_a_stage_changes_what_is_its_own_and_nothing_else(config, monkeypatch):
     """Stage two starts from the best epoch of stage one, which is not its last."""
-    Scripted(monkeypatch, [0, 0, 50, 40])                               # zero-shot on test and val, two epochs
+    Scripted(monkeypatch, [0, 0, 50, 40])  # zero-shot on test and val, two epochs
     left, real = [], Training.finish
 
     def finish(training):
@@ -131,7 +134,7 @@ def test_a_stage_changes_what_is_its_own_and_nothing_else(config, monkeypatch):
     best, last = (load_checkpoint(run_dir / "prompts" / f"{name}.safetensors").parameters for name in ("best", "last"))
     assert results_of(run_dir / "prompts")["epoch"] == 1
     assert not any(torch.equal(best[name], last[name]) for name in best)
-    for name in ("best", "last"):                                       # of stage two: the frozen are in it, too
+    for name in ("best", "last"):  # of stage two: the frozen are in it, too
         parameters = load_checkpoint(run_dir / "encoders" / f"{name}.safetensors").parameters
         assert len(parameters) == 65 and all(torch.equal(parameters[prompt], best[prompt]) for prompt in best)
 
@@ -140,7 +143,7 @@ def test_a_stage_changes_what_is_its_own_and_nothing_else(config, monkeypatch):
     for name, values in before.items():
         prompts, encoders = (torch.equal(values, parameters[name]) for parameters in left)
         is_prompt = ".prompt." in name
-        assert prompts != is_prompt, name                               # CLIP is bitwise what it was
+        assert prompts != is_prompt, name  # CLIP is bitwise what it was
         assert encoders == (name == "clip.logit_scale"), name
 
 
@@ -149,8 +152,11 @@ def test_stage_two_is_measured_before_it_changes_anything(whole):
     zero_shot = [[line for line in log if line["kind"] == "zero_shot"] for log in (first, second)]
     assert zero_shot[0] == zero_shot[1] and len(zero_shot[0]) == 2
     begun = {line["split"]: line for line in second if line["kind"] == "start"}
-    selected = next(line for line in first if line["kind"] == "evaluation"
-                    and line["epoch"] == results_of(whole / "prompts")["epoch"])
+    selected = next(
+        line
+        for line in first
+        if line["kind"] == "evaluation" and line["epoch"] == results_of(whole / "prompts")["epoch"]
+    )
     assert begun["val"] | {"kind": "evaluation", "epoch": selected["epoch"], "step": selected["step"]} == selected
     results = results_of(whole / "encoders")
     assert results["start"] == results_of(whole / "prompts")["adapted"] != results["zero_shot"]
@@ -322,8 +328,10 @@ def test_what_a_checkpoint_lacks_keeps_its_initial_values(one_stage, tmp_path, c
 def test_zero_shot_is_clip_even_where_a_fine_tuned_one_is_started_from(one_stage, tmp_path):
     full = one_stage.replace(method="full", epochs=1, warmup_epochs=0, learning_rate=1e-3)
     path = fit(full).run_dir / "best.safetensors"
-    before, after = (results_of(fit(full.replace(run_dir=tmp_path / name, **changes)).run_dir)
-                     for name, changes in (("first", {}), ("second", {"start_from": path})))
+    before, after = (
+        results_of(fit(full.replace(run_dir=tmp_path / name, **changes)).run_dir)
+        for name, changes in (("first", {}), ("second", {"start_from": path}))
+    )
     assert after["zero_shot"] == before["zero_shot"] != before["adapted"] == after["start"]
 
 
@@ -369,8 +377,9 @@ def test_stages_that_cannot_be_trained(config, whole, changes, error, message):
 def test_the_command_line_shows_them_in_a_line(one_stage, tmp_path, monkeypatch, capsys):
     flags = flags_of(one_stage.replace(start_from=tmp_path / "nowhere.safetensors", freeze="prefix"))
     assert run_command(monkeypatch, *flags) == 1
-    assert capsys.readouterr().err == (f"error: {tmp_path / 'nowhere.safetensors'}: there is no such file; expected an "
-                                       "upperson checkpoint\n")
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'nowhere.safetensors'}: there is no such file; expected an upperson checkpoint\n"
+    )
 
 
 def test_the_folder_of_a_stage_that_holds_another_run_is_not_touched(config, whole, tmp_path):
@@ -407,7 +416,8 @@ def test_a_learning_rate_for_prefixes_needs_some(config):
 def test_stage_two_by_hand_is_trained_as_its_options_say(config, whole, tmp_path):
     with pytest.raises(RunError, match="start_from: with these options .* goes on from an earlier training"):
         fit(config.replace(stage="encoders"))
-    by_hand = config.replace(stage="encoders", start_from=whole / "prompts" / "best.safetensors",
-                             run_dir=tmp_path / "by-hand")
+    by_hand = config.replace(
+        stage="encoders", start_from=whole / "prompts" / "best.safetensors", run_dir=tmp_path / "by-hand"
+    )
     assert fit(by_hand).results["adapted"] == results_of(whole)["adapted"]
     assert fit(by_hand.replace(resume=True)).results["adapted"] == results_of(whole)["adapted"]

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 pytest.importorskip("open_clip")
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))            # the scripts find each other like this too
-counting, count_step, measure, paths, profile_step, report, step = map(importlib.import_module, (
-    "counting", "count_step", "measure", "paths", "profile_step", "report", "step"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))  # the scripts find each other like this too
+counting, count_step, measure, paths, profile_step, report, step = map(
+    importlib.import_module, ("counting", "count_step", "measure", "paths", "profile_step", "report", "step")
+)
 
 CPU = torch.device("cpu")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU does")
@@ -40,7 +41,7 @@ def test_operations_of_a_network(network):
     with mode:
         found = counting.cost(lambda: train(model, x))
     first, second = 2 * ROWS * 64 * 128, 2 * ROWS * 128 * 32
-    assert found.flops == 2 * first + 3 * second                        # the input needs no gradient
+    assert found.flops == 2 * first + 3 * second  # the input needs no gradient
 
 
 def test_peak_of_a_network(network):
@@ -49,8 +50,8 @@ def test_peak_of_a_network(network):
     with mode:
         found = counting.cost(lambda: train(model, x))
     hidden = ROWS * 128 * 4
-    weights = 32 * 128 * 4 + 32 * 4                                     # gradients of the second layer
-    sums = 2 * 4                                                        # the sum, and its gradient, 1
+    weights = 32 * 128 * 4 + 32 * 4  # gradients of the second layer
+    sums = 2 * 4  # the sum, and its gradient, 1
     assert found.peak == 3 * hidden + weights + sums
     assert found.at_peak[0] == counting.Group((ROWS, 128), "float32", 3, 3 * hidden)
     assert sum(group.bytes for group in found.at_peak) == found.peak
@@ -60,17 +61,17 @@ def test_what_a_network_keeps(network):
     mode, model, x = network
     with mode:
         (group,) = counting.saved(lambda: model(x), [*model.parameters(), x])
-    assert group == counting.Group((ROWS, 128), "float32", 1, ROWS * 128 * 4)       # ReLU's output, once
+    assert group == counting.Group((ROWS, 128), "float32", 1, ROWS * 128 * 4)  # ReLU's output, once
 
 
 def test_bytes_that_operators_touch():
     x = torch.ones(100, 10)
 
     def call():
-        empty = torch.empty(100, 10)                                    # touches nothing
-        view = x.t()[:5]                                                # nor does this
-        total = view + x[0, :5, None].expand(5, 100)                    # 500 read, 5 read, 500 written
-        total.mul_(2.0)                                                 # 500 read, 500 written
+        empty = torch.empty(100, 10)  # touches nothing
+        view = x.t()[:5]  # nor does this
+        total = view + x[0, :5, None].expand(5, 100)  # 500 read, 5 read, 500 written
+        total.mul_(2.0)  # 500 read, 500 written
         return empty, total
 
     found = counting.cost(call)
@@ -84,7 +85,7 @@ def test_storages_are_forgotten_when_they_are_freed():
         view = kept[0][:10]
         assert operators.live == 3000
         del kept
-        assert operators.live == 1000                                   # the view holds one
+        assert operators.live == 1000  # the view holds one
         del view
         assert operators.live == 0
     assert operators.peak == 3000 and len(operators.at_peak) == 3
@@ -119,7 +120,7 @@ def test_full_fine_tuning_trains_all_of_clip(plain_operators):
     model = paths.build(paths.TIMED["full fine-tuning"], plain_operators)
     assert set(model.trained_parameters()) == set(model.clip_parameters())
     first, _, third = take_steps(paths.TIMED["full fine-tuning"], plain_operators, 3)
-    assert third < first                                                # on the same batch
+    assert third < first  # on the same batch
 
 
 def test_every_method_is_timed(plain_operators):
@@ -145,7 +146,7 @@ def test_what_is_plain(plain_operators):
     found = counting.saved(lambda: model.encode_image(batch.images), model.parameters())
     heads, tokens, prefix = 4, 49, plain_operators.model.method.prefix_length
     weights = [group for group in found if group.shape == (4, heads, tokens, tokens + prefix)]
-    assert [group.number for group in weights] == [4]                   # one of each block
+    assert [group.number for group in weights] == [4]  # one of each block
 
 
 def test_captions_are_as_long_as_those_of_cuhk_pedes():
@@ -153,7 +154,7 @@ def test_captions_are_as_long_as_those_of_cuhk_pedes():
     batches = paths.random_batches(paths.small(), model.tokenizer, 77, 64, 4)
     tokens = torch.cat([(batch.tokens != 0).sum(1) for batch in batches])
     assert len({len(batch.tokens) for batch in batches}) == 1 and len(set(tokens.tolist())) > 20
-    assert tokens.float().mean() - 2 == pytest.approx(paths.WORDS, abs=0.1)         # without start and end
+    assert tokens.float().mean() - 2 == pytest.approx(paths.WORDS, abs=0.1)  # without start and end
     assert paths.fill(batches) == pytest.approx(25.5 / 77, abs=0.005)
 
 
@@ -182,6 +183,7 @@ def test_every_switch_brings_something(full_size):
 
 def test_operations_of_the_plain_path(full_size):
     """Forward, by hand: twelve blocks, the first layer, the projection of the features."""
+
     def tower(tokens: int, length: int, width: int, hidden: int, first: int) -> int:
         adapters, attention, merging = 4 * hidden * width, 2 * (length + 10) * width, 2 * 32 * width**2
         block = tokens * (12 * width**2 + adapters + attention) + merging
@@ -194,7 +196,7 @@ def test_operations_of_the_plain_path(full_size):
 
 def test_count_step_lists_what_lives(full_size, capsys):
     lines = count_step.activations(full_size["ours"])
-    assert any("(24704, 3072)" in line for line in lines)               # the MLP's input of QuickGELU
+    assert any("(24704, 3072)" in line for line in lines)  # the MLP's input of QuickGELU
     (kept,) = [line for line in lines if "the image tower keeps" in line]
     assert float(kept.split(" MiB, ")[1].split(" C")[0]) < 12
 
@@ -250,8 +252,9 @@ def test_paths_that_disagree_are_not_timed(quick, monkeypatch, capsys):
 
 @needs_no_gpu
 def test_a_compiled_path_that_is_wrong_is_left_out(quick, monkeypatch, capsys):
-    monkeypatch.setattr(paths.AdaptedCLIP, "compile_blocks",
-                        lambda model: model.image_blocks[0].prefix.value.data.add_(1))
+    monkeypatch.setattr(
+        paths.AdaptedCLIP, "compile_blocks", lambda model: model.image_blocks[0].prefix.value.data.add_(1)
+    )
     assert run_main(monkeypatch, "--batch", "2", "--seconds", "0.01", "--compiled") == 1
     printed = capsys.readouterr().out
     assert "Left out: ours, compiled, wrong: first losses " in printed and "| ours  " in printed
@@ -262,7 +265,8 @@ def test_a_wrong_gradient_shows_in_the_next_loss():
     losses = {"plain": [25.0, 24.0, 23.0, 9.0], "ours": [25.0, 24.1, 23.0, 9.0], "full fine-tuning": [1.0, 1.0, 1.0]}
     assert step.disagreements(losses, 1e-2) == {}
     assert step.disagreements(losses, 1e-3) == {
-        "ours": "wrong: first losses 25.0000, 24.1000, 23.0000, not 25.0000, 24.0000, 23.0000"}
+        "ours": "wrong: first losses 25.0000, 24.1000, 23.0000, not 25.0000, 24.0000, 23.0000"
+    }
     assert step.disagreements({"plain": [1.0] * 3, "ours": [float("nan")] * 3}, 1e-3)
 
 
@@ -278,11 +282,19 @@ def test_kinds_of_operations():
 
     optimizer = event("Optimizer.step#Adam.step")
     assert profile_step.kind_of(event("aten::mul_", event("aten::mul", optimizer))) == "optimizer"
-    for name, kind in {"aten::addmm": "matrix products", "upperson::prefix_attention_backward": "attention",
-                       "aten::mul": "elementwise", "aten::native_layer_norm": "LayerNorm and adapter",
-                       "upperson::layernorm_adapter": "LayerNorm and adapter", "aten::_softmax": "softmax",
-                       "upperson::quick_gelu": "activation", "aten::copy_": "copies and layout",
-                       "aten::sum": "sums", "aten::mkldnn_convolution": "convolution", "aten::view": "rest"}.items():
+    for name, kind in {
+        "aten::addmm": "matrix products",
+        "upperson::prefix_attention_backward": "attention",
+        "aten::mul": "elementwise",
+        "aten::native_layer_norm": "LayerNorm and adapter",
+        "upperson::layernorm_adapter": "LayerNorm and adapter",
+        "aten::_softmax": "softmax",
+        "upperson::quick_gelu": "activation",
+        "aten::copy_": "copies and layout",
+        "aten::sum": "sums",
+        "aten::mkldnn_convolution": "convolution",
+        "aten::view": "rest",
+    }.items():
         assert profile_step.kind_of(event(name)) == kind, name
 
 
@@ -294,10 +306,15 @@ def row(path: str, milliseconds: float, share: float, peak: int) -> dict:
 
 
 def test_targets_are_held_against_the_plain_path():
-    found = report.step_targets([row("plain", 90.0, 0.2, 100), row("ours", 25.0, 0.5, 49),
-                                 row("ours, compiled", 18.0, 0.6, 51)])
+    found = report.step_targets(
+        [row("plain", 90.0, 0.2, 100), row("ours", 25.0, 0.5, 49), row("ours, compiled", 18.0, 0.6, 51)]
+    )
     assert [(round(target["measured"], 2), target["met"]) for target in found] == [
-        (1.11, True), (0.6, True), (5.0, True), (1.96, False)]
+        (1.11, True),
+        (0.6, True),
+        (5.0, True),
+        (1.96, False),
+    ]
     assert {target["note"] for target in found} == {"ours, compiled"}
     assert report.step_targets([]) == []
 

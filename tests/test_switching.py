@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from test_model import TINY_CLIP, build, inputs, stirred
 
 from upperson.errors import CheckpointError
-from upperson.model.checkpoint import (load_model, save_checkpoint)
+from upperson.model.checkpoint import load_model, save_checkpoint
 from upperson.config import Config, ModelConfig
 from upperson.model import AdaptedCLIP
 from upperson.deploy.switching import Adaptations
@@ -42,8 +42,10 @@ def checkpoint(path, config, seed=0):
 @pytest.fixture
 def files(tmp_path, tiny):
     """A checkpoint of each of CONFIGURATIONS, all of one backbone."""
-    return {name: checkpoint(tmp_path / f"{name}.safetensors", tiny.replace(**changes), seed)
-            for seed, (name, changes) in enumerate(CONFIGURATIONS.items())}
+    return {
+        name: checkpoint(tmp_path / f"{name}.safetensors", tiny.replace(**changes), seed)
+        for seed, (name, changes) in enumerate(CONFIGURATIONS.items())
+    }
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def test_a_model_with_modules_of_its_own_gets_them_back(files):
     model = load_model(files["cuhk"])
     expected, adaptations = features(model), Adaptations(model)
     adaptations.add("rstp", files["rstp"])
-    assert torch.equal(features(model), expected)                       # adding changes nothing
+    assert torch.equal(features(model), expected)  # adding changes nothing
     adaptations.use("rstp")
     assert not torch.equal(features(model), expected)
     adaptations.use("original")
@@ -163,9 +165,11 @@ def test_refused(tmp_path, tiny, files, adaptations):
     adaptations.use("icfg")
     expected = features(adaptations.model)
     for path, message in (
-        (checkpoint(tmp_path / "other.safetensors", other),
-         rf"another backbone, model: embedded, not {tiny.model}; pretrained: none, not {tiny.pretrained}; "
-         r"image_size: \(32, 32\), not \(48, 16\) as in the model"),
+        (
+            checkpoint(tmp_path / "other.safetensors", other),
+            rf"another backbone, model: embedded, not {tiny.model}; pretrained: none, not {tiny.pretrained}; "
+            r"image_size: \(32, 32\), not \(48, 16\) as in the model",
+        ),
         (checkpoint(tmp_path / "full.safetensors", full), "full.safetensors: of method 'full'"),
         (damaged, r"damaged.safetensors: .* missing: .*; 1 of another shape: image.blocks.0.lora.key_up \(2,\)"),
         (tmp_path / "nowhere.safetensors", "nowhere.safetensors: there is no such file"),

@@ -71,23 +71,46 @@ def test_the_tables_are_those_of_the_paper(where):
     tables = build_tables(*SETTINGS[where])
     assert ("IV", *tables) == command.ALL
     titles = {number: [row.config.model.method.title for row in table.rows] for number, table in tables.items()}
-    assert titles["V"] == ["zero-shot CLIP", "full fine-tuning", "S-Prefix", "LoRA", "L-Adapter", "S-Prefix + LoRA",
-                           "S-Prefix + L-Adapter", "LoRA + L-Adapter", "UP-Person"]
+    assert titles["V"] == [
+        "zero-shot CLIP",
+        "full fine-tuning",
+        "S-Prefix",
+        "LoRA",
+        "L-Adapter",
+        "S-Prefix + LoRA",
+        "S-Prefix + L-Adapter",
+        "LoRA + L-Adapter",
+        "UP-Person",
+    ]
     assert titles["VI"] == ["UP-Person", "S-Prefix + DoRA + L-Adapter", "S-Prefix + WoRA + L-Adapter"]
-    assert [(row.config.model.method.prefix_scale, title) for row, title in
-            zip(tables["VII"].rows, titles["VII"], strict=True)][1:] == [
-        *((scale, "S-Prefix") for scale in (10, 50, 100, 150, 300, 500)), (10, "UP-Person"), (30, "UP-Person"),
-        (50, "UP-Person")]
+    assert [
+        (row.config.model.method.prefix_scale, title)
+        for row, title in zip(tables["VII"].rows, titles["VII"], strict=True)
+    ][1:] == [
+        *((scale, "S-Prefix") for scale in (10, 50, 100, 150, 300, 500)),
+        (10, "UP-Person"),
+        (30, "UP-Person"),
+        (50, "UP-Person"),
+    ]
     assert titles["VII"][0] == "prefix"
     assert [row.config.model.method.adapter_attn for row in tables["VIII"].rows] == [
-        "ln-tuning", "sequential", "l-sequential", "parallel", "l-parallel"]
+        "ln-tuning",
+        "sequential",
+        "l-sequential",
+        "parallel",
+        "l-parallel",
+    ]
     placed = [row.config.model.method for row in tables["IX"].rows]
     assert {(method.adapter_attn, method.adapter_mlp) for method in placed} == {
-        (a, b) for a in ("parallel", "l-parallel") for b in ("parallel", "l-parallel")}
+        (a, b) for a in ("parallel", "l-parallel") for b in ("parallel", "l-parallel")
+    }
     assert [row.config.train.losses for row in tables["X"].rows] == ["sdm", "itc", "sdm+itc", "sdm+id", "sdm+id+mlm"]
     for number in ("XI", "XIII"):
-        assert all(row.config.data.dataset != row.tested_on.data.dataset for row in tables[number].rows
-                   if row.tested_on is not None)
+        assert all(
+            row.config.data.dataset != row.tested_on.data.dataset
+            for row in tables[number].rows
+            if row.tested_on is not None
+        )
     assert tables["XII"].both_directions and not tables["V"].both_directions
 
 
@@ -120,10 +143,18 @@ def test_rows_of_a_table_are_different_runs_and_tables_share_theirs(where):
     tables, runs = build_tables(*SETTINGS[where]), Runs(Path("x"), {})
     for number, table in tables.items():
         places = [(runs.place(row.config), row.tested_on and row.tested_on.data.dataset) for row in table.rows]
-        assert len(set(places)) == len(table.rows) - 2 * (number == "figure6")      # its sweeps meet in one run
+        assert len(set(places)) == len(table.rows) - 2 * (number == "figure6")  # its sweeps meet in one run
         assert len({row.name for row in table.rows}) == len(table.rows)
-    shared = [runs.place(table.rows[index].config) for table, index in
-              ((tables["V"], 8), (tables["VI"], 0), (tables["VIII"], 4), (tables["IX"], 3), (tables["X"], 0))]
+    shared = [
+        runs.place(table.rows[index].config)
+        for table, index in (
+            (tables["V"], 8),
+            (tables["VI"], 0),
+            (tables["VIII"], 4),
+            (tables["IX"], 3),
+            (tables["X"], 0),
+        )
+    ]
     assert len(set(shared)) == 1
     config = tables["V"].rows[8].config
     assert runs.place(config) == runs.place(config.replace(workers=3, device="cpu"))
@@ -160,11 +191,13 @@ def test_a_table_from_its_command(run, setting, output, capsys):
     for row in rows:
         line = next(line for line in text.splitlines() if line.startswith(f"| {row.name} "))
         seeds = (1,) if row.name == "zero-shot CLIP" else (1, 2)
-        results = [json.loads((runs.place(row.config.replace(seed=seed)) / "results.json").read_text())
-                   for seed in seeds]
+        results = [
+            json.loads((runs.place(row.config.replace(seed=seed)) / "results.json").read_text()) for seed in seeds
+        ]
         values = [found["adapted"]["mAP"] for found in results]
-        assert [float(entry["percent"]) for entry in lines
-                if entry["row"] == row.name and entry["metric"] == "mAP"] == values
+        assert [
+            float(entry["percent"]) for entry in lines if entry["row"] == row.name and entry["metric"] == "mAP"
+        ] == values
         expected = f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
         assert f" {expected} " in line and f"{results[0]['trained_parameters']:,}" in line
     Image.open(output / "V-embedded.png").verify()
@@ -198,8 +231,11 @@ def test_listing_trains_nothing(run, tmp_path, capsys):
 def test_tested_on_another_data_set(run, setting, output, capsys):
     assert run("XI") == 0
     text = (output / "XI-embedded.md").read_text()
-    row = next(row for row in build_tables(setting, "embedded")["XI"].rows
-               if row.name == "UP-Person, embedded-night → embedded")
+    row = next(
+        row
+        for row in build_tables(setting, "embedded")["XI"].rows
+        if row.name == "UP-Person, embedded-night → embedded"
+    )
     model = load_model(Runs(output / "runs", {}).place(row.config) / "best.safetensors")
     expected = embed(model, read_splits(row.tested_on.data)["test"]).text_to_image().metrics
     line = next(line for line in text.splitlines() if line.startswith(f"| {row.name} "))
@@ -215,8 +251,9 @@ def test_a_figure_of_another_data_set(run, setting, output):
 
 def test_both_directions(run, setting, output):
     assert run("XII") == 0
-    header, _, *lines = [line for line in (output / "XII-embedded-scenes.md").read_text().splitlines()
-                         if line.startswith("|")]
+    header, _, *lines = [
+        line for line in (output / "XII-embedded-scenes.md").read_text().splitlines() if line.startswith("|")
+    ]
     assert "R@1, text → image" in header and "mINP, image → text" in header and len(lines) == 6
     row = build_tables(setting, "embedded")["XII"].rows[2]
     model = load_model(Runs(output / "runs", {}).place(row.config) / "best.safetensors")
@@ -236,8 +273,9 @@ def test_figures(run, output, monkeypatch):
 
 
 def test_a_sweep_of_several_fields(run, output, monkeypatch, capsys):
-    points = {"prompts": {"4": {"prompt_length": 2}, "8, without positions": {"prompt_length": 4,
-                                                                              "prompt_positions": False}}}
+    points = {
+        "prompts": {"4": {"prompt_length": 2}, "8, without positions": {"prompt_length": 4, "prompt_positions": False}}
+    }
     monkeypatch.setattr(CSKT, "sweeps", staticmethod(lambda drawn: points))
     assert run("sweeps", "--method", "cskt") == 0
     text = (output / "sweeps-cskt-embedded.md").read_text()
@@ -293,7 +331,7 @@ def test_a_killed_command_leaves_no_process_behind(tmp_path):
     command = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
     assert int(command.stdout.readline()) != command.pid
     command.kill()
-    command.communicate(timeout=60)                                         # until nobody holds its output any more
+    command.communicate(timeout=60)  # until nobody holds its output any more
 
 
 def test_distinct_keeps_the_order():
@@ -303,17 +341,23 @@ def test_distinct_keeps_the_order():
     assert len(found) == len(configs) - 1 and found[0] == configs[0] and found[1] == configs[1]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["II"], "invalid choice: 'II'"),
-    (["V", "--seeds", "0"], "--seeds: expected at least 1, found 0"),
-    (["V", "--device", "tpu"], "device: 'tpu' is not allowed"),
-    (["V", "--workers", "-1"], "workers: -1 is not allowed"),
-    (["V", "--jobs", "0"], "--jobs: expected at least 1, found 0"),
-    (["V", "--dataset", "cuhk-pedes"], "found cuhk-pedes; the real ones need --data-root"),
-    (["sweeps"], "--method: the table sweeps needs one that has sweeps, up-person or cskt; found none"),
-    (["sweeps", "--method", "full"], "--method: the table sweeps needs one that has sweeps, up-person or cskt; found"),
-    (["V", "--method", "cskt"], "--method: only for the table sweeps"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["II"], "invalid choice: 'II'"),
+        (["V", "--seeds", "0"], "--seeds: expected at least 1, found 0"),
+        (["V", "--device", "tpu"], "device: 'tpu' is not allowed"),
+        (["V", "--workers", "-1"], "workers: -1 is not allowed"),
+        (["V", "--jobs", "0"], "--jobs: expected at least 1, found 0"),
+        (["V", "--dataset", "cuhk-pedes"], "found cuhk-pedes; the real ones need --data-root"),
+        (["sweeps"], "--method: the table sweeps needs one that has sweeps, up-person or cskt; found none"),
+        (
+            ["sweeps", "--method", "full"],
+            "--method: the table sweeps needs one that has sweeps, up-person or cskt; found",
+        ),
+        (["V", "--method", "cskt"], "--method: only for the table sweeps"),
+    ],
+)
 def test_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         command.main(arguments)
@@ -338,7 +382,9 @@ def test_costs(setting):
     found = {name: measure(config, 4) for name, config in modules_alone(setting["embedded"]).items()}
     fused = measure(setting["embedded"].replace(backend="triton"), 4)
     assert (fused.inference_gflops, fused.step_gflops) == (
-        found["UP-Person"].inference_gflops, found["UP-Person"].step_gflops)
+        found["UP-Person"].inference_gflops,
+        found["UP-Person"].step_gflops,
+    )
     trained = {name: cost.trained_parameters for name, cost in found.items()}
     assert trained["zero-shot CLIP"] == 0 and found["zero-shot CLIP"].step_gflops == 0
     assert trained["UP-Person"] == trained["S-Prefix"] + trained["LoRA"] + trained["L-Adapter"]
@@ -362,7 +408,7 @@ def test_costs_of_stages(setting):
     config = with_method(setting["embedded"], "prompt-decoupling")
     prompts, encoders = costs = measure_parts(config, 4)
     clip = measure(with_method(setting["embedded"], "full"), 4)
-    assert prompts.trained_parameters == 2 * 2 * 4 * 32                  # towers, layers, prompts, width
+    assert prompts.trained_parameters == 2 * 2 * 4 * 32  # towers, layers, prompts, width
     assert encoders.trained_parameters == clip.trained_parameters
     assert prompts.all_parameters == encoders.all_parameters == clip.all_parameters + prompts.trained_parameters
     assert 0 < prompts.step_gflops < encoders.step_gflops

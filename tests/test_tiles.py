@@ -14,8 +14,16 @@ from operators import GPU, attention_functions, attention_inputs, packed_inputs,
 from upperson_kernels import tiles
 
 ROOT = Path(__file__).parents[1]
-ENTRY = dict(kernel="attention_forward", width=16, element_size=8, capability=90, BLOCK_M=64, BLOCK_N=16, num_warps=4,
-             num_stages=1)
+ENTRY = dict(
+    kernel="attention_forward",
+    width=16,
+    element_size=8,
+    capability=90,
+    BLOCK_M=64,
+    BLOCK_N=16,
+    num_warps=4,
+    num_stages=1,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +40,7 @@ def save(tmp_path):
         path = tmp_path / "tiles.json"
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         return path
+
     return write
 
 
@@ -50,8 +59,9 @@ def test_every_shape_on_every_gpu_has_tiles(kernel, width, element_size, capabil
 
 def test_a_loaded_file_takes_precedence(save):
     tiles.load(save(dict(tiles=[dict(ENTRY, maxnreg=128)])))
-    assert tiles.choose("attention_forward", 16, 8, 90) == dict(BLOCK_M=64, BLOCK_N=16, BLOCK_D=16, num_warps=4,
-                                                                num_stages=1, maxnreg=128, enable_fp_fusion=True)
+    assert tiles.choose("attention_forward", 16, 8, 90) == dict(
+        BLOCK_M=64, BLOCK_N=16, BLOCK_D=16, num_warps=4, num_stages=1, maxnreg=128, enable_fp_fusion=True
+    )
     assert tiles.choose("attention_forward", 32, 8, 90)["BLOCK_M"] == 32
     assert tiles.choose("attention_backward", 16, 8, 90)["BLOCK_M"] == 32
 
@@ -68,23 +78,26 @@ def test_the_environment_names_a_file(save, tmp_path, monkeypatch):
     assert chosen(save(dict(tiles=[ENTRY]))) == 16
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("nonsense", "expected the JSON that bench/tune.py writes, with a list 'tiles'"),
-    ([1], "expected the JSON that bench/tune.py writes"),
-    (dict(tiles=3), "expected the JSON that bench/tune.py writes"),
-    (dict(tiles=[3]), r"tiles\[0\]: 'kernel' must be one of attention_forward, attention_backward, adapter_rows"),
-    (dict(tiles=[dict(ENTRY, kernel="softmax")]), r"tiles\[0\]: 'kernel' must be one of"),
-    (dict(tiles=[ENTRY, dict(ENTRY, width=0)]), r"tiles\[1\]: 'width' must be a positive integer, not 0"),
-    (dict(tiles=[dict(ENTRY, BLOCK_N=None)]), "'BLOCK_N' must be a positive integer, not None"),
-    (dict(tiles=[dict(ENTRY, BLOCK_N=8)]), "'BLOCK_N' must be a power of two from 16 to 128, not 8"),
-    (dict(tiles=[dict(ENTRY, BLOCK_N=48)]), "'BLOCK_N' must be a power of two from 16 to 128, not 48"),
-    (dict(tiles=[dict(ENTRY, BLOCK_N=256)]), "'BLOCK_N' must be a power of two from 16 to 128, not 256"),
-    (dict(tiles=[dict(ENTRY, num_warps=3)]), "'num_warps' must be a power of two from 1 to 128, not 3"),
-    (dict(tiles=[dict(ENTRY, kernel="attention_backward", BLOCK_M=16)]), "'BLOCK_M' must be at least 32 here"),
-    (dict(tiles=[dict(ENTRY, colour=5)]), r"tiles\[0\]: unknown fields: 'colour'"),
-    (dict(tiles=[dict(ENTRY, num_stages=200)]), "'num_stages' must be at most 8, not 200"),
-    (dict(tiles=[dict(ENTRY, maxnreg=500)]), "'maxnreg' must be a number of registers from 24 to 255, not 500"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("nonsense", "expected the JSON that bench/tune.py writes, with a list 'tiles'"),
+        ([1], "expected the JSON that bench/tune.py writes"),
+        (dict(tiles=3), "expected the JSON that bench/tune.py writes"),
+        (dict(tiles=[3]), r"tiles\[0\]: 'kernel' must be one of attention_forward, attention_backward, adapter_rows"),
+        (dict(tiles=[dict(ENTRY, kernel="softmax")]), r"tiles\[0\]: 'kernel' must be one of"),
+        (dict(tiles=[ENTRY, dict(ENTRY, width=0)]), r"tiles\[1\]: 'width' must be a positive integer, not 0"),
+        (dict(tiles=[dict(ENTRY, BLOCK_N=None)]), "'BLOCK_N' must be a positive integer, not None"),
+        (dict(tiles=[dict(ENTRY, BLOCK_N=8)]), "'BLOCK_N' must be a power of two from 16 to 128, not 8"),
+        (dict(tiles=[dict(ENTRY, BLOCK_N=48)]), "'BLOCK_N' must be a power of two from 16 to 128, not 48"),
+        (dict(tiles=[dict(ENTRY, BLOCK_N=256)]), "'BLOCK_N' must be a power of two from 16 to 128, not 256"),
+        (dict(tiles=[dict(ENTRY, num_warps=3)]), "'num_warps' must be a power of two from 1 to 128, not 3"),
+        (dict(tiles=[dict(ENTRY, kernel="attention_backward", BLOCK_M=16)]), "'BLOCK_M' must be at least 32 here"),
+        (dict(tiles=[dict(ENTRY, colour=5)]), r"tiles\[0\]: unknown fields: 'colour'"),
+        (dict(tiles=[dict(ENTRY, num_stages=200)]), "'num_stages' must be at most 8, not 200"),
+        (dict(tiles=[dict(ENTRY, maxnreg=500)]), "'maxnreg' must be a number of registers from 24 to 255, not 500"),
+    ],
+)
 def test_a_file_that_is_not_tiles_is_refused_and_changes_nothing(content, message, save):
     with pytest.raises(tiles.TilesError, match=rf"tiles\.json.*{message}"):
         tiles.load(save(content))
@@ -93,14 +106,15 @@ def test_a_file_that_is_not_tiles_is_refused_and_changes_nothing(content, messag
 
 @pytest.mark.skipif(GPU, reason="counts what the interpreter computes")
 @pytest.mark.parametrize("prefix", [2, 10, 14])
-@pytest.mark.parametrize(("length", "causal", "packed"), [(193, False, False), (244, False, False), (77, True, False),
-                                                         (26, True, True)])
+@pytest.mark.parametrize(
+    ("length", "causal", "packed"), [(193, False, False), (244, False, False), (77, True, False), (26, True, True)]
+)
 def test_the_kernels_compute_as_many_products_as_the_resources_table_says(length, causal, packed, prefix, monkeypatch):
     from triton.runtime.interpreter import InterpreterBuilder
 
     spec = importlib.util.spec_from_file_location("resources", ROOT / "bench" / "resources.py")
     resources = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "resources", resources)            # where its dataclasses look for their module
+    monkeypatch.setitem(sys.modules, "resources", resources)  # where its dataclasses look for their module
     spec.loader.exec_module(resources)
 
     counted = 0
@@ -132,6 +146,7 @@ def test_the_kernels_compute_as_many_products_as_the_resources_table_says(length
 def tune(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "bench")
     import tune
+
     return tune
 
 
@@ -142,7 +157,7 @@ def test_tuning_times_what_is_right_and_saves_what_loads(tune, tmp_path, monkeyp
     tensors = attention_inputs(dtype=torch.float16)
     options = (None, 0, False, "weights")
 
-    def broken():                                                       # as a kernel of such tiles might be
+    def broken():  # as a kernel of such tiles might be
         out, lse = attention.launch_forward(*tensors, *options)
         return (out + (tiles.choose("attention_forward", 16, 2, 90)["BLOCK_N"] == 16), lse)
 
@@ -154,15 +169,19 @@ def test_tuning_times_what_is_right_and_saves_what_loads(tune, tmp_path, monkeyp
             raise RuntimeError("out of resource: shared memory")
         return broken()
 
-    rows = tune.tune(tune.Job("attention_forward", 16, [too_large]), [choice(n) for n in (16, 32, 128)], 2,
-                     torch.device("cpu"), 0.01)
+    rows = tune.tune(
+        tune.Job("attention_forward", 16, [too_large]), [choice(n) for n in (16, 32, 128)], 2, torch.device("cpu"), 0.01
+    )
     assert {row["tiles"]["BLOCK_N"]: row["ships"] for row in rows} == {64: True, 32: False}
     assert rows[0]["microseconds"] <= rows[1]["microseconds"]
     assert "out of resource" in capsys.readouterr().out and tiles.loaded == {}
 
     path = tmp_path / "tiles.json"
-    tune.save(path, [dict(kernel="attention_forward", width=16, element_size=2, capability=90, **choice(32))],
-              torch.device("cpu"))
+    tune.save(
+        path,
+        [dict(kernel="attention_forward", width=16, element_size=2, capability=90, **choice(32))],
+        torch.device("cpu"),
+    )
     tiles.load(path)
     assert tiles.choose("attention_forward", 16, 2, 90)["BLOCK_N"] == 32
 
@@ -175,13 +194,18 @@ def test_every_tuning_job_runs(tune):
         for workload in job.workloads:
             assert all(result.isfinite().all() for result in workload())
         assert len(tune.alternatives(job.kernel)) > 10
-    assert kernels == {"attention_forward": [64], "attention_backward": [64], "adapter_rows": [64, 96, 128],
-                       "adapter_parameters": [64, 96, 128]}
+    assert kernels == {
+        "attention_forward": [64],
+        "attention_backward": [64],
+        "adapter_rows": [64, 96, 128],
+        "adapter_parameters": [64, 96, 128],
+    }
 
 
 @pytest.mark.skipif(GPU, reason="what a machine without a GPU prints")
 def test_tuning_needs_a_gpu(tmp_path):
-    run = subprocess.run([sys.executable, ROOT / "bench" / "tune.py", tmp_path / "tiles.json"], capture_output=True,
-                         text=True)
+    run = subprocess.run(
+        [sys.executable, ROOT / "bench" / "tune.py", tmp_path / "tiles.json"], capture_output=True, text=True
+    )
     assert run.returncode == 1 and "error: tuning times kernels on a GPU, and there is none" in run.stderr
     assert not (tmp_path / "tiles.json").exists()

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from upperson.errors import CheckpointError, DataError, RunError
-from upperson.model.checkpoint import (load_checkpoint, load_model, load_resume_state, save_resume_state)
+from upperson.model.checkpoint import load_checkpoint, load_model, load_resume_state, save_resume_state
 from upperson.config import TrainConfig
 from upperson.train.interruption import Interruption
 from upperson.model import AdaptedCLIP
@@ -219,8 +219,10 @@ def test_other_losses_are_another_run(config, whole):
     alone, run_dir = config.replace(losses="itc"), config.train.run_dir
     fit(alone)
     fit(alone.replace(losses="sdm+0.5*itc", run_dir=run_dir.with_name("sum")))
-    first = [[line["loss"] for line in log_of(folder) if line["kind"] == "step"][0]
-             for folder in (whole, run_dir, run_dir.with_name("sum"))]
+    first = [
+        [line["loss"] for line in log_of(folder) if line["kind"] == "step"][0]
+        for folder in (whole, run_dir, run_dir.with_name("sum"))
+    ]
     assert first[2] == pytest.approx(first[0] + 0.5 * first[1], rel=1e-5) and first[1] > 0
 
 
@@ -231,10 +233,17 @@ def test_zero_shot_is_a_run_without_training(config, whole, capsys):
     assert results["adapted"] == results["zero_shot"] == trained["zero_shot"]
     assert (results["method"], results["selection"], results["trained_parameters"]) == ("zero-shot CLIP", "none", 0)
     assert sorted(path.name for path in run_dir.iterdir()) == [
-        "best.safetensors", "config.json", "results.json", "results.md", "top10.png"]
+        "best.safetensors",
+        "config.json",
+        "results.json",
+        "results.md",
+        "top10.png",
+    ]
     assert "curve.png" not in capsys.readouterr().out
-    assert evaluate(load_model(run_dir / "best.safetensors"), read_splits(config.data)["test"]).metrics == results[
-        "adapted"]
+    assert (
+        evaluate(load_model(run_dir / "best.safetensors"), read_splits(config.data)["test"]).metrics
+        == results["adapted"]
+    )
 
 
 def test_full_fine_tuning_is_a_run(config, whole):
@@ -411,7 +420,7 @@ def interrupt(value):
 @pytest.mark.parametrize("step", [1, 5, 8])
 def test_ctrl_c_saves_and_resumes(config, whole, monkeypatch, step):
     config, run_dir = config.replace(save_every=0), config.train.run_dir
-    before = signal.getsignal(signal.SIGINT)                            # ignored in the background of a shell
+    before = signal.getsignal(signal.SIGINT)  # ignored in the background of a shell
     with monkeypatch.context() as patch:
         fail_at(patch, step, interrupt)
         with pytest.raises(KeyboardInterrupt, match=f"after step {step}, .* --resume {run_dir}"):
@@ -737,7 +746,7 @@ def test_a_broken_image_stops_before_the_first_epoch(config, tmp_path):
         fit(config.replace(image_cache=tmp_path / "cache"))
     with pytest.raises(DataError) as found:
         fit(config.replace(check_images=False, workers=1))
-    assert str(found.value).startswith(f"{broken}: image is broken")    # from a loader's process, without its traceback
+    assert str(found.value).startswith(f"{broken}: image is broken")  # from a loader's process, without its traceback
     assert (config.train.run_dir / "resume.safetensors").exists()
 
 

@@ -41,8 +41,9 @@ def written_out(block, x, causal, variant):
 
     def bottleneck(name, u):
         hidden = torch.relu(u @ parameters[f"{name}.down_weight"].t() + parameters[f"{name}.down_bias"])
-        return parameters[f"{name}.scale"] * (hidden @ parameters[f"{name}.up_weight"].t()
-                                              + parameters[f"{name}.up_bias"])
+        return parameters[f"{name}.scale"] * (
+            hidden @ parameters[f"{name}.up_weight"].t() + parameters[f"{name}.up_bias"]
+        )
 
     def layer_norm(x, weight, bias):
         centred = x - x.mean(-1, keepdim=True)
@@ -72,8 +73,10 @@ def written_out(block, x, causal, variant):
             return weight + parameters[f"lora.{which}_scale"] * update
         if kind == "wora":
             weight, update = parameters[f"lora.{which}_beta"] * weight, parameters[f"lora.{which}_alpha"] * update
-        rows = [m * row / row.square().sum().sqrt()
-                for m, row in zip(parameters[f"lora.{which}_magnitude"], weight + update, strict=True)]
+        rows = [
+            m * row / row.square().sum().sqrt()
+            for m, row in zip(parameters[f"lora.{which}_magnitude"], weight + update, strict=True)
+        ]
         return torch.stack(rows)
 
     def attention(y):
@@ -83,8 +86,9 @@ def written_out(block, x, causal, variant):
         q, k, v = y @ w_q.t() + b_q, y @ updated(w_k, "key").t() + b_k, y @ updated(w_v, "value").t() + b_v
         kind, target = variant.get("prefix", "none"), variant.get("scale_target", "weights")
         columns = 0 if kind == "none" else 3
-        key_scale, value_scale, factor = (parameters[f"prefix.{name}"] if kind == "salable" else 1.0
-                                          for name in ("key_scale", "value_scale", "scale"))
+        key_scale, value_scale, factor = (
+            parameters[f"prefix.{name}"] if kind == "salable" else 1.0 for name in ("key_scale", "value_scale", "scale")
+        )
         out = torch.zeros_like(y)
         for sample, head in itertools.product(range(len(y)), range(heads)):
             part = slice(head * width, (head + 1) * width)
@@ -118,8 +122,10 @@ VARIANTS = (
     + [dict(prefix="salable", scale_target="logits", prefix_scale=2.0)]
     + [dict(lora=kind) for kind in LOW_RANK]
     + [{f"adapter_{place}": kind} for kind in ADAPTERS for place in ("attn", "mlp")]
-    + [dict(prefix="salable", lora="wora", adapter_attn="sequential", adapter_mlp="l-sequential"),
-       dict(prefix="vanilla", lora="dora", adapter_attn="parallel", adapter_mlp="ln-tuning")]
+    + [
+        dict(prefix="salable", lora="wora", adapter_attn="sequential", adapter_mlp="l-sequential"),
+        dict(prefix="vanilla", lora="dora", adapter_attn="parallel", adapter_mlp="ln-tuning"),
+    ]
 )
 
 
@@ -153,12 +159,16 @@ def test_gradients_are_those_of_finite_differences(tiny, variant):
     assert torch.autograd.gradcheck(lambda *_: block(Stream(x)).total(), [x, *parameters], fast_mode=True)
 
 
-@pytest.mark.parametrize("variant", [
-    dict(prefix="vanilla", lora="dora", adapter_attn="l-sequential", adapter_mlp="parallel"),
-    dict(prefix="salable", lora="wora", adapter_attn="sequential", adapter_mlp="ln-tuning"),
-    dict(prefix="salable", adapter_mlp="l-parallel"),
-    dict(method="full"),
-], ids=lambda variant: "-".join(variant.values()))
+@pytest.mark.parametrize(
+    "variant",
+    [
+        dict(prefix="vanilla", lora="dora", adapter_attn="l-sequential", adapter_mlp="parallel"),
+        dict(prefix="salable", lora="wora", adapter_attn="sequential", adapter_mlp="ln-tuning"),
+        dict(prefix="salable", adapter_mlp="l-parallel"),
+        dict(method="full"),
+    ],
+    ids=lambda variant: "-".join(variant.values()),
+)
 def test_fused_against_plain(tiny, variant):
     """Loss and gradients of both towers are the same on the kernels and without them."""
     bound = 1e-9 if torch.float64 == EXACT else 1e-3
@@ -175,8 +185,9 @@ def test_fused_against_plain(tiny, variant):
         torch.testing.assert_close(gradient, plain_gradients[name], rtol=bound, atol=bound, msg=name)
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, dict(method="full")],
-                         ids=lambda variant: "-".join(map(str, variant.values())))
+@pytest.mark.parametrize(
+    "variant", [*VARIANTS, dict(method="full")], ids=lambda variant: "-".join(map(str, variant.values()))
+)
 def test_autocast_keeps_parameters_and_gradients_in_float32(tiny, variant):
     """With the heads of id and mlm as well."""
     images, tokens = inputs()
@@ -194,9 +205,15 @@ def test_autocast_keeps_parameters_and_gradients_in_float32(tiny, variant):
         assert parameter.dtype == parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize(("field", "kinds"), [
-    ("prefix", PREFIX_KINDS), ("lora", LORA_KINDS), ("adapter_attn", ADAPTER_KINDS), ("adapter_mlp", ADAPTER_KINDS),
-])
+@pytest.mark.parametrize(
+    ("field", "kinds"),
+    [
+        ("prefix", PREFIX_KINDS),
+        ("lora", LORA_KINDS),
+        ("adapter_attn", ADAPTER_KINDS),
+        ("adapter_mlp", ADAPTER_KINDS),
+    ],
+)
 def test_every_choice_differs_from_every_other(tiny, field, kinds):
     images, tokens = inputs(torch.float64)
     features = []
@@ -205,11 +222,12 @@ def test_every_choice_differs_from_every_other(tiny, field, kinds):
         with torch.no_grad():
             features.append(torch.stack([model.encode_image(images), model.encode_text(tokens)]))
     for a, b in itertools.combinations(features, 2):
-        assert ((a - b).abs().amax((1, 2)) > 1e-3).all()                # in both towers
+        assert ((a - b).abs().amax((1, 2)) > 1e-3).all()  # in both towers
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "prefix" not in v],
-                         ids=lambda variant: "-".join(map(str, variant.values())))
+@pytest.mark.parametrize(
+    "variant", [v for v in VARIANTS if "prefix" not in v], ids=lambda variant: "-".join(map(str, variant.values()))
+)
 def test_what_has_not_been_trained_changes_nothing(tiny, variant):
     """A prefix starts small, the others at nothing."""
     model, (images, tokens) = build(tiny.replace(**variant)).double(), inputs(torch.float64)
@@ -255,4 +273,4 @@ def test_depths_and_numbers_of_parameters():
     for kind in ("l-parallel", "l-sequential", "parallel", "sequential"):
         assert count(**NOTHING | dict(adapter_attn=kind)) == one_adapter
     assert count(**NOTHING | dict(adapter_mlp="ln-tuning", depth_adapter=2)) == 10 * expected(lambda c: 2 * c)
-    assert count(method="full") == 149_620_737 - 1 - 4 * 768            # 193 positions, not 197; no temperature
+    assert count(method="full") == 149_620_737 - 1 - 4 * 768  # 193 positions, not 197; no temperature

@@ -14,7 +14,7 @@ from torch import nn
 from upperson.errors import BackboneError
 from upperson.config import ModelConfig
 from upperson.methods.zero_shot import ZeroShot
-from upperson.model import (AdaptedCLIP)
+from upperson.model import AdaptedCLIP
 from upperson.model.backbone import build_clip, resize_position_embedding
 from upperson.model.weights import weights_as_bytes
 
@@ -55,7 +55,7 @@ def write(kind, clip, folder):
     path, state = folder / f"{kind}.pt", clip.state_dict()
     if kind == "torchscript":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                             # of deprecation
+            warnings.simplefilter("ignore")  # of deprecation
             torch.jit.save(torch.jit.script(AsPublished(clip)), path)
     elif kind == "half precision and numbers":
         numbers = {name: torch.tensor(number) for name, number in OPENAI_NUMBERS.items()}
@@ -72,8 +72,17 @@ def write(kind, clip, folder):
     return path
 
 
-@pytest.mark.parametrize("kind", ["torchscript", "half precision and numbers", "plain numbers", "training state",
-                                  "one-dimensional temperature", "safetensors"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "torchscript",
+        "half precision and numbers",
+        "plain numbers",
+        "training state",
+        "one-dimensional temperature",
+        "safetensors",
+    ],
+)
 def test_formats(tiny, tmp_path, recwarn, kind):
     clip = published()
     path = write(kind, clip, tmp_path)
@@ -103,22 +112,41 @@ def test_no_pickled_code_is_run(tiny, tmp_path, monkeypatch):
     with pytest.raises(BackboneError, match="attack.pt does not hold weights of this model: Weights only load failed"):
         build_clip(tiny.replace(pretrained="attack.pt"))
     assert not (tmp_path / "attacked").exists()
-    torch.load("attack.pt", weights_only=False)                         # which would have
+    torch.load("attack.pt", weights_only=False)  # which would have
     assert (tmp_path / "attacked").exists()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda state: {"text_model.embeddings.weight": torch.zeros(2), "vision_model.encoder.layers.0.mlp.fc1.weight": 0},
-     "'vision_model.encoder.layers.0.mlp.fc1.weight' in it is no tensor"),
-    (lambda state: {"vision_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(2)},
-     r"\d+ missing: positional_embedding, .*; 1 unexpected: vision_model.encoder.layers.0.mlp.fc1.weight"),
-    (lambda state: state | {"visual.proj": torch.zeros(3, 5)},
-     r"1 of another shape: visual.proj \(3, 5\), expected \(32, 16\)"),
-    (lambda state: {name: tensor for name, tensor in state.items() if name != "visual.proj"}, "1 missing: visual.proj"),
-    (lambda state: state | {"visual.positional_embedding": torch.zeros(())}, "1 of another shape: visual.positional_"),
-    (lambda state: {}, ""),
-    (lambda state: torch.zeros(3), ""),
-], ids=["hugging-face-mixed", "hugging-face", "shape", "missing", "scalar", "empty", "tensor"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: {
+                "text_model.embeddings.weight": torch.zeros(2),
+                "vision_model.encoder.layers.0.mlp.fc1.weight": 0,
+            },
+            "'vision_model.encoder.layers.0.mlp.fc1.weight' in it is no tensor",
+        ),
+        (
+            lambda state: {"vision_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(2)},
+            r"\d+ missing: positional_embedding, .*; 1 unexpected: vision_model.encoder.layers.0.mlp.fc1.weight",
+        ),
+        (
+            lambda state: state | {"visual.proj": torch.zeros(3, 5)},
+            r"1 of another shape: visual.proj \(3, 5\), expected \(32, 16\)",
+        ),
+        (
+            lambda state: {name: tensor for name, tensor in state.items() if name != "visual.proj"},
+            "1 missing: visual.proj",
+        ),
+        (
+            lambda state: state | {"visual.positional_embedding": torch.zeros(())},
+            "1 of another shape: visual.positional_",
+        ),
+        (lambda state: {}, ""),
+        (lambda state: torch.zeros(3), ""),
+    ],
+    ids=["hugging-face-mixed", "hugging-face", "shape", "missing", "scalar", "empty", "tensor"],
+)
 def test_files_of_others_are_told_what_was_expected(tiny, tmp_path, change, message):
     path = tmp_path / "other.pt"
     torch.save(change(published().state_dict()), path)
@@ -129,8 +157,11 @@ def test_files_of_others_are_told_what_was_expected(tiny, tmp_path, change, mess
 
 
 @pytest.mark.parametrize("named", [False, True])
-@pytest.mark.parametrize(("image_size", "grid"), [((32, 32), (4, 4)), ((48, 16), (6, 2)), ((40, 40), (5, 5))],
-                         ids=["published", "configured", "square"])
+@pytest.mark.parametrize(
+    ("image_size", "grid"),
+    [((32, 32), (4, 4)), ((48, 16), (6, 2)), ((40, 40), (5, 5))],
+    ids=["published", "configured", "square"],
+)
 def test_position_embeddings_are_resampled_once_or_not_at_all(tiny, tmp_path, image_size, grid, named):
     """Those of the configured size stay as they are; the others are resized by this project's rule alone."""
     if named:
@@ -161,6 +192,8 @@ def test_a_file_says_its_image_size_and_normalisation(tiny, tmp_path):
 
 def test_a_position_embedding_of_no_known_size_is_refused(tiny, tmp_path):
     path = write("safetensors", published((24, 40)), tmp_path)
-    with pytest.raises(BackboneError, match="safetensors: its position embedding has 16 rows, for neither 32×32 nor "
-                                            "48×16 nor square images"):
+    with pytest.raises(
+        BackboneError,
+        match="safetensors: its position embedding has 16 rows, for neither 32×32 nor 48×16 nor square images",
+    ):
         build_clip(tiny.replace(pretrained=str(path)))

@@ -82,8 +82,7 @@ class Checked:
     def __post_init__(self) -> None:
         for spec, hint in fields_of(type(self)):
             if "bounds" not in spec.metadata:
-                raise TypeError(f"{type(self).__name__}.{spec.name}: expected a default made by upperson.fields."
-                                "option")
+                raise TypeError(f"{type(self).__name__}.{spec.name}: expected a default made by upperson.fields.option")
             value = getattr(self, spec.name)
             if not _is_a(value, hint):
                 raise ValueError(f"{spec.name}: {value!r} is not allowed; expected {_in_words(hint)}")

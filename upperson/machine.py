@@ -64,9 +64,11 @@ class Group:
         wrong = [name for name in TORCHRUN if name not in environment]
         wrong += [name for name in TORCHRUN[:3] if not environment.get(name, "0").isdecimal()]
         if wrong:
-            raise RunError(f"WORLD_SIZE is {environment['WORLD_SIZE']} in the environment, but missing there or no "
-                           f"number: {', '.join(wrong)}; start with torchrun --nproc-per-node N train.py, or unset "
-                           "WORLD_SIZE")
+            raise RunError(
+                f"WORLD_SIZE is {environment['WORLD_SIZE']} in the environment, but missing there or no "
+                f"number: {', '.join(wrong)}; start with torchrun --nproc-per-node N train.py, or unset "
+                "WORLD_SIZE"
+            )
         return cls(*(int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
     @property

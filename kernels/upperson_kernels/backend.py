@@ -37,17 +37,22 @@ def resolve(backend: str | None, tensor: torch.Tensor) -> str:
         return backend
 
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("backend 'triton' needs the package triton, which is not installed; "
-                           "backend='torch' runs without it")
+        raise RuntimeError(
+            "backend 'triton' needs the package triton, which is not installed; backend='torch' runs without it"
+        )
     if not (tensor.is_cuda or interpreting()):
-        raise RuntimeError(f"backend 'triton' needs a CUDA device, but the tensors are on {tensor.device}; set "
-                           "TRITON_INTERPRET=1 before Triton is imported to interpret the kernels on the CPU, "
-                           "or use backend='torch'")
+        raise RuntimeError(
+            f"backend 'triton' needs a CUDA device, but the tensors are on {tensor.device}; set "
+            "TRITON_INTERPRET=1 before Triton is imported to interpret the kernels on the CPU, "
+            "or use backend='torch'"
+        )
     allowed = INTERPRETED_DTYPES if interpreting() else COMPILED_DTYPES
     if tensor.dtype not in allowed:
         where = "in Triton's interpreter" if interpreting() else "on a GPU"
-        raise TypeError(f"backend 'triton' takes {', '.join(str(d).removeprefix('torch.') for d in allowed)} "
-                        f"{where}, not {str(tensor.dtype).removeprefix('torch.')}; use backend='torch'")
+        raise TypeError(
+            f"backend 'triton' takes {', '.join(str(d).removeprefix('torch.') for d in allowed)} "
+            f"{where}, not {str(tensor.dtype).removeprefix('torch.')}; use backend='torch'"
+        )
     return backend
 
 
@@ -74,6 +79,8 @@ def capability(tensor: torch.Tensor) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(tensor.device)
     if torch.version.hip or major < 8:
-        raise RuntimeError("backend 'triton' needs an NVIDIA GPU of compute capability 8.0 or newer, not "
-                           f"{torch.cuda.get_device_name(tensor.device)}; use backend='torch'")
+        raise RuntimeError(
+            "backend 'triton' needs an NVIDIA GPU of compute capability 8.0 or newer, not "
+            f"{torch.cuda.get_device_name(tensor.device)}; use backend='torch'"
+        )
     return 10 * major + minor

@@ -28,7 +28,8 @@ def require_shape(operator: str, name: str, tensor: Tensor, shape: tuple) -> Non
     """`shape` holds sizes, or a letter where any size will do."""
     require_tensor(operator, name, tensor)
     fits = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True))
+        isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True)
+    )
     if not fits:
         wanted = "(" + ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "") + ")"
         raise ValueError(f"{operator}: {name} must be {wanted}, not {tuple(tensor.shape)}")
@@ -45,12 +46,14 @@ def require_dtype(operator: str, name: str, tensor: Tensor, main_name: str, main
     if tensor.dtype != main.dtype and not mixed:
         wanted = {main.dtype, torch.float32} if main.dtype in (torch.float16, torch.bfloat16) else {main.dtype}
         wanted = " or ".join(sorted(str(d).removeprefix("torch.") for d in wanted))
-        raise TypeError(f"{operator}: {name} must be {wanted} beside {main_name}, not "
-                        f"{str(tensor.dtype).removeprefix('torch.')}")
+        raise TypeError(
+            f"{operator}: {name} must be {wanted} beside {main_name}, not {str(tensor.dtype).removeprefix('torch.')}"
+        )
 
 
 def refuse_forward_mode(operator: str, tensors: Iterable[Tensor]) -> None:
     """Custom operators drop tangents in silence, and a derivative of zero would come out."""
     if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(f"{operator}: backend 'triton' has no forward-mode derivative (jvp, jacfwd); use "
-                                  "reverse mode")
+        raise NotImplementedError(
+            f"{operator}: backend 'triton' has no forward-mode derivative (jvp, jacfwd); use reverse mode"
+        )

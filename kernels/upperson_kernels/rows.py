@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}      # of accumulators
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}  # of accumulators
 
 
 def as_rows(tensor: Tensor) -> Tensor:

@@ -19,9 +19,11 @@ class TilesError(ValueError):
     """A file of tiles that cannot be used; the message names file, entry and field."""
 
 
-COVERING = {        # the block that spans the whole head, or the whole hidden width: never split, so never tuned
-    "attention_forward": "BLOCK_D", "attention_backward": "BLOCK_D",
-    "adapter_rows": "BLOCK_R", "adapter_parameters": "BLOCK_R",
+COVERING = {  # the block that spans the whole head, or the whole hidden width: never split, so never tuned
+    "attention_forward": "BLOCK_D",
+    "attention_backward": "BLOCK_D",
+    "adapter_rows": "BLOCK_R",
+    "adapter_parameters": "BLOCK_R",
 }
 FIELDS = {
     "attention_forward": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
@@ -29,7 +31,7 @@ FIELDS = {
     "adapter_rows": ("BLOCK_T", "BLOCK_C", "num_warps", "num_stages"),
     "adapter_parameters": ("BLOCK_T", "BLOCK_C", "num_warps", "num_stages"),
 }
-loaded: dict[tuple[str, int, int, int], Tiles] = {}     # by kernel, width, element size, capability
+loaded: dict[tuple[str, int, int, int], Tiles] = {}  # by kernel, width, element size, capability
 
 
 def choose(kernel: str, width: int, element_size: int, capability: int) -> Tiles:
@@ -83,7 +85,7 @@ def attention_backward(head_width: int, element_size: int, capability: int) -> T
 
 
 def adapter_rows(hidden: int, element_size: int, capability: int) -> Tiles:
-    fits = hidden <= 128 or not operands_in_registers(capability)      # the 99 KB of shared memory of RTX cards
+    fits = hidden <= 128 or not operands_in_registers(capability)  # the 99 KB of shared memory of RTX cards
     block = 64 if element_size == 2 and fits else 32
     return dict(BLOCK_T=block, BLOCK_C=block, num_warps=4 if hidden <= 32 else 8, num_stages=2)
 
@@ -97,8 +99,12 @@ def adapter_parameters(hidden: int, element_size: int, capability: int) -> Tiles
     return tiles
 
 
-SHIPPED = dict(attention_forward=attention_forward, attention_backward=attention_backward,
-               adapter_rows=adapter_rows, adapter_parameters=adapter_parameters)
+SHIPPED = dict(
+    attention_forward=attention_forward,
+    attention_backward=attention_backward,
+    adapter_rows=adapter_rows,
+    adapter_parameters=adapter_parameters,
+)
 
 
 # ---------------------------------------------------------------------------------------- what a user measured

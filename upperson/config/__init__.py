@@ -1,8 +1,8 @@
 """What is asked for: the configuration of a run, the presets, the command line. Importing it does not import torch.
 
-    configuration.py   the dataclasses, and JSON
-    presets.py         a configuration for every data set, and for every method on it
-    command_line.py    the flags of training
+configuration.py   the dataclasses, and JSON
+presets.py         a configuration for every data set, and for every method on it
+command_line.py    the flags of training
 """
 
 from upperson.config.configuration import (

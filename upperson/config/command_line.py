@@ -13,7 +13,7 @@ from upperson.methods import METHODS
 from upperson.fields import fields_of
 from upperson.config.presets import PRESETS, preset
 
-CHOOSERS = ("method", "resume")                                         # fields that are asked for before the others
+CHOOSERS = ("method", "resume")  # fields that are asked for before the others
 
 
 def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argparse.ArgumentParser] = ()) -> Config:
@@ -34,8 +34,10 @@ def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argpars
                 chooser.error("--preset and --resume RUN_DIR exclude each other: the run has its own configuration")
             base = _configuration_of_run(Path(choice.resume), chooser)
             if choice.method not in (None, base.model.method.name):
-                chooser.error(f"--method {choice.method}: the run in {choice.resume} was started with method "
-                              f"{base.model.method.name}")
+                chooser.error(
+                    f"--method {choice.method}: the run in {choice.resume} was started with method "
+                    f"{base.model.method.name}"
+                )
             resume["run_dir"] = Path(choice.resume)
 
     shown = "the run" if resume.get("run_dir") else f"preset {choice.preset or 'embedded'}"
@@ -73,8 +75,12 @@ def _unknown(arguments: Sequence[str], method: str) -> str:
     """What is wrong with arguments that are no flags; those of another method are the likely mistake."""
     for argument in arguments:
         field = argument.split("=")[0].removeprefix("--").replace("-", "_")
-        owners = [other.name for other in METHODS.values() if other.name != method
-                  and {field, field.removeprefix("no_")} & {spec.name for spec in dataclasses.fields(other)}]
+        owners = [
+            other.name
+            for other in METHODS.values()
+            if other.name != method
+            and {field, field.removeprefix("no_")} & {spec.name for spec in dataclasses.fields(other)}
+        ]
         if argument.startswith("--") and owners:
             return f"{argument.split('=')[0]}: an option of --method {' and '.join(owners)}, not of {method}"
     return f"unrecognized arguments: {' '.join(arguments)}"
@@ -92,8 +98,11 @@ def _parser(**settings: Any) -> argparse.ArgumentParser:
 
 def _add_choosers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=list(PRESETS), help="where all other values come from (default: embedded)")
-    parser.add_argument("--method", choices=list(METHODS),
-                        help="what is trained; brings its own options, below, and its recipe (default: the preset's)")
+    parser.add_argument(
+        "--method",
+        choices=list(METHODS),
+        help="what is trained; brings its own options, below, and its recipe (default: the preset's)",
+    )
     parser.add_argument(
         "--resume",
         nargs="?",

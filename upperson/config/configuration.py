@@ -202,8 +202,12 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        others = {spec.name for name, section in self.sections().items() if name != "method"
-                  for spec in dataclasses.fields(section)}
+        others = {
+            spec.name
+            for name, section in self.sections().items()
+            if name != "method"
+            for spec in dataclasses.fields(section)
+        }
         taken = others & {spec.name for spec in dataclasses.fields(self.model.method)}
         if taken:
             raise ValueError(f"method {self.model.method.name}: its option {taken.pop()} has the name of another field")
@@ -214,8 +218,11 @@ class Config:
 
     def values(self) -> dict[str, Any]:
         """Every field by name, wherever it stands; the method by its name."""
-        found = {spec.name: getattr(section, spec.name)
-                 for section in self.sections().values() for spec in dataclasses.fields(section)}
+        found = {
+            spec.name: getattr(section, spec.name)
+            for section in self.sections().values()
+            for spec in dataclasses.fields(section)
+        }
         return found | {"method": self.model.method.name}
 
     def replace(self, **changes: Any) -> "Config":
@@ -257,8 +264,12 @@ class Config:
         if self.model.method.name != other.model.method.name:
             return [f"method: {self.model.method.name}, not {other.model.method.name}"]
         theirs = other.values()
-        matter = [spec.name for section in self.sections().values() for spec in dataclasses.fields(section)
-                  if spec.metadata["changes_results"]]
+        matter = [
+            spec.name
+            for section in self.sections().values()
+            for spec in dataclasses.fields(section)
+            if spec.metadata["changes_results"]
+        ]
         mine = self.values()
         return [f"{name}: {mine[name]}, not {theirs[name]}" for name in matter if mine[name] != theirs[name]]
 

@@ -47,6 +47,7 @@ def with_method(config: Config, method: str | None) -> Config:
     if method in (None, config.model.method.name):
         return config
     if config.model.method.name != DEFAULT:
-        raise ValueError(f"method: a configuration of {config.model.method.name} cannot become one of {method}; start "
-                         "from a preset")
+        raise ValueError(
+            f"method: a configuration of {config.model.method.name} cannot become one of {method}; start from a preset"
+        )
     return config.replace(method=method, **method_named(method).recipe(config.data.is_drawn))

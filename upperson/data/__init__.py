@@ -7,7 +7,7 @@ from upperson.data.device import DeviceBatches, to_device
 from upperson.data.images import check_images, load_image
 from upperson.data.loaders import batches_per_epoch, caption_loader, image_loader, share_of, train_loader
 from upperson.data.readers import DATASETS, read_dataset
-from upperson.data.samples import (Drawing, Sample, gallery, queries)
+from upperson.data.samples import Drawing, Sample, gallery, queries
 from upperson.data.masking import NOT_MASKED, image_transform, mask_caption
 
 __all__ = [

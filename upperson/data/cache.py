@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from upperson.errors import DataError
 from upperson.data.images import load_pixels
-from upperson.data.samples import (Drawing)
+from upperson.data.samples import Drawing
 
 FORMAT = 1  # of the index; another one is not read
 CHUNK = 256  # images that are decoded at once, which bounds what waits in memory to be written

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from upperson.errors import DataError
-from upperson.data.samples import (Drawing, Sample)
+from upperson.data.samples import Drawing, Sample
 
 NAMED_IN_ERROR = 5  # broken images that an error lists one by one
 

@@ -20,7 +20,7 @@ from upperson.machine import share_of
 from upperson.data.augmentation import RandomAugmentation, normalise
 from upperson.data.cache import ImageCache
 from upperson.data.images import load_pixels
-from upperson.data.samples import (Drawing, Sample)
+from upperson.data.samples import Drawing, Sample
 from upperson.data.masking import mask_caption
 
 Tokenizer = Callable[[list[str]], torch.Tensor]  # texts -> [texts, L] int64
@@ -72,9 +72,7 @@ def train_loader(
     if len(samples) < 2:
         raise DataError(f"training needs at least 2 pairs of image and caption, found {len(samples)}")
     pixels = _pixel_loader(image_size, cache)
-    pairs = TrainingPairs(
-        samples, pixels, RandomAugmentation(image_size), tokenizer, seed, mask_captions, mask_labels
-    )
+    pairs = TrainingPairs(samples, pixels, RandomAugmentation(image_size), tokenizer, seed, mask_captions, mask_labels)
     batches = EpochBatches(len(samples), batch_size, seed, epoch, first_batch, rank, world_size)
     return _loader(pairs, workers, batch_sampler=batches, persistent_workers=workers > 0)
 

@@ -12,7 +12,7 @@ from upperson.data.captioned import read_captioned
 from upperson.data.folder import read_folder
 from upperson.data.oddities import Counts, all_samples, counts, identities_in_train, images_of_several
 from upperson.data.pedestrian import read_pedestrian
-from upperson.data.samples import (Sample)
+from upperson.data.samples import Sample
 
 
 @dataclass(frozen=True)

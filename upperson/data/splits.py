@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from upperson.errors import DataError
 from upperson.config import DataConfig
-from upperson.data import (Sample, read_dataset)
+from upperson.data import Sample, read_dataset
 from upperson.embedded import read_embedded, read_scenes
 
 

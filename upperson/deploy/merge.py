@@ -25,15 +25,15 @@ from torch import Tensor, nn
 
 from upperson.errors import BackboneError, CheckpointError, MergeError, MethodError
 from upperson.files import write_atomically
-from upperson.model.checkpoint import (load_checkpoint, load_model, save_checkpoint)
+from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
 from upperson.config import Config, ModelConfig
-from upperson.model import (AdaptedCLIP)
+from upperson.model import AdaptedCLIP
 from upperson.model.backbone import CLIP_VOCABULARY, configuration_file, random_clip
 from upperson.model.block import KINDS, Block, kind_of, parameters_of
 from upperson.model.weights import weights_as_bytes
 from upperson.petl import LayerNormTuning, LoRA
 
-TOLERANCE = 1e-5                                                        # of features, relative, in float32
+TOLERANCE = 1e-5  # of features, relative, in float32
 
 
 def merge(model: AdaptedCLIP) -> dict[str, Tensor]:
@@ -51,8 +51,11 @@ def merge(model: AdaptedCLIP) -> dict[str, Tensor]:
 
 def unfoldable(model: AdaptedCLIP) -> dict[str, nn.Module]:
     """The trained modules that do not fold, by name."""
-    return {name: module for name, module in model.trained_modules().items()
-            if not isinstance(module, LoRA | LayerNormTuning)}
+    return {
+        name: module
+        for name, module in model.trained_modules().items()
+        if not isinstance(module, LoRA | LayerNormTuning)
+    }
 
 
 @torch.no_grad()
@@ -103,15 +106,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m upperson.deploy.merge", allow_abbrev=False,
+        prog="python -m upperson.deploy.merge",
+        allow_abbrev=False,
         description="Fold a checkpoint into the weights of a plain CLIP, for open_clip: LoRA, DoRA, WoRA, LN-tuning, "
         "full fine-tuning. Prefixes and bottleneck adapters do not fold. The result is compared with the checkpoint "
-        "before anything is written.")
+        "before anything is written.",
+    )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .safetensors file that training wrote")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the weights, a .safetensors file")
-    parser.add_argument("--rest", type=Path, metavar="REST",
-                        help="a checkpoint for what does not fold, a .safetensors file; its backbone is OUTPUT, by the "
-                        "path given here")
+    parser.add_argument(
+        "--rest",
+        type=Path,
+        metavar="REST",
+        help="a checkpoint for what does not fold, a .safetensors file; its backbone is OUTPUT, by the path given here",
+    )
     parser.add_argument("--pretrained", metavar="FILE", help="the backbone's weights, where they have moved")
     return parser
 
@@ -135,8 +143,10 @@ def _how_to_load(config: ModelConfig, output: Path, rest: Path | None = None) ->
     path = configuration_file(config.model)
     known = [] if path is None else [f"open_clip.add_model_config({str(path)!r})"]
     name = config.model if path is None else path.stem
-    return [*known, f"open_clip.create_model({name!r}, pretrained={str(output)!r}, "
-                    f"force_image_size={config.image_size})"]
+    return [
+        *known,
+        f"open_clip.create_model({name!r}, pretrained={str(output)!r}, force_image_size={config.image_size})",
+    ]
 
 
 def merge_checkpoint(path: Path, config: Config, output: Path, rest: Path | None = None) -> float:
@@ -165,16 +175,19 @@ def merge_checkpoint(path: Path, config: Config, output: Path, rest: Path | None
         write_atomically(staged_output, content)
         if staged_rest:
             backbone = replace(config.model, method=method, pretrained=str(output))
-            save_checkpoint(staged_rest[0], parameters_of(remaining), replace(config, model=backbone),
-                            load_checkpoint(path).results)
+            save_checkpoint(
+                staged_rest[0], parameters_of(remaining), replace(config, model=backbone), load_checkpoint(path).results
+            )
             written = load_model(staged_rest[0], pretrained=str(staged_output), backend="torch")
         else:
             written = random_clip(config.model.model, config.model.image_size).eval()
             open_clip.load_checkpoint(written, str(staged_output), strict=True)
         found = largest_difference(model, written)
-        if not found <= TOLERANCE:                                      # NaN as well
-            raise MergeError(f"{path}: the merged features differ by {found:.1e}, relative, from the checkpoint's; "
-                             f"expected {TOLERANCE:.0e} at most; nothing was written")
+        if not found <= TOLERANCE:  # NaN as well
+            raise MergeError(
+                f"{path}: the merged features differ by {found:.1e}, relative, from the checkpoint's; "
+                f"expected {TOLERANCE:.0e} at most; nothing was written"
+            )
     return found
 
 
@@ -202,11 +215,13 @@ def largest_difference(model: AdaptedCLIP, other: nn.Module) -> float:
     start, end = CLIP_VOCABULARY - 2, CLIP_VOCABULARY - 1
     tokens = torch.randint(1, start, (samples, length), generator=generator)
     tokens[:, 0] = start
-    for i in range(samples):                                            # captions of a quarter to all of the length
+    for i in range(samples):  # captions of a quarter to all of the length
         last = (length - 1) * (i + 1) // samples
         tokens[i, last], tokens[i, last + 1 :] = end, 0
-    pairs = ((model.encode_image(images), other.encode_image(images)),
-             (model.encode_text(tokens), other.encode_text(tokens)))
+    pairs = (
+        (model.encode_image(images), other.encode_image(images)),
+        (model.encode_text(tokens), other.encode_text(tokens)),
+    )
     return torch.stack([(ours - theirs).norm(dim=1) / ours.norm(dim=1) for ours, theirs in pairs]).max().item()
 
 

@@ -1,9 +1,9 @@
 """Several adaptations of one backbone in memory, switched at run time.
 
-    adaptations = Adaptations(AdaptedCLIP(config))          # or the model of a checkpoint that does not train CLIP
-    adaptations.add("cuhk", "cuhk.safetensors")
-    adaptations.add("rstp", "rstp.safetensors")
-    adaptations.use("rstp")
+adaptations = Adaptations(AdaptedCLIP(config))          # or the model of a checkpoint that does not train CLIP
+adaptations.add("cuhk", "cuhk.safetensors")
+adaptations.add("rstp", "rstp.safetensors")
+adaptations.use("rstp")
 """
 
 from dataclasses import replace
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from upperson.errors import CheckpointError
-from upperson.model.checkpoint import (copy_parameters, load_checkpoint, other_backbone)
+from upperson.model.checkpoint import copy_parameters, load_checkpoint, other_backbone
 from upperson.model import AdaptedCLIP
 from upperson.model.block import parameters_of
 
 ORIGINAL = "original"
-COMPUTED = ("backend", "skip_unread", "pack_captions", "low_rank_gradients")     # how it computes, not what
+COMPUTED = ("backend", "skip_unread", "pack_captions", "low_rank_gradients")  # how it computes, not what
 
 
 class Adaptations:
@@ -33,8 +33,10 @@ class Adaptations:
 
     def __init__(self, model: AdaptedCLIP):
         if model.config.method.trains_clip:
-            raise CheckpointError(f"a model of method {model.config.method.name!r} has a backbone of its own; expected "
-                                  "the one that the checkpoints adapt")
+            raise CheckpointError(
+                f"a model of method {model.config.method.name!r} has a backbone of its own; expected "
+                "the one that the checkpoints adapt"
+            )
         self.model = model
         self.active = ORIGINAL
         self._adaptations = {ORIGINAL: (model.config, model.trained_modules())}
@@ -55,13 +57,14 @@ class Adaptations:
         checkpoint = load_checkpoint(path)
         config, own = checkpoint.config.replace(**changes).model, self.model.config
         if config.method.trains_clip:
-            raise CheckpointError(f"{path}: of method {config.method.name!r}, a backbone of its own; expected an "
-                                  "adaptation")
+            raise CheckpointError(
+                f"{path}: of method {config.method.name!r}, a backbone of its own; expected an adaptation"
+            )
         if differences := other_backbone(config, own):
             raise CheckpointError(f"{path}: of another backbone, {differences} as in the model")
         if config.pretrained == "none":
             raise CheckpointError(f"{path}: pretrained: none, random weights, which the model need not share")
-        with torch.random.fork_rng(devices=[]):                         # initial values, about to be replaced
+        with torch.random.fork_rng(devices=[]):  # initial values, about to be replaced
             modules = self.model.new_modules(config)
         copy_parameters(checkpoint.parameters, parameters_of(modules), str(path))
         self._adaptations[name] = replace(config, **{field: getattr(own, field) for field in COMPUTED}), modules
@@ -73,6 +76,6 @@ class Adaptations:
         config, modules = self._adaptations[name]
         weight = self.model.image_blocks[0].attn.in_proj_weight
         for module in modules.values():
-            module.to(weight.device, weight.dtype)                      # the model may have moved; else nothing happens
+            module.to(weight.device, weight.dtype)  # the model may have moved; else nothing happens
         self.model.set_modules(config, modules)
         self.active = name

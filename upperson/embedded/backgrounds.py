@@ -51,9 +51,7 @@ def _street(canvas: Canvas, horizon: float, rng: random.Random) -> None:
     canvas.rectangle(0, kerb, width, kerb + 2, shade(road, 0.8))
     if rng.random() < 0.5:
         x = rng.uniform(0, width)
-        canvas.polygon(
-            ((x, kerb + 4), (x + 4, kerb + 4), (x + 14, height), (x + 2, height)), shade(road, 1.5)
-        )
+        canvas.polygon(((x, kerb + 4), (x + 4, kerb + 4), (x + 14, height), (x + 2, height)), shade(road, 1.5))
 
 
 def _wall(canvas: Canvas, horizon: float, rng: random.Random) -> None:

@@ -140,9 +140,7 @@ class Canvas:
 
         self._fill([(x, y) for x, y, _ in discs], max(r for *_, r in discs), paint, shape)
 
-    def _fill(
-        self, points: Sequence[Point], margin: float, paint: Paint | Fill, shape: Callable[..., None]
-    ) -> None:
+    def _fill(self, points: Sequence[Point], margin: float, paint: Paint | Fill, shape: Callable[..., None]) -> None:
         """Draws a shape that lies within `margin` of the points; a patterned one through a mask."""
         if not isinstance(paint, Paint):
             return shape(self.pen, 0, 0, paint)
@@ -178,9 +176,7 @@ class Brush:
     def oval(self, u: float, v: float, ru: float, rv: float, paint: Paint | Fill) -> None:
         self.canvas.ellipse(*self.at(u, v), ru * abs(self.unit_x), rv * abs(self.unit_y), paint)
 
-    def dome(
-        self, u: float, v: float, ru: float, rv: float, fill: Fill, start: float = 180, end: float = 360
-    ) -> None:
+    def dome(self, u: float, v: float, ru: float, rv: float, fill: Fill, start: float = 180, end: float = 360) -> None:
         """The upper half of an oval, or what the chord between two angles cuts off."""
         self.canvas.chord(*self.at(u, v), ru * abs(self.unit_x), rv * abs(self.unit_y), start, end, fill)
 

@@ -139,9 +139,7 @@ class _Figure(Brush):
             bottom = ((flare + sway, hem), (sway, hem - 0.008), (sway - flare, hem))
             self.shape((-waist, 0.57), (waist, 0.57), (wide, 0.48), *bottom, paint=paint)
             for fold in (-0.45, 0.1, 0.6):
-                self.line(
-                    (fold * wide, 0.45), (fold * flare * 1.2 + sway, hem), width=1.0, fill=(0, 0, 0, 45)
-                )
+                self.line((fold * wide, 0.45), (fold * flare * 1.2 + sway, hem), width=1.0, fill=(0, 0, 0, 45))
         else:
             self.both((waist, 0.56), (wide, 0.48), (wide * 0.9, 0.44), paint=paint)
             if not self.side:
@@ -151,9 +149,7 @@ class _Figure(Brush):
 
     def _torso(self) -> None:
         upper, g = self.person.upper, self.girth
-        self.tube(
-            (0, 0.83), (0.008 * self.side, 0.89), radii=(0.03, 0.028), paint=shade(self.person.skin, 0.9)
-        )
+        self.tube((0, 0.83), (0.008 * self.side, 0.89), radii=(0.03, 0.028), paint=shade(self.person.skin, 0.9))
         if self.side:
             puff = 0.012 if upper.kind == "padded jacket" else 0.0
             hem_wide = 0.066 * g + (0.012 if upper.kind == "coat" else 0.0)
@@ -228,9 +224,7 @@ class _Figure(Brush):
             waist = 0.058 if self.side else 0.08 * self.girth
             self.line((-waist, 0.575), (waist, 0.575), width=2.6, fill=line)
         elif upper.kind == "sweater":
-            self.line(
-                (-hem_wide, self.hem + 0.014), (hem_wide, self.hem + 0.014), width=3.4, fill=(0, 0, 0, 60)
-            )
+            self.line((-hem_wide, self.hem + 0.014), (hem_wide, self.hem + 0.014), width=3.4, fill=(0, 0, 0, 60))
         if upper.kind in ("jacket", "hoodie") and self.side:
             self.line((0.0, 0.56), (0.02, 0.51), width=1.2, fill=line)  # pocket
 
@@ -369,9 +363,7 @@ class _Figure(Brush):
         if self.side:
             outer = ((-0.115, 0.81), (-0.15, 0.74), (-0.15, 0.60), (-0.13, 0.575))
             self.shape((-0.05, 0.83), *outer, (-0.05, 0.575), paint=bag.rgb)
-            self.shape(
-                (-0.15, 0.66), (-0.165, 0.65), (-0.165, 0.60), (-0.15, 0.585), paint=shade(bag.rgb, 0.75)
-            )
+            self.shape((-0.15, 0.66), (-0.165, 0.65), (-0.165, 0.60), (-0.15, 0.585), paint=shade(bag.rgb, 0.75))
         else:
             wide = 0.11 * self.girth
             self.both((0.06, 0.87), (wide + 0.02, 0.84), (wide + 0.03, 0.62), paint=bag.rgb)

@@ -116,9 +116,7 @@ def _shoe(b: _Brush, item: Item, x: float) -> None:
     elif item.kind == "sandals":
         b.shape((x - 0.45, 0.38), (x + 0.5, 0.38), (x + 0.5, 0.5), (x - 0.45, 0.5), paint=b.paint)
         for start in (-0.3, 0.1):
-            b.line(
-                (x + start, 0.4), (x + start + 0.1, 0.05), (x + start + 0.25, 0.4), width=2.4, fill=item.rgb
-            )
+            b.line((x + start, 0.4), (x + start + 0.1, 0.05), (x + start + 0.25, 0.4), width=2.4, fill=item.rgb)
     else:
         b.shape(
             (x - 0.45, 0.5),
@@ -236,9 +234,7 @@ def _house(b: _Brush) -> None:
 
 def _flag(b: _Brush) -> None:
     b.line((-0.7, -1.0), (-0.7, 1.0), width=2.4, fill=(90, 80, 70))
-    b.shape(
-        (-0.7, -0.95), (0.0, -0.85), (0.85, -0.95), (0.85, 0.05), (0.0, 0.15), (-0.7, 0.05), paint=b.paint
-    )
+    b.shape((-0.7, -0.95), (0.0, -0.85), (0.85, -0.95), (0.85, 0.05), (0.0, 0.15), (-0.7, 0.05), paint=b.paint)
 
 
 def _umbrella(b: _Brush) -> None:

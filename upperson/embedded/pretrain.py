@@ -94,9 +94,7 @@ def _groups(clip: open_clip.CLIP) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -104,9 +102,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that draw")
     parser.add_argument("--output", type=Path, default=CLIP_WEIGHTS)
     options = parser.parse_args()
-    clip, tokens = pretrain(
-        options.seed, options.steps, options.batch_size, options.learning_rate, options.workers
-    )
+    clip, tokens = pretrain(options.seed, options.steps, options.batch_size, options.learning_rate, options.workers)
     save_embedded_clip(clip, tokens, options.output)
     print(f"{options.output}: {options.output.stat().st_size / 1e6:.2f} MB, {len(tokens)} trained tokens")
 

@@ -24,17 +24,13 @@ COLOURS = {
     "green": Colour(("green",), ((44, 150, 70), (60, 164, 60), (30, 132, 76)), 1.0),
     "dark green": Colour(("dark green", "olive"), ((44, 72, 46), (62, 76, 40), (34, 64, 52)), 0.9),
     "turquoise": Colour(("turquoise", "teal"), ((30, 158, 160), (44, 172, 168), (24, 140, 150)), 0.7),
-    "light blue": Colour(
-        ("light blue", "sky blue"), ((136, 186, 228), (150, 196, 232), (124, 174, 220)), 1.2
-    ),
+    "light blue": Colour(("light blue", "sky blue"), ((136, 186, 228), (150, 196, 232), (124, 174, 220)), 1.2),
     "blue": Colour(("blue", "bright blue"), ((38, 88, 196), (50, 104, 208), (30, 76, 180)), 1.6),
     "dark blue": Colour(("dark blue", "navy", "navy blue"), ((28, 40, 92), (34, 48, 100), (24, 34, 78)), 1.8),
     "purple": Colour(("purple", "violet"), ((118, 56, 158), (130, 70, 170), (104, 46, 140)), 0.8),
     "pink": Colour(("pink",), ((238, 140, 176), (244, 158, 188), (228, 120, 164)), 1.0),
     "brown": Colour(("brown",), ((112, 72, 40), (126, 84, 50), (98, 62, 36)), 1.1),
-    "beige": Colour(
-        ("beige", "tan", "cream-coloured"), ((214, 190, 148), (222, 200, 162), (202, 178, 136)), 1.1
-    ),
+    "beige": Colour(("beige", "tan", "cream-coloured"), ((214, 190, 148), (222, 200, 162), (202, 178, 136)), 1.1),
 }
 
 DENIM = ("blue", "dark blue", "light blue", "black", "grey")
@@ -126,9 +122,7 @@ def pick_colour(rng: random.Random, among: tuple[str, ...] = tuple(COLOURS)) -> 
     return rng.choices(among, [COLOURS[name].weight for name in among])[0]
 
 
-def pick_item(
-    rng: random.Random, kind: str, among: tuple[str, ...] = tuple(COLOURS), patterned: float = 0.0
-) -> Item:
+def pick_item(rng: random.Random, kind: str, among: tuple[str, ...] = tuple(COLOURS), patterned: float = 0.0) -> Item:
     """An item of one kind in a colour from `among`; with probability `patterned` in two colours."""
     colour = pick_colour(rng, among)
     rgb = rng.choice(COLOURS[colour].shades)

@@ -38,9 +38,7 @@ def untrained_embedding(tokens: int, width: int) -> Tensor:
     return torch.from_numpy(generator.standard_normal((tokens, width), dtype=np.float32) * np.float32(0.02))
 
 
-def save_embedded_clip(
-    clip: open_clip.CLIP, trained_tokens: Iterable[int], path: Path = CLIP_WEIGHTS
-) -> None:
+def save_embedded_clip(clip: open_clip.CLIP, trained_tokens: Iterable[int], path: Path = CLIP_WEIGHTS) -> None:
     """Writes the weights in float16, atomically; of the token embedding only the rows of `trained_tokens`."""
     tensors = {name: tensor.detach().half().contiguous() for name, tensor in clip.state_dict().items()}
     ids = torch.tensor(sorted(set(trained_tokens)), dtype=torch.int32)
@@ -61,9 +59,7 @@ def load_embedded_clip(path: Path = CLIP_WEIGHTS) -> open_clip.CLIP:
         rows, ids = tensors.pop(_ROWS), tensors.pop(_IDS)
         embedding = clip.token_embedding.weight.detach().clone()
         embedding[ids.long()] = rows.float()
-        clip.load_state_dict(
-            {**{name: tensor.float() for name, tensor in tensors.items()}, _EMBEDDING: embedding}
-        )
+        clip.load_state_dict({**{name: tensor.float() for name, tensor in tensors.items()}, _EMBEDDING: embedding})
     except FileNotFoundError:
         raise EmbeddedWeightsError(f"{path} is missing; {_REBUILD}") from None
     except (SafetensorError, KeyError, IndexError, RuntimeError) as error:

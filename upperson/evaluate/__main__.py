@@ -15,14 +15,14 @@ from typing import Any
 
 from upperson.errors import RunError, USER_ERRORS
 from upperson.files import write_atomically
-from upperson.model.checkpoint import (Checkpoint, load_checkpoint, load_model)
+from upperson.model.checkpoint import Checkpoint, load_checkpoint, load_model
 from upperson.config import SELECTIONS, Config, DataConfig, Dataset
 from upperson.data import Sample, check_images, gallery
 from upperson.evaluate.metrics import Retrieval
 from upperson.evaluate.pictures import METRICS, aligned
 from upperson.machine import device_and_precision
 from upperson.evaluate.embed import embed
-from upperson.train.run_folder import (CONFIG, RESULTS, TABLE)
+from upperson.train.run_folder import CONFIG, RESULTS, TABLE
 from upperson.data.splits import read_splits
 
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = "queries-text-to-image.jsonl", "queries-image-to-text.jsonl"

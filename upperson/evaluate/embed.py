@@ -14,6 +14,7 @@ from upperson.machine import ALONE, Group
 from upperson.evaluate.metrics import Retrieval, retrieval_metrics
 from upperson.model import AdaptedCLIP
 
+
 @dataclass(frozen=True)
 class Embeddings:
     """G distinct images and Q captions in one space of E dimensions, not normalised, and whom they show."""

@@ -84,8 +84,9 @@ def curve(histories: Sequence[Sequence[dict[str, Any]]], split: str, results: di
                 right.axvline(ended + 0.5, color=QUIET)
             if len(stages) > 1:
                 for axes in (left, right):
-                    axes.annotate(stage["title"], (ended + 0.6, 0.02), xycoords=("data", "axes fraction"), fontsize=8,
-                                  color=QUIET)
+                    axes.annotate(
+                        stage["title"], (ended + 0.6, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color=QUIET
+                    )
             ended = numbers[-1]
         left.set(title=f"Training loss ({losses})", xlabel="epoch", ylabel="loss, mean over the epoch")
         right.set(

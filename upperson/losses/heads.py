@@ -42,8 +42,10 @@ class IdentityClassifier(nn.Module):
             raise ValueError(message)
         torch._assert_async(known, message)
         with torch.autocast(image_features.device.type, enabled=False):
-            losses = [F.cross_entropy(F.linear(features.to(self.weight.dtype), self.weight, self.bias), classes)
-                      for features in (image_features, text_features)]
+            losses = [
+                F.cross_entropy(F.linear(features.to(self.weight.dtype), self.weight, self.bias), classes)
+                for features in (image_features, text_features)
+            ]
         return sum(losses) / 2
 
 
@@ -61,11 +63,13 @@ class MaskedLanguageModel(nn.Module):
         heads = next(heads for heads in range(max(1, width // HEAD_WIDTH), 0, -1) if width % heads == 0)
         self.ln_text, self.ln_image, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        block = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, activation=QuickGELU(),
-                                           batch_first=True, norm_first=True)
+        block = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation=QuickGELU(), batch_first=True, norm_first=True
+        )
         self.transformer = nn.TransformerEncoder(block, DEPTH, enable_nested_tensor=False)
-        self.head = nn.Sequential(nn.Linear(width, width), QuickGELU(), nn.LayerNorm(width),
-                                  nn.Linear(width, vocabulary))
+        self.head = nn.Sequential(
+            nn.Linear(width, width), QuickGELU(), nn.LayerNorm(width), nn.Linear(width, vocabulary)
+        )
         self.initialise(width)
 
     def initialise(self, width: int) -> None:
@@ -75,7 +79,7 @@ class MaskedLanguageModel(nn.Module):
             nn.init.normal_(attention.in_proj_weight, std=inner)
             nn.init.normal_(attention.out_proj.weight, std=outer)
         for block in self.transformer.layers:
-            block.linear1.reset_parameters()                             # torch copies one block; biases of its own
+            block.linear1.reset_parameters()  # torch copies one block; biases of its own
             block.linear2.reset_parameters()
             nn.init.normal_(block.linear1.weight, std=wide)
             nn.init.normal_(block.linear2.weight, std=outer)
@@ -95,7 +99,8 @@ class MaskedLanguageModel(nn.Module):
         x = self.ln_post(self.transformer(x, src_key_padding_mask=padding))
         masked = labels[:, :length] != NOT_MASKED
         logits = self.head(x[masked])
-        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[:, :length][masked],
-                               reduction="sum")
+        loss = F.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[:, :length][masked], reduction="sum"
+        )
         loss, count = self.group.total(torch.stack([loss, masked.sum().to(loss.dtype)])).unbind()
         return loss / count.clamp(min=1)

@@ -13,8 +13,10 @@ def parse_losses(text: str) -> dict[str, float]:
     for term in text.split("+"):
         found = re.fullmatch(r"\s*(?:(\d+\.?\d*|\.\d+)\s*\*\s*)?([a-z]+)\s*", term)
         if found is None or found[2] not in LOSSES:
-            raise ValueError(f"{text!r} is not allowed; expected a sum of {', '.join(LOSSES)}, each with a weight if "
-                             "wanted, such as sdm+0.5*itc")
+            raise ValueError(
+                f"{text!r} is not allowed; expected a sum of {', '.join(LOSSES)}, each with a weight if "
+                "wanted, such as sdm+0.5*itc"
+            )
         if found[2] in weights:
             raise ValueError(f"{text!r} is not allowed; {found[2]} stands in it twice")
         weights[found[2]] = float(found[1] or 1)

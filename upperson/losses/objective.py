@@ -34,8 +34,17 @@ class Objective(nn.Module):
         group: the processes that have a share of each batch.
     """
 
-    def __init__(self, losses: str, temperature: float, width: int, vocabulary: int, person_ids: Iterable[int],
-                 *, mask_captions: bool = False, group: Group = ALONE):
+    def __init__(
+        self,
+        losses: str,
+        temperature: float,
+        width: int,
+        vocabulary: int,
+        person_ids: Iterable[int],
+        *,
+        mask_captions: bool = False,
+        group: Group = ALONE,
+    ):
         super().__init__()
         self.weights = parse_losses(losses)
         self.temperature = temperature
@@ -48,8 +57,9 @@ class Objective(nn.Module):
         """The parameters of the heads: objective.{id,mlm}.…"""
         return {f"objective.{name}": parameter for name, parameter in self.named_parameters()}
 
-    def forward(self, model: AdaptedCLIP, batch: Mapping[str, Tensor], pairs: int | None = None
-                ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, model: AdaptedCLIP, batch: Mapping[str, Tensor], pairs: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and the single losses by name, all scalars, of a batch of upperson.data.train_loader.
 
         Several processes give their shares of a batch of `pairs` in all, and get the same losses, those of the whole.
@@ -66,10 +76,11 @@ class Objective(nn.Module):
             counted = torch.arange(len(labels), device=labels.device) < len(self.group.share_of(pairs))
             labels = labels.where(counted[:, None], NOT_MASKED)
             losses["mlm"] = self.mlm(image_tokens, text_tokens, masked, labels)
-            if self.weights.keys() != {"mlm"} and not self.mask_captions:   # the others see them unmasked
+            if self.weights.keys() != {"mlm"} and not self.mask_captions:  # the others see them unmasked
                 text_features = model.encode_text(captions)
         image_features, text_features, person_ids = (
-            self.group.gather(x, pairs) for x in (image_features, text_features, person_ids))
+            self.group.gather(x, pairs) for x in (image_features, text_features, person_ids)
+        )
         if self.id is not None:
             losses["id"] = self.id(image_features, text_features, person_ids)
         for name in (name for name in self.weights if name in PAIR_LOSSES):

@@ -25,8 +25,8 @@ def sdm_loss(
 ) -> Tensor:
     """KL divergence from the predicted to the true matching distribution, image → text plus text → image.
 
-        p_i = softmax_j(cos(f_i, g_j) / temperature)        t_ij = [same person] / number of the same person
-        loss = mean_i Σ_j p_ij (log p_ij − log(t_ij + epsilon)),  in both directions
+    p_i = softmax_j(cos(f_i, g_j) / temperature)        t_ij = [same person] / number of the same person
+    loss = mean_i Σ_j p_ij (log p_ij − log(t_ij + epsilon)),  in both directions
     """
     images, texts = _checked(image_features, text_features, person_ids, "sdm_loss")
     with torch.autocast(images.device.type, enabled=False):
@@ -73,11 +73,14 @@ def cmpm_loss(
     images, texts = _checked(image_features, text_features, person_ids, "cmpm_loss")
     with torch.autocast(images.device.type, enabled=False):
         log_target = torch.log(F.normalize(_same_person(person_ids, images.dtype)) + epsilon)
-        return (_divergence(images @ F.normalize(texts).t(), log_target)
-                + _divergence(texts @ F.normalize(images).t(), log_target))
+        return _divergence(images @ F.normalize(texts).t(), log_target) + _divergence(
+            texts @ F.normalize(images).t(), log_target
+        )
 
 
 PAIR_LOSSES = {"sdm": sdm_loss, "itc": itc_loss, "cmpm": cmpm_loss}
+
+
 def _divergence(logits: Tensor, log_target: Tensor) -> Tensor:
     log_predicted = F.log_softmax(logits, dim=1)
     return (log_predicted.exp() * (log_predicted - log_target)).sum(1).mean()

@@ -13,7 +13,7 @@ The modules that they put into a CLIP stand in upperson/petl/.
 from upperson.errors import MethodError
 from upperson.methods.cskt import CSKT
 from upperson.methods.full_fine_tuning import FullFineTuning
-from upperson.methods.method import (Method, Stage)
+from upperson.methods.method import Method, Stage
 from upperson.methods.prompt_decoupling import PromptDecoupling
 from upperson.methods.up_person import UPPerson
 from upperson.methods.zero_shot import ZeroShot
@@ -22,6 +22,6 @@ METHODS: dict[str, type[Method]] = {
     method.name: method for method in (UPPerson, CSKT, PromptDecoupling, FullFineTuning, ZeroShot)
 }
 DEFAULT = UPPerson.name
-BASELINES = (ZeroShot.name, FullFineTuning.name)                        # what every method is compared with
+BASELINES = (ZeroShot.name, FullFineTuning.name)  # what every method is compared with
 
 __all__ = ["BASELINES", "DEFAULT", "METHODS", "Method", "MethodError", "Stage"]

@@ -55,11 +55,14 @@ class CSKT(Method):
         lengths, reductions = (2, 4, 8, 16, 32, 64), (100, 32, 16, 8, 4, 2)
         return {
             "prompts a layer, taking positions of the caption": {
-                str(2 * n): {"prompt_length": n} for n in lengths[:-1]},
+                str(2 * n): {"prompt_length": n} for n in lengths[:-1]
+            },
             "prompts a layer, without positions": {
-                str(2 * n): {"prompt_length": n, "prompt_positions": False} for n in lengths},
+                str(2 * n): {"prompt_length": n, "prompt_positions": False} for n in lengths
+            },
             "adapter width, of the tower's": {
-                f"{1 / reduction:.2f}": {"adapter_reduction": reduction} for reduction in reductions},
+                f"{1 / reduction:.2f}": {"adapter_reduction": reduction} for reduction in reductions
+            },
         }
 
     def modules(self, towers: Towers) -> dict[str, nn.Module]:
@@ -78,6 +81,7 @@ class CSKT(Method):
                 if self.prompts and i < depth:
                     modules[f"{name}.prompt"] = CoupledPrompt(self.prompt_length, width, other_width, tower == "text")
                 if self.adapters:
-                    modules[f"{name}.adapter_mlp"] = NormedAdapter(block.ln_2, width // self.adapter_reduction,
-                                                                   scales[tower])
+                    modules[f"{name}.adapter_mlp"] = NormedAdapter(
+                        block.ln_2, width // self.adapter_reduction, scales[tower]
+                    )
         return modules

@@ -12,15 +12,15 @@ from upperson.fields import Checked
 if TYPE_CHECKING:
     from upperson.model.block import Block
 
-Towers = Mapping[str, Sequence["Block"]]                                # the blocks of "image" and "text"
+Towers = Mapping[str, Sequence["Block"]]  # the blocks of "image" and "text"
 
 
 class Stage(NamedTuple):
     """A part of a training: a run of its own, which starts from the checkpoint of the stage before."""
 
-    name: str                                                           # its folder in the run folder
-    title: str                                                          # in the field's words
-    changes: dict[str, Any]                                             # fields of the configuration
+    name: str  # its folder in the run folder
+    title: str  # in the field's words
+    changes: dict[str, Any]  # fields of the configuration
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,10 @@ class PromptDecoupling(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.encoder_warmup_epochs >= self.encoder_epochs:
-            raise ValueError(f"encoder_warmup_epochs: {self.encoder_warmup_epochs} is not allowed; it must be below "
-                             f"encoder_epochs, which is {self.encoder_epochs}")
+            raise ValueError(
+                f"encoder_warmup_epochs: {self.encoder_warmup_epochs} is not allowed; it must be below "
+                f"encoder_epochs, which is {self.encoder_epochs}"
+            )
         try:
             parse_losses(self.encoder_losses)
         except ValueError as error:
@@ -64,8 +66,12 @@ class PromptDecoupling(Method):
     @classmethod
     def recipe(cls, drawn: bool) -> dict[str, Any]:
         if drawn:
-            return {"learning_rate": 1e-2, "encoder_epochs": 4, "encoder_warmup_epochs": 1,
-                    "encoder_learning_rate": 3e-4}
+            return {
+                "learning_rate": 1e-2,
+                "encoder_epochs": 4,
+                "encoder_warmup_epochs": 1,
+                "encoder_learning_rate": 3e-4,
+            }
         return {"learning_rate": 1e-3, "mask_captions": False}
 
     def decided(self) -> dict[str, Any]:
@@ -84,15 +90,17 @@ class PromptDecoupling(Method):
     def stages(self) -> Sequence[Stage]:
         if self.stage != "both":
             return ()
-        return (Stage("prompts", "domain adaptation, prompts", {"stage": "prompts"}),
-                Stage("encoders", "task adaptation, encoders", {"stage": "encoders"}))
+        return (
+            Stage("prompts", "domain adaptation, prompts", {"stage": "prompts"}),
+            Stage("encoders", "task adaptation, encoders", {"stage": "encoders"}),
+        )
 
     def modules(self, towers: Towers) -> dict[str, nn.Module]:
         """Prompts in layers i < depth, the input counting as layer 0."""
         modules: dict[str, nn.Module] = {}
         for tower, blocks in towers.items():
             require_room(tower, "depth_prompt", self.depth_prompt, len(blocks))
-            for i, block in enumerate(blocks[:self.depth_prompt]):
+            for i, block in enumerate(blocks[: self.depth_prompt]):
                 modules[f"{tower}.blocks.{i}.prompt"] = Prompt(self.prompt_length, block.attn.embed_dim)
         return modules
 

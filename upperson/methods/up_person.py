@@ -85,12 +85,15 @@ class UPPerson(Method):
             for i, block in enumerate(blocks):
                 name = f"{tower}.blocks.{i}"
                 if self.prefix != "none" and i < depth_prefix:
-                    modules[f"{name}.prefix"] = PREFIXES[self.prefix](self.prefix_length, width, self.prefix_scale,
-                                                                      self.scale_target)
+                    modules[f"{name}.prefix"] = PREFIXES[self.prefix](
+                        self.prefix_length, width, self.prefix_scale, self.scale_target
+                    )
                 if self.lora != "none" and i < depth_lora:
                     modules[f"{name}.lora"] = LOW_RANK[self.lora](self.lora_rank, block.attn.in_proj_weight)
-                for place, kind, norm in (("adapter_attn", self.adapter_attn, block.ln_1),
-                                          ("adapter_mlp", self.adapter_mlp, block.ln_2)):
+                for place, kind, norm in (
+                    ("adapter_attn", self.adapter_attn, block.ln_1),
+                    ("adapter_mlp", self.adapter_mlp, block.ln_2),
+                ):
                     if kind != "none" and i >= self.depth_adapter:
                         modules[f"{name}.{place}"] = ADAPTERS[kind](norm, width // self.adapter_reduction)
         return modules

@@ -48,7 +48,7 @@ class AdaptedCLIP(nn.Module):
         self.image_blocks = replace_blocks(self.clip.visual.transformer, causal=False, **options)
         self.text_blocks = replace_blocks(text.transformer, causal=self.text_causal, **options)
         self.context_length = text.context_length
-        self.embedding_width = self.clip.visual.output_dim                                  # E
+        self.embedding_width = self.clip.visual.output_dim  # E
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
         self.set_modules(config, self.new_modules(config))
         if config.method.trains_clip:
@@ -81,7 +81,7 @@ class AdaptedCLIP(nn.Module):
         x = self.clip.visual._embeds(images)
         if not prompted(self.image_blocks):
             return run(self.image_blocks, x, None, read)
-        first, *others = self.prompts("image")                              # the first ones come before ln_pre
+        first, *others = self.prompts("image")  # the first ones come before ln_pre
         return run_images(self.image_blocks, x, [self.clip.visual.ln_pre(first), *others], read)
 
     # -------------------------------------------------------------------------------- captions
@@ -125,8 +125,10 @@ class AdaptedCLIP(nn.Module):
         """
         if isinstance(captions, PackedCaptions):
             if captions.first_position != self.first_position:
-                raise ValueError(f"captions were packed for a first token at position {captions.first_position}, and "
-                                 f"are now read with prompts that put it at {self.first_position}")
+                raise ValueError(
+                    f"captions were packed for a first token at position {captions.first_position}, and "
+                    f"are now read with prompts that put it at {self.first_position}"
+                )
             return captions
         packable = self.text_causal and pooling(self.clip)[0] == "argmax" and self.config.pack_captions
         if not packable or torch.compiler.is_compiling():
@@ -147,8 +149,9 @@ class AdaptedCLIP(nn.Module):
         """The position of the first token that runs once a caption: without prompts the start token's."""
         return 1 + self.config.method.positions_taken if prompted(self.text_blocks) else 0
 
-    def text_stream(self, captions: Tensor | PackedCaptions, read: Tensor | None = None
-                    ) -> tuple[Tensor, Tensor | None]:
+    def text_stream(
+        self, captions: Tensor | PackedCaptions, read: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """What the text tower's last block leaves: of all tokens, (B, L, C) or packed (T, C), or of those at `read`.
 
         With prompts, the captions are without their start tokens. What it leaves of those, (1, C), comes second, if all
@@ -172,7 +175,7 @@ class AdaptedCLIP(nn.Module):
     def pooled_positions(self, tokens: Tensor) -> Tensor:
         """The position (B,) of the token that stands for each caption of (B, L)."""
         pool_type, end_id = pooling(self.clip)
-        if pool_type == "argmax":                                           # the end token has the largest id
+        if pool_type == "argmax":  # the end token has the largest id
             return tokens.argmax(1)
         if pool_type == "eos":
             return (tokens == end_id).int().argmax(1)
@@ -203,45 +206,61 @@ class AdaptedCLIP(nn.Module):
 
         Raises MethodError for a kind that the method does not train.
         """
-        groups: dict[str, list[nn.Parameter]] = {"clip": list(self.clip_parameters().values())
-                                                 if self.config.method.trains_clip else []}
+        groups: dict[str, list[nn.Parameter]] = {
+            "clip": list(self.clip_parameters().values()) if self.config.method.trains_clip else []
+        }
         for name, module in self.trained_modules().items():
             groups.setdefault(kind_of(name), []).extend(module.parameters())
         known = [kind for kind, parameters in groups.items() if parameters]
         for kind in filter(None, map(str.strip, (kinds or "").split("+"))):
             if kind not in known:
-                raise MethodError(f"freeze: {kind!r} is nothing that {self.config.method.name} trains here; expected "
-                                  f"{', '.join(known) or 'nothing'}; several are joined by +")
+                raise MethodError(
+                    f"freeze: {kind!r} is nothing that {self.config.method.name} trains here; expected "
+                    f"{', '.join(known) or 'nothing'}; several are joined by +"
+                )
             for parameter in groups[kind]:
                 parameter.requires_grad_(False)
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """The trained modules by name: {image,text}.blocks.{i}.{kind}; the kinds are upperson.model.block.KINDS."""
-        return {f"{block_name}.{name}": module for block_name, block in self.blocks().items()
-                for name, module in block.trained_modules().items()}
+        return {
+            f"{block_name}.{name}": module
+            for block_name, block in self.blocks().items()
+            for name, module in block.trained_modules().items()
+        }
 
     def new_modules(self, config: ModelConfig) -> dict[str, nn.Module]:
         """New modules of the method that `config` names, by the same names. The model stays as it is."""
         modules = config.method.modules({"image": self.image_blocks, "text": self.text_blocks})
         known = {f"{block}.{kind}" for block in self.blocks() for kind in KINDS}
         if strange := [name for name in modules if name not in known]:
-            raise MethodError(f"{config.method.name}: there is no place for a module {strange[0]!r}; expected "
-                              f"{{image,text}}.blocks.N.KIND with a block of the tower and one of {', '.join(KINDS)}")
+            raise MethodError(
+                f"{config.method.name}: there is no place for a module {strange[0]!r}; expected "
+                f"{{image,text}}.blocks.N.KIND with a block of the tower and one of {', '.join(KINDS)}"
+            )
         for tower, blocks in (("image", self.image_blocks), ("text", self.text_blocks)):
-            with_prompts, with_prefix = ([i for i in range(len(blocks)) if f"{tower}.blocks.{i}.{kind}" in modules]
-                                         for kind in ("prompt", "prefix"))
+            with_prompts, with_prefix = (
+                [i for i in range(len(blocks)) if f"{tower}.blocks.{i}.{kind}" in modules]
+                for kind in ("prompt", "prefix")
+            )
             if with_prompts and (with_prefix or with_prompts != list(range(len(with_prompts)))):
-                raise MethodError(f"{config.method.name}: expected prompts in layers 0, 1, … of the {tower} tower, and "
-                                  f"then no prefix there; found prompts in {with_prompts}, a prefix in {with_prefix}")
+                raise MethodError(
+                    f"{config.method.name}: expected prompts in layers 0, 1, … of the {tower} tower, and "
+                    f"then no prefix there; found prompts in {with_prompts}, a prefix in {with_prefix}"
+                )
         if any(name.endswith(".prompt") for name in modules):
             if not self.text_causal or pooling(self.clip)[0] != "argmax":
-                raise MethodError(f"{config.method.name}: prompts need a causal text tower that ends at the end token, "
-                                  f"as CLIP's; that of {config.model} is another")
+                raise MethodError(
+                    f"{config.method.name}: prompts need a causal text tower that ends at the end token, "
+                    f"as CLIP's; that of {config.model} is another"
+                )
             taken = config.method.positions_taken
             if self.context_length - taken < 3:
-                raise MethodError(f"{config.method.name}: prompts would take {taken} of the {self.context_length} "
-                                  f"positions of a caption; expected at most {self.context_length - 3}, or prompts "
-                                  "without positions")
+                raise MethodError(
+                    f"{config.method.name}: prompts would take {taken} of the {self.context_length} "
+                    f"positions of a caption; expected at most {self.context_length - 3}, or prompts "
+                    "without positions"
+                )
         return modules
 
     def set_modules(self, config: ModelConfig, modules: dict[str, nn.Module]) -> None:
@@ -255,21 +274,29 @@ class AdaptedCLIP(nn.Module):
         own, other = self.image_blocks, self.text_blocks
         if tower == "text":
             own, other = other, own
-        partners = [block.prompt for block in other] + [None] * len(own)            # the other tower may be shallower
-        return [block.prompt.rows(partner) for block, partner in zip(own, partners, strict=False)
-                if block.prompt is not None]
+        partners = [block.prompt for block in other] + [None] * len(own)  # the other tower may be shallower
+        return [
+            block.prompt.rows(partner)
+            for block, partner in zip(own, partners, strict=False)
+            if block.prompt is not None
+        ]
 
     def blocks(self) -> dict[str, Block]:
         """By name: {image,text}.blocks.{i}."""
-        return {f"{tower}.blocks.{i}": block
-                for tower, blocks in (("image", self.image_blocks), ("text", self.text_blocks))
-                for i, block in enumerate(blocks)}
+        return {
+            f"{tower}.blocks.{i}": block
+            for tower, blocks in (("image", self.image_blocks), ("text", self.text_blocks))
+            for i, block in enumerate(blocks)
+        }
 
     def clip_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of CLIP that its features depend on: all but the temperature of its own loss."""
         added = {id(parameter) for module in self.trained_modules().values() for parameter in module.parameters()}
-        return {name: parameter for name, parameter in self.clip.named_parameters()
-                if name not in ("logit_scale", "logit_bias") and id(parameter) not in added}
+        return {
+            name: parameter
+            for name, parameter in self.clip.named_parameters()
+            if name not in ("logit_scale", "logit_bias") and id(parameter) not in added
+        }
 
     def compile_blocks(self, **options: Any) -> None:
         """Puts every block through torch.compile, from its next call on; `options` are those of torch.compile.

@@ -5,8 +5,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attend_once(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor,
-                prefix_scale: Tensor, *, scale_target: str, visible: Tensor | None) -> Tensor:
+def attend_once(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    prefix_scale: Tensor,
+    *,
+    scale_target: str,
+    visible: Tensor | None,
+) -> Tensor:
     """prefix_attention of a single query in each of S sequences.
 
     Bound by reading keys and values once, whatever computes it: plain PyTorch, folded as in its backend (λ on the
@@ -27,7 +36,7 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, p
     key, value = (
         torch.cat([prefix.to(query.dtype).expand(len(query), -1, -1, -1), tokens], dim=1).transpose(1, 2)
         for prefix, tokens in ((prefix_key, key), (prefix_value, value))
-    )                                                                                   # (S, H, P + N, D) each
+    )  # (S, H, P + N, D) each
     if visible is not None:
-        visible = F.pad(visible, (len(prefix_key), 0), value=True)[:, None, None]       # (S, 1, 1, P + N)
+        visible = F.pad(visible, (len(prefix_key), 0), value=True)[:, None, None]  # (S, 1, 1, P + N)
     return F.scaled_dot_product_attention(query.unsqueeze(2), key, value, attn_mask=visible).squeeze(2)

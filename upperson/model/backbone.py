@@ -38,8 +38,10 @@ def build_clip(config: ModelConfig) -> nn.Module:
         try:
             return open_clip.create_model(model, pretrained=pretrained)
         except Exception as error:
-            raise BackboneError(f"could not download or load the weights {pretrained!r} of {model}: {error}; "
-                                "without a network give --pretrained the path of a checkpoint file") from error
+            raise BackboneError(
+                f"could not download or load the weights {pretrained!r} of {model}: {error}; "
+                "without a network give --pretrained the path of a checkpoint file"
+            ) from error
     clip = random_clip(model)
     if pretrained == "none":
         return clip
@@ -56,9 +58,11 @@ def random_clip(model: str, image_size: tuple[int, int] | None = None) -> nn.Mod
     if path is None:
         if model not in open_clip.list_models():
             close = difflib.get_close_matches(model, open_clip.list_models(), n=3, cutoff=0.4)
-            raise BackboneError(f"unknown model {model!r}: neither 'embedded', nor the path of a .json file, nor one "
-                                "of open_clip's models (open_clip.list_models()); close to it: "
-                                f"{', '.join(close) or 'none'}")
+            raise BackboneError(
+                f"unknown model {model!r}: neither 'embedded', nor the path of a .json file, nor one "
+                "of open_clip's models (open_clip.list_models()); close to it: "
+                f"{', '.join(close) or 'none'}"
+            )
         return open_clip.create_model(model, force_image_size=image_size)
     try:
         description = json.loads(path.read_text())
@@ -90,9 +94,9 @@ def load_weights(clip: nn.Module, path: Path, image_size: tuple[int, int]) -> No
         open_clip.model.resize_text_pos_embed(state, clip)
         if isinstance(clip, open_clip.CustomTextCLIP):
             state = open_clip.model.convert_to_custom_text_state_dict(state)
-        if "logit_scale" in state:                                  # () or (1,)
+        if "logit_scale" in state:  # () or (1,)
             state["logit_scale"] = state["logit_scale"].reshape(clip.logit_scale.shape)
-    except Exception as error:                                      # whatever a damaged or foreign file leads to
+    except Exception as error:  # whatever a damaged or foreign file leads to
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise BackboneError(f"{path} does not hold weights of this model: {reason}; {ACCEPTED}") from error
     embedding = state.get("visual.positional_embedding")
@@ -107,19 +111,22 @@ def load_weights(clip: nn.Module, path: Path, image_size: tuple[int, int]) -> No
         open_clip.set_model_preprocess_cfg(clip, known | {name: tuple(preprocessing[name]) for name in ("mean", "std")})
 
 
-def image_size_of(path: Path, embedding: Tensor, preprocessing: dict[str, Any], visual: VisionTransformer,
-                  image_size: tuple[int, int]) -> tuple[int, int]:
+def image_size_of(
+    path: Path, embedding: Tensor, preprocessing: dict[str, Any], visual: VisionTransformer, image_size: tuple[int, int]
+) -> tuple[int, int]:
     """The (height, width) in pixels that a file's position embedding (1 + patches, C) is for."""
     (patch_height, patch_width), rows = visual.patch_size, len(embedding)
     side = math.isqrt(max(rows - 1, 0))
     sizes = [visual.image_size, image_size, (side * patch_height, side * patch_width)]
     if preprocessing:
-        sizes = [tuple(preprocessing["size"])]                      # as many patches may lie in another order
+        sizes = [tuple(preprocessing["size"])]  # as many patches may lie in another order
     for height, width in sizes:
         if rows == 1 + (height // patch_height) * (width // patch_width):
             return height, width
-    raise BackboneError(f"{path}: its position embedding has {rows} rows, for neither "
-                        f"{' nor '.join(f'{height}×{width}' for height, width in sizes[:2])} nor square images")
+    raise BackboneError(
+        f"{path}: its position embedding has {rows} rows, for neither "
+        f"{' nor '.join(f'{height}×{width}' for height, width in sizes[:2])} nor square images"
+    )
 
 
 def text_tower(clip: nn.Module) -> nn.Module:
@@ -137,25 +144,33 @@ def pooling(clip: nn.Module) -> tuple[str, int | None]:
 def require_transformers(name: str, clip: nn.Module) -> None:
     """Raises BackboneError unless both towers are open_clip's own transformers and read CLIP's vocabulary."""
     if not isinstance(clip.visual, VisionTransformer):
-        raise BackboneError(f"{name}: the image tower is a {type(clip.visual).__name__}; expected open_clip's "
-                            "VisionTransformer (its ViT CLIP models)")
+        raise BackboneError(
+            f"{name}: the image tower is a {type(clip.visual).__name__}; expected open_clip's "
+            "VisionTransformer (its ViT CLIP models)"
+        )
     text = text_tower(clip)
     if not isinstance(clip, open_clip.CLIP) and (not isinstance(text, TextTransformer) or text.cls_emb is not None):
-        raise BackboneError(f"{name}: the text tower is not open_clip's own text transformer with an end token, "
-                            "which is expected here")
+        raise BackboneError(
+            f"{name}: the text tower is not open_clip's own text transformer with an end token, which is expected here"
+        )
     pool_type, _ = pooling(clip)
     if pool_type not in ("argmax", "eos", "first", "last"):
-        raise BackboneError(f"{name}: the text tower has pool type {pool_type!r}; expected argmax, eos, first or last, "
-                            "one token that stands for the caption")
+        raise BackboneError(
+            f"{name}: the text tower has pool type {pool_type!r}; expected argmax, eos, first or last, "
+            "one token that stands for the caption"
+        )
     for tower, transformer in (("image", clip.visual.transformer), ("text", text.transformer)):
         kind = type(transformer.resblocks[0])
         if kind is not ResidualAttentionBlock:
-            raise BackboneError(f"{name}: the {tower} tower is made of {kind.__name__}, not of open_clip's "
-                                "ResidualAttentionBlock")
+            raise BackboneError(
+                f"{name}: the {tower} tower is made of {kind.__name__}, not of open_clip's ResidualAttentionBlock"
+            )
     vocabulary = text.token_embedding.num_embeddings
     if vocabulary != CLIP_VOCABULARY:
-        raise BackboneError(f"{name}: the vocabulary has {vocabulary} tokens; captions are read with CLIP's "
-                            f"own tokenizer, of {CLIP_VOCABULARY}")
+        raise BackboneError(
+            f"{name}: the vocabulary has {vocabulary} tokens; captions are read with CLIP's "
+            f"own tokenizer, of {CLIP_VOCABULARY}"
+        )
 
 
 def fit_image_size(visual: VisionTransformer, image_size: tuple[int, int]) -> None:
@@ -170,7 +185,8 @@ def fit_image_size(visual: VisionTransformer, image_size: tuple[int, int]) -> No
         raise BackboneError(f"image_size {height}×{width} is smaller than one patch, {patch_height}×{patch_width}")
     grid = (height // patch_height, width // patch_width)
     visual.positional_embedding = nn.Parameter(
-        resize_position_embedding(visual.positional_embedding, visual.grid_size, grid), requires_grad=False)
+        resize_position_embedding(visual.positional_embedding, visual.grid_size, grid), requires_grad=False
+    )
     visual.grid_size = grid
     visual.image_size = (height, width)
 
@@ -184,6 +200,6 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int], new_grid
     if grid == new_grid:
         return embedding.detach().clone()
     first, rest = embedding.detach().split([1, embedding.shape[0] - 1])
-    image = rest.unflatten(0, grid).permute(2, 0, 1).unsqueeze(0)                       # (1, C, rows, columns)
+    image = rest.unflatten(0, grid).permute(2, 0, 1).unsqueeze(0)  # (1, C, rows, columns)
     image = F.interpolate(image, size=new_grid, mode="bilinear", align_corners=False)
     return torch.cat([first, image.squeeze(0).flatten(1).t()])

@@ -59,8 +59,14 @@ class Block(nn.Module):
         self.activation = quick_gelu if isinstance(frozen.mlp.gelu, QuickGELU) else None
         self.set_modules()
 
-    def set_modules(self, prefix: Prefix | None = None, lora: LoRA | None = None, adapter_attn: Adapter | None = None,
-                    adapter_mlp: Adapter | None = None, prompt: Prompt | None = None) -> None:
+    def set_modules(
+        self,
+        prefix: Prefix | None = None,
+        lora: LoRA | None = None,
+        adapter_attn: Adapter | None = None,
+        adapter_mlp: Adapter | None = None,
+        prompt: Prompt | None = None,
+    ) -> None:
         """Replaces the trained modules."""
         self.prefix, self.lora, self.adapter_attn, self.adapter_mlp = prefix, lora, adapter_attn, adapter_mlp
         self.prompt = prompt
@@ -73,8 +79,13 @@ class Block(nn.Module):
         """The parameters of the trained modules, by name within the block."""
         return parameters_of(self.trained_modules())
 
-    def forward(self, stream: Stream, sequences: Sequences | None = None, read: Tensor | None = None,
-                shared: Tensor | None = None) -> Stream:
+    def forward(
+        self,
+        stream: Stream,
+        sequences: Sequences | None = None,
+        read: Tensor | None = None,
+        shared: Tensor | None = None,
+    ) -> Stream:
         """The stream behind the block.
 
         `shared`: tokens (m, C) of the stream before the block that all tokens of all sequences see as well.
@@ -105,25 +116,36 @@ class Block(nn.Module):
         qkv = self.project(y).unflatten(-1, (3, heads, -1))
         key, value, scale, target = self.prefix_columns(qkv, shared)
         cu_seqlens, longest = (None, None) if sequences is None else sequences
-        return self.attention(qkv, key, value, scale, causal=self.causal, scale_target=target, cu_seqlens=cu_seqlens,
-                              max_seqlen=longest, backend=self.backend).flatten(-2)
+        return self.attention(
+            qkv,
+            key,
+            value,
+            scale,
+            causal=self.causal,
+            scale_target=target,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=longest,
+            backend=self.backend,
+        ).flatten(-2)
 
-    def attend_from(self, y: Tensor, tokens: Tensor, sequences: Sequences | None, read: Tensor,
-                    shared: Tensor | None) -> Tensor:
+    def attend_from(
+        self, y: Tensor, tokens: Tensor, sequences: Sequences | None, read: Tensor, shared: Tensor | None
+    ) -> Tensor:
         """The same for those at `read` alone, y (B, C), among all `tokens`, (B, N, C) or packed (T, C)."""
         heads, width = self.attn.num_heads, self.attn.embed_dim
         query = F.linear(y, self.attn.in_proj_weight[:width], self.attn.in_proj_bias[:width])
         key_value = self.project(tokens, width).unflatten(-1, (2, heads, -1))
         visible = None
-        if sequences is not None:                                           # their last tokens, which see all others
+        if sequences is not None:  # their last tokens, which see all others
             key_value, *_ = unpack(key_value, *sequences)
             visible = torch.arange(sequences.longest, device=y.device) < sequences.cu_seqlens.diff()[:, None]
         elif self.causal:
             visible = torch.arange(tokens.shape[1], device=y.device) <= read[:, None]
         prefix_key, prefix_value, scale, target = self.prefix_columns(key_value, shared)
         query = query.unflatten(-1, (heads, -1))
-        return attend_once(query, *key_value.unbind(2), prefix_key, prefix_value, scale,
-                           scale_target=target, visible=visible).flatten(-2)
+        return attend_once(
+            query, *key_value.unbind(2), prefix_key, prefix_value, scale, scale_target=target, visible=visible
+        ).flatten(-2)
 
     def project(self, y: Tensor, first: int = 0) -> Tensor:
         """Queries, keys and values, or what stands from row `first` of their packed weight on."""
@@ -163,5 +185,8 @@ def kind_of(module: str) -> str:
 
 def parameters_of(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     """The parameters of several modules, each under the name of its module and its own."""
-    return {f"{name}.{parameter_name}": parameter for name, module in modules.items()
-            for parameter_name, parameter in module.named_parameters()}
+    return {
+        f"{name}.{parameter_name}": parameter
+        for name, module in modules.items()
+        for parameter_name, parameter in module.named_parameters()
+    }

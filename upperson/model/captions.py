@@ -18,8 +18,9 @@ class PackedCaptions:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedCaptions":
         tensors = (self.token_ids, self.positions, self.cu_seqlens)
-        return PackedCaptions(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors), self.longest,
-                              self.first_position)
+        return PackedCaptions(
+            *(tensor.to(device, non_blocking=non_blocking) for tensor in tensors), self.longest, self.first_position
+        )
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """As of tensors: their memory is not used again before `stream` is done with it."""

@@ -26,7 +26,7 @@ def run_images(blocks: Sequence[Block], x: Tensor, rows: Sequence[Tensor], read:
     rows: the prompts (m, C) of layers 0, 1, …, of as many blocks or of fewer.
     """
     length, stream = x.shape[1], Stream(x)
-    tokens_from = len(blocks) if len(rows) == len(blocks) else len(rows) - 1            # this block on
+    tokens_from = len(blocks) if len(rows) == len(blocks) else len(rows) - 1  # this block on
     for i, block in enumerate(blocks):
         if i == tokens_from:
             x = stream.total()
@@ -36,19 +36,25 @@ def run_images(blocks: Sequence[Block], x: Tensor, rows: Sequence[Tensor], read:
     return stream.total() if read is not None else stream.total()[:, :length]
 
 
-def run_captions(blocks: Sequence[Block], start: Tensor, x: Tensor, rows: Sequence[Tensor],
-                 sequences: Sequences | None, read: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def run_captions(
+    blocks: Sequence[Block],
+    start: Tensor,
+    x: Tensor,
+    rows: Sequence[Tensor],
+    sequences: Sequences | None,
+    read: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     """What the last block leaves of captions without their start token, (B, N, C) or packed (T, C), and of the start
     token, (1, C). With `read`, of these tokens of the captions alone, (B, C), and None.
 
     start: the start token (1, C), in the first layer. rows: as above.
     """
-    stream, shared = Stream(x), torch.cat([start, rows[0].to(start.dtype)])             # (1 + m, C)
+    stream, shared = Stream(x), torch.cat([start, rows[0].to(start.dtype)])  # (1 + m, C)
     for i, block in enumerate(blocks):
         if i == len(blocks) - 1 and read is not None:
             return block(stream, sequences, read, shared).total(), None
         stream = block(stream, sequences, None, shared)
-        if i + 1 < len(rows):                                                           # these prompts have served
+        if i + 1 < len(rows):  # these prompts have served
             start = block(Stream(shared[:1].unsqueeze(0))).total().squeeze(0)
             shared = torch.cat([start, rows[i + 1].to(start.dtype)])
         else:

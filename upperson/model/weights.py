@@ -13,9 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-PREPROCESSING = "upperson preprocessing"                            # key in the metadata of a file of weights
-ACCEPTED = ("expected a state dict in open_clip's format (.pt, .safetensors) or in OpenAI's (also the TorchScript "
-            "archives it published), not in that of another library")
+PREPROCESSING = "upperson preprocessing"  # key in the metadata of a file of weights
+ACCEPTED = (
+    "expected a state dict in open_clip's format (.pt, .safetensors) or in OpenAI's (also the TorchScript "
+    "archives it published), not in that of another library"
+)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -28,14 +30,14 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         # OpenAI's own files. Restoring an archive runs TorchScript, an interpreter without access to Python, and no
         # pickle; torch.load refuses it with weights_only.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                         # of deprecation
+            warnings.simplefilter("ignore")  # of deprecation
             state = dict(torch.jit.load(path, map_location="cpu").state_dict())
     else:
         state = dict(open_clip.factory.load_state_dict(str(path), weights_only=True))
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             preprocessing = json.loads((file.metadata() or {}).get(PREPROCESSING, "{}"))
-    for name in ("input_resolution", "context_length", "vocab_size"):                       # OpenAI's, no weights
+    for name in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's, no weights
         state.pop(name, None)
     strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if strange:
@@ -50,8 +52,9 @@ def is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def weights_as_bytes(state: Mapping[str, Tensor], image_size: tuple[int, int], mean: Sequence[float],
-                     std: Sequence[float]) -> bytes:
+def weights_as_bytes(
+    state: Mapping[str, Tensor], image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+) -> bytes:
     """A safetensors file that open_clip loads; read_weights finds in it what images the model takes, too."""
     preprocessing = json.dumps({"size": image_size, "mean": mean, "std": std})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -63,8 +66,14 @@ def mismatch(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     problems = {
         "missing": [name for name in wanted if name not in found],
         "unexpected": [name for name in found if name not in wanted],
-        "of another shape": [f"{name} {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
-                             for name, tensor in wanted.items() if name in found and found[name].shape != tensor.shape],
+        "of another shape": [
+            f"{name} {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+            for name, tensor in wanted.items()
+            if name in found and found[name].shape != tensor.shape
+        ],
     }
-    return "; ".join(f"{len(names)} {problem}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
-                     for problem, names in problems.items() if names)
+    return "; ".join(
+        f"{len(names)} {problem}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+        for problem, names in problems.items()
+        if names
+    )

@@ -19,5 +19,16 @@ from upperson.petl.low_rank import LOW_RANK, LoRA
 from upperson.petl.prefix import PREFIXES, Prefix
 from upperson.petl.prompts import CoupledPrompt, Prompt
 
-__all__ = ["ADAPTERS", "FROZEN", "LOW_RANK", "PREFIXES", "Adapter", "CoupledPrompt", "LayerNormTuning", "LoRA",
-           "NormedAdapter", "Prefix", "Prompt"]
+__all__ = [
+    "ADAPTERS",
+    "FROZEN",
+    "LOW_RANK",
+    "PREFIXES",
+    "Adapter",
+    "CoupledPrompt",
+    "LayerNormTuning",
+    "LoRA",
+    "NormedAdapter",
+    "Prefix",
+    "Prompt",
+]

@@ -23,8 +23,9 @@ from upperson.petl.initial import normal, scalar, uniform_fan_in
 class Adapter(nn.Module):
     """What stands around a sublayer. This one, FROZEN below, adds nothing: the subclasses change a step each."""
 
-    def normalise(self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None,
-                  backend: str | None) -> tuple[Tensor, Tensor]:
+    def normalise(
+        self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, backend: str | None
+    ) -> tuple[Tensor, Tensor]:
         """The sublayer's input, and the sum x + residual (x where residual is None); all (B, N, C)."""
         if residual is not None:
             x = x + residual
@@ -69,11 +70,23 @@ class Bottleneck(Adapter):
 class LAdapter(Bottleneck):
     """Beside LayerNorm, on the fused operator."""
 
-    def normalise(self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None,
-                  backend: str | None) -> tuple[Tensor, Tensor]:
+    def normalise(
+        self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, backend: str | None
+    ) -> tuple[Tensor, Tensor]:
         backend = backend_for(len(self.down_weight), backend)
-        result = layernorm_adapter(x, norm.weight, norm.bias, self.down_weight, self.down_bias, self.up_weight,
-                                   self.up_bias, self.scale, eps=norm.eps, residual=residual, backend=backend)
+        result = layernorm_adapter(
+            x,
+            norm.weight,
+            norm.bias,
+            self.down_weight,
+            self.down_bias,
+            self.up_weight,
+            self.up_bias,
+            self.scale,
+            eps=norm.eps,
+            residual=residual,
+            backend=backend,
+        )
         return (result, x) if residual is None else result
 
 
@@ -116,14 +129,27 @@ class NormedAdapter(Adapter):
         self.up_weight, self.up_bias = normal(width, hidden), nn.Parameter(torch.zeros(width))
         self.scale = scale
 
-    def normalise(self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None,
-                  backend: str | None) -> tuple[Tensor, Tensor]:
+    def normalise(
+        self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, backend: str | None
+    ) -> tuple[Tensor, Tensor]:
         """What the adapter makes of the stream is added to it here, and so reaches the sum with the sublayer's."""
         backend = backend_for(len(self.down_weight), backend)
-        scale = torch.full_like(self.up_bias[0], self.scale, requires_grad=False)       # exact in every dtype
-        return layernorm_adapter(x, norm.weight, norm.bias, self.down_weight, self.down_bias, self.up_weight,
-                                 self.up_bias, scale, eps=norm.eps, residual=residual,
-                                 norm_weight=self.norm_weight, norm_bias=self.norm_bias, backend=backend)
+        scale = torch.full_like(self.up_bias[0], self.scale, requires_grad=False)  # exact in every dtype
+        return layernorm_adapter(
+            x,
+            norm.weight,
+            norm.bias,
+            self.down_weight,
+            self.down_bias,
+            self.up_weight,
+            self.up_bias,
+            scale,
+            eps=norm.eps,
+            residual=residual,
+            norm_weight=self.norm_weight,
+            norm_bias=self.norm_bias,
+            backend=backend,
+        )
 
 
 class LayerNormTuning(Adapter):

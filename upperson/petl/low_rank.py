@@ -54,8 +54,9 @@ class LoRA(nn.Module):
             return F.linear(x, self(weight), bias)
         with torch.no_grad():
             merged = self(weight)
-        return LowRankLinear.apply(x, merged, bias, *self.of("key", "down", "up", "scale"),
-                                   *self.of("value", "down", "up", "scale"))
+        return LowRankLinear.apply(
+            x, merged, bias, *self.of("key", "down", "up", "scale"), *self.of("value", "down", "up", "scale")
+        )
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -88,12 +89,12 @@ class LowRankLinear(torch.autograd.Function):
         dx = (gradient @ merged).view(x.shape) if ctx.needs_input_grad[0] else None
         if not any(ctx.needs_input_grad[3:]):
             return dx, *[None] * 8
-        lowered = rows @ torch.cat([factors[0], factors[3]]).to(x.dtype).t()                # (T, 2 r)
+        lowered = rows @ torch.cat([factors[0], factors[3]]).to(x.dtype).t()  # (T, 2 r)
         found = []
         for part, (down, up, scale) in enumerate((factors[:3], factors[3:])):
             g = gradient.narrow(1, len(merged) - (2 - part) * width, width)
             rank = len(down)
-            d_up = (g.t() @ lowered[:, part * rank:(part + 1) * rank]).to(up.dtype)        # without s
+            d_up = (g.t() @ lowered[:, part * rank : (part + 1) * rank]).to(up.dtype)  # without s
             d_down = ((g @ up.to(g.dtype)).t() @ rows).to(down.dtype)
             found += [scale * d_down, scale * d_up, (up * d_up).sum()]
         return dx, None, None, *found
@@ -107,7 +108,7 @@ class DoRA(LoRA):
     """
 
     def __init__(self, rank: int, weight: Tensor):
-        nn.Module.__init__(self)                                        # without LoRA's scalars
+        nn.Module.__init__(self)  # without LoRA's scalars
         self.add_factors(rank, weight.shape[1])
         self.add_magnitudes(weight)
 

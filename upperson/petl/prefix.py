@@ -41,7 +41,7 @@ class SalablePrefix(Prefix):
         super().__init__(length, width, scale, target)
         self.key_scale = scalar(1)
         self.value_scale = scalar(1)
-        self.scale = scalar(scale)                                      # λ
+        self.scale = scalar(scale)  # λ
 
     def forward(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
         return *self.split(self.key_scale * self.key, self.value_scale * self.value, heads), self.scale

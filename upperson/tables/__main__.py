@@ -18,7 +18,7 @@ from pathlib import Path
 
 from upperson.errors import USER_ERRORS
 from upperson.files import write_atomically
-from upperson.model.checkpoint import (load_model)
+from upperson.model.checkpoint import load_model
 from upperson.config import Config
 from upperson.methods import METHODS
 from upperson.evaluate.pictures import top_ten
@@ -80,8 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except BrokenProcessPool:
-        print("error: a process that trained was killed, perhaps for want of memory; the same command goes on where it "
-              "was", file=sys.stderr)
+        print(
+            "error: a process that trained was killed, perhaps for want of memory; the same command goes on where it "
+            "was",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)
@@ -93,21 +96,49 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m upperson.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tables", nargs="+", choices=[*ALL, "sweeps", "all"], metavar="TABLE",
-                        help=f"{', '.join(ALL)}, or all of these; or sweeps")
+    parser.add_argument(
+        "tables",
+        nargs="+",
+        choices=[*ALL, "sweeps", "all"],
+        metavar="TABLE",
+        help=f"{', '.join(ALL)}, or all of these; or sweeps",
+    )
     parser.add_argument("--method", choices=list(METHODS), help="whose options the table sweeps varies")
-    parser.add_argument("--data-root", type=Path, metavar="DIR",
-                        help="folder that holds the data sets' own folders; without it the drawn data sets are used")
-    parser.add_argument("--dataset", metavar="NAME", help="the data set of tables IV to X, of the figures, methods and "
-                        "sweeps (default: embedded, or with --data-root cuhk-pedes)")
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="folder that holds the data sets' own folders; without it the drawn data sets are used",
+    )
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="the data set of tables IV to X, of the figures, methods and "
+        "sweeps (default: embedded, or with --data-root cuhk-pedes)",
+    )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs a row, with seeds 1 to N (default: 1)")
-    parser.add_argument("--output", type=Path, default=Path("runs/tables"), metavar="DIR",
-                        help="where runs and tables go (default: runs/tables)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/tables"),
+        metavar="DIR",
+        help="where runs and tables go (default: runs/tables)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--workers", type=int, default=None, metavar="N",
-                        help="processes that load images (default: 0 for the drawn data sets, 4 for others)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N",
-                        help="runs at once, each on its share of the cores; on two cores 2 is faster (default: 1)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        metavar="N",
+        help="processes that load images (default: 0 for the drawn data sets, 4 for others)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at once, each on its share of the cores; on two cores 2 is faster (default: 1)",
+    )
     parser.add_argument("--list", action="store_true", help="show what would be run, and end")
     options = parser.parse_args(argv)
     for name in ("seeds", "jobs"):
@@ -115,8 +146,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: expected at least 1, found {getattr(options, name)}")
     varied = [name for name, method in METHODS.items() if method.sweeps(drawn=not options.data_root)]
     if "sweeps" in options.tables and options.method not in varied:
-        parser.error(f"--method: the table sweeps needs one that has sweeps, {' or '.join(varied)}; found "
-                     f"{options.method or 'none'}")
+        parser.error(
+            f"--method: the table sweeps needs one that has sweeps, {' or '.join(varied)}; found "
+            f"{options.method or 'none'}"
+        )
     if "sweeps" not in options.tables and options.method:
         parser.error("--method: only for the table sweeps")
     if options.workers is None:
@@ -128,16 +161,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(str(error))
     known = [*setting.people, *setting.general]
     if options.dataset is not None and options.dataset not in known:
-        parser.error(f"--dataset: expected one of {', '.join(known)}, found {options.dataset}"
-                     + ("" if options.data_root else "; the real ones need --data-root"))
+        parser.error(
+            f"--dataset: expected one of {', '.join(known)}, found {options.dataset}"
+            + ("" if options.data_root else "; the real ones need --data-root")
+        )
     return options
 
 
 def train_missing(tables: dict[str, Table], runs: Runs, seeds: Sequence[int], only_list: bool) -> None:
     """Trains all runs that are not there yet, after saying how many there are and about how long that takes."""
     wanted = distinct(
-        (row.config.replace(seed=seed) for seed in seeds for table in tables.values() for row in table.rows
-         if seed == 1 or row.config.model.method.trains), runs)
+        (
+            row.config.replace(seed=seed)
+            for seed in seeds
+            for table in tables.values()
+            for row in table.rows
+            if seed == 1 or row.config.model.method.trains
+        ),
+        runs,
+    )
     missing = [config for config in wanted if not runs.is_done(config)]
     if not wanted:
         return
@@ -154,11 +196,16 @@ def train_missing(tables: dict[str, Table], runs: Runs, seeds: Sequence[int], on
         if left:
             trained = [config for config in missing if config.model.method.trains]
             examples = {(config.data.dataset, config.model.method.name): config for config in reversed(trained)}
-            each = {kind: processes.submit(seconds_of, config.replace(**runs.settings)).result()
-                    for kind, config in examples.items()}
+            each = {
+                kind: processes.submit(seconds_of, config.replace(**runs.settings)).result()
+                for kind, config in examples.items()
+            }
             total = sum(each[config.data.dataset, config.model.method.name] for config in trained)
-            print(f"{len(missing)} to run, at about {total / left:.0f} s each on this machine, {runs.jobs} at once: "
-                  f"{duration(total / runs.jobs)}", flush=True)
+            print(
+                f"{len(missing)} to run, at about {total / left:.0f} s each on this machine, {runs.jobs} at once: "
+                f"{duration(total / runs.jobs)}",
+                flush=True,
+            )
         for number, (config, seconds) in enumerate(runs.train_all(missing, processes), 1):
             if config.model.method.trains:
                 times.append(seconds)
@@ -167,8 +214,9 @@ def train_missing(tables: dict[str, Table], runs: Runs, seeds: Sequence[int], on
             print(f"[{number}/{len(missing)}] {described(config)}   {seconds:.0f} s, {remaining} left", flush=True)
 
 
-def write(number: str, table: Table, runs: Runs, seeds: Sequence[int], options: argparse.Namespace,
-          costs: Costs | None) -> None:
+def write(
+    number: str, table: Table, runs: Runs, seeds: Sequence[int], options: argparse.Namespace, costs: Costs | None
+) -> None:
     """Prints a table, and writes it as Markdown and CSV with its picture; `costs` of its rows, for further columns."""
     directions = ["text_to_image", "image_to_text"] if table.both_directions else ["text_to_image"]
     rows = []
@@ -183,8 +231,10 @@ def write(number: str, table: Table, runs: Runs, seeds: Sequence[int], options: 
     (model, costs_of_rows), *others = costs.items() if costs else [("", None)]
     text = markdown(number, table.title, rows, directions, how_trained(table, seeds), costs_of_rows)
     if costs:
-        text += (f"\nThe costs are those of {model}; a / b, of the first and the second stage. "
-                 f"{how_measured(table.rows[0].config, options.device)}\n\n{costs_markdown(dict(others))}")
+        text += (
+            f"\nThe costs are those of {model}; a / b, of the first and the second stage. "
+            f"{how_measured(table.rows[0].config, options.device)}\n\n{costs_markdown(dict(others))}"
+        )
     print(f"\n{text}", flush=True)
     files = {f"{name}.md": text.encode(), f"{name}.csv": comma_separated(number, rows, directions, seeds).encode()}
     if costs:

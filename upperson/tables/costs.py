@@ -68,9 +68,11 @@ def measure_costs(rows: Callable[[Config], Configs], base: Config, device: str) 
 
 def how_measured(config: Config, device: str) -> str:
     found, precision = resources(config.replace(device=device).train)
-    return (f"Measured on {found.type} in {precision}, with random images and captions of full length; memory is what "
-            "forward and backward pass allocate, gradients included; FLOPs of inference at batch 1, low-rank updates "
-            "merged in them.")
+    return (
+        f"Measured on {found.type} in {precision}, with random images and captions of full length; memory is what "
+        "forward and backward pass allocate, gradients included; FLOPs of inference at batch 1, low-rank updates "
+        "merged in them."
+    )
 
 
 def measure_apart(config: Config, batch_size: int) -> list[Cost]:

@@ -62,15 +62,28 @@ def paper_figures(number: str) -> dict[str, tuple[str, str]]:
         return {row["row"]: (row["value"], row["source"]) for row in csv.DictReader(file) if row["table"] == number}
 
 
-def markdown(number: str, title: str, rows: Sequence[Measured], directions: Sequence[str], conditions: str,
-             costs: dict[str, list[Cost]] | None = None) -> str:
+def markdown(
+    number: str,
+    title: str,
+    rows: Sequence[Measured],
+    directions: Sequence[str],
+    conditions: str,
+    costs: dict[str, list[Cost]] | None = None,
+) -> str:
     """The table with its title, what it was measured on, and the paper's R@1 on CUHK-PEDES where that is known.
 
     `costs`: what a step of each row costs, in further columns.
     """
     paper = paper_figures(number)
-    header = ["", "trained", *(f"{metric}, {ARROWS[direction]}" if len(directions) > 1 else metric
-                               for direction in directions for metric in METRICS)]
+    header = [
+        "",
+        "trained",
+        *(
+            f"{metric}, {ARROWS[direction]}" if len(directions) > 1 else metric
+            for direction in directions
+            for metric in METRICS
+        ),
+    ]
     header += [COSTS[key][0] for key in OF_A_STEP] if costs else []
     header += ["R@1, paper"] if paper else []
     body = []
@@ -81,8 +94,11 @@ def markdown(number: str, title: str, rows: Sequence[Measured], directions: Sequ
     lines = [f"# {heading(number, title)}", "", conditions, "", *aligned(header, body), ""]
     if paper:
         sources = "; ".join(dict.fromkeys(source for _, source in paper.values()))
-        lines += [f"The paper's figures are those on CUHK-PEDES that could be traced ({sources}); empty cells are "
-                  "figures that this project does not have (upperson/tables/paper.csv).", ""]
+        lines += [
+            f"The paper's figures are those on CUHK-PEDES that could be traced ({sources}); empty cells are "
+            "figures that this project does not have (upperson/tables/paper.csv).",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -92,9 +108,11 @@ def how_trained(table: Table, seeds: Sequence[int]) -> str:
     usual = epochs(config)
     others = ", ".join(f"{row.name} {epochs(row.config)}" for row in table.rows if epochs(row.config) != usual)
     size = f", {config.data.embedded_identities[0]:,} identities to train on" if config.data.is_drawn else ""
-    return (f"Percent on the test split; {spread}; the epoch that is best on the validation split (the last one where "
-            f"there is none); model {config.model.model}, {usual} epochs{f' ({others})' if others else ''}{size}"
-            + ("." if len(datasets) == 1 else "; each data set with its own preset."))
+    return (
+        f"Percent on the test split; {spread}; the epoch that is best on the validation split (the last one where "
+        f"there is none); model {config.model.model}, {usual} epochs{f' ({others})' if others else ''}{size}"
+        + ("." if len(datasets) == 1 else "; each data set with its own preset.")
+    )
 
 
 def epochs(config: Config) -> str:
@@ -111,8 +129,11 @@ def comma_separated(number: str, rows: Sequence[Measured], directions: Sequence[
         for seed, run in zip(seeds, row.runs, strict=False):  # zero-shot CLIP has one run for all seeds
             for direction in directions:
                 for metric in METRICS:
-                    found = [run["trained_parameters"], direction, metric, run[direction][metric]] if run else [
-                        "", direction, metric, ""]
+                    found = (
+                        [run["trained_parameters"], direction, metric, run[direction][metric]]
+                        if run
+                        else ["", direction, metric, ""]
+                    )
                     writer.writerow([number, row.name, seed, *found])
     return text.getvalue()
 
@@ -122,8 +143,10 @@ def costs_markdown(tables: Costs) -> str:
     lines = []
     for model, rows in tables.items():
         header = [model, *(title for title, _ in COSTS.values())]
-        lines += [*aligned(header, [[name, *(cost_cell(costs, key) for key in COSTS)] for name, costs in rows.items()]),
-                  ""]
+        lines += [
+            *aligned(header, [[name, *(cost_cell(costs, key) for key in COSTS)] for name, costs in rows.items()]),
+            "",
+        ]
     return "\n".join(lines)
 
 

@@ -91,9 +91,11 @@ def every_method(base: Config) -> Configs:
 def modules_alone(base: Config) -> Configs:
     """What Table IV measures: the baselines, each kind of module alone, all together."""
     alone = {"S-Prefix": {"prefix": "salable"}, "LoRA": {"lora": "lora"}, "L-Adapter": L_ADAPTER}
-    return (by_method(base, BASELINES)
-            | {name: base.replace(**NO_MODULES | changes) for name, changes in alone.items()}
-            | by_method(base, (DEFAULT,)))
+    return (
+        by_method(base, BASELINES)
+        | {name: base.replace(**NO_MODULES | changes) for name, changes in alone.items()}
+        | by_method(base, (DEFAULT,))
+    )
 
 
 # ------------------------------------------------------------------------------------ tables

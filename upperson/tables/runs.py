@@ -20,7 +20,7 @@ import torch
 
 from upperson.errors import Diverged
 from upperson.files import write_atomically
-from upperson.model.checkpoint import (load_checkpoint)
+from upperson.model.checkpoint import load_checkpoint
 from upperson.config import Config, DataConfig
 from upperson.data import Sample
 from upperson.evaluate.__main__ import evaluate_checkpoint
@@ -31,7 +31,7 @@ from upperson.evaluate.embed import embed
 from upperson.train.run_folder import BEST, CONFIG, RESULTS, read_results
 from upperson.data.splits import read_splits
 from upperson.tables.rows import Row, trainings
-from upperson.train.loop import (Training)
+from upperson.train.loop import Training
 from upperson.train.fit import fit
 
 DIVERGED = "diverged.json"
@@ -181,8 +181,11 @@ def seconds_of_training(config: Config, splits: dict[str, list[Sample]]) -> floa
 
 def fields_that_matter(section: Any) -> dict[str, Any]:
     """The fields of a part of the configuration that change results; 10 and 10.0 are the same."""
-    values = {spec.name: getattr(section, spec.name) for spec in dataclasses.fields(section)
-              if spec.metadata["changes_results"]}
+    values = {
+        spec.name: getattr(section, spec.name)
+        for spec in dataclasses.fields(section)
+        if spec.metadata["changes_results"]
+    }
     return {name: float(value) if type(value) is int else value for name, value in values.items()}
 
 

@@ -13,14 +13,20 @@ from upperson.errors import DataError, RunError
 from upperson_kernels.backend import resolve
 from upperson.model.checkpoint import parameters_to_start_from
 from upperson.config import Config
-from upperson.data import (ImageCache, Sample, check_images)
+from upperson.data import ImageCache, Sample, check_images
 from upperson.machine import Group, contact, process_group
 from upperson.train.interruption import Interruption
 from upperson.model import AdaptedCLIP
 from upperson.machine import device_and_precision
 from upperson.train.results import RunResult, announce, count, results_of, write_results
 from upperson.evaluate.embed import search
-from upperson.train.run_folder import (claim_folder, refuse_used_folder, require_same_run, require_same_stage, saved_state)
+from upperson.train.run_folder import (
+    claim_folder,
+    refuse_used_folder,
+    require_same_run,
+    require_same_stage,
+    saved_state,
+)
 from upperson.data.splits import read_splits
 from upperson.train.stages import stages_of, train_stages
 from upperson.train.loop import Training, build_objective
@@ -38,8 +44,10 @@ def fit(config: Config) -> RunResult:
     """
     config, method = config.settled(), config.model.method
     if method.continues and config.train.start_from is None:
-        raise RunError(f"start_from: with these options --method {method.name} goes on from an earlier training; "
-                       "expected a checkpoint of that, --start-from RUN_DIR/best.safetensors")
+        raise RunError(
+            f"start_from: with these options --method {method.name} goes on from an earlier training; "
+            "expected a checkpoint of that, --start-from RUN_DIR/best.safetensors"
+        )
     group = Group.of_environment()
     device, precision = device_and_precision(config.train.device, config.train.precision, group)
     try:
@@ -47,8 +55,10 @@ def fit(config: Config) -> RunResult:
     except RuntimeError as error:
         raise RunError(f"backend: {error}") from error
     if config.train.batch_size < group.world_size:
-        raise RunError(f"batch_size: {config.train.batch_size} pairs leave some of {group.world_size} processes "
-                       "without any; raise --batch-size or start fewer processes")
+        raise RunError(
+            f"batch_size: {config.train.batch_size} pairs leave some of {group.world_size} processes "
+            "without any; raise --batch-size or start fewer processes"
+        )
     with contact(lambda: "before anything was saved; its own message says why it ended"), process_group(group, device):
         return _fit(config, group, device, precision)
 
@@ -61,7 +71,7 @@ class Job:
     device: torch.device
     precision: str
     splits: dict[str, list[Sample]]
-    images: Callable[[], ImageCache | None]                             # checks them all when it is called first
+    images: Callable[[], ImageCache | None]  # checks them all when it is called first
     interruption: Interruption
 
 
@@ -83,8 +93,14 @@ def _fit(config: Config, group: Group, device: torch.device, precision: str) -> 
     trained_parameters = trained_in_stages(config, splits)
     images()
     run_dir = own_folder(config, group)
-    return train_stages(config, run_dir, lambda of_stage: train(of_stage, job, whole=run_dir), trained_parameters,
-                        group, job.interruption)
+    return train_stages(
+        config,
+        run_dir,
+        lambda of_stage: train(of_stage, job, whole=run_dir),
+        trained_parameters,
+        group,
+        job.interruption,
+    )
 
 
 def trained_in_stages(config: Config, splits: dict[str, list[Sample]]) -> int:
@@ -113,8 +129,9 @@ def train(config: Config, job: Job, whole: Path | None = None) -> RunResult:
 
     if not config.model.method.trains:
         return measure(config, model, splits["test"], run_dir, job.precision, group, cache)
-    training = Training(config, model, splits, run_dir, job.device, job.precision, job.interruption, group, cache,
-                        whole=whole)
+    training = Training(
+        config, model, splits, run_dir, job.device, job.precision, job.interruption, group, cache, whole=whole
+    )
     with contact(training.position):
         with job.interruption:
             if saved is None:
@@ -137,8 +154,10 @@ def build_model(config: Config) -> AdaptedCLIP:
     model.freeze(config.train.freeze)
     method = config.model.method
     if method.trains and not model.trained_parameters():
-        raise RunError(f"nothing to train: the options of --method {method.name}"
-                       f"{' and --freeze' if config.train.freeze else ''} leave no parameter")
+        raise RunError(
+            f"nothing to train: the options of --method {method.name}"
+            f"{' and --freeze' if config.train.freeze else ''} leave no parameter"
+        )
     return model
 
 

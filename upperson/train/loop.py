@@ -16,7 +16,7 @@ from upperson.errors import Diverged, RunError, RunInterrupted
 from upperson.files import write_atomically
 from upperson.evaluate import pictures as report
 from upperson.train import run_folder
-from upperson.model.checkpoint import (copy_parameters, save_checkpoint, save_resume_state)
+from upperson.model.checkpoint import copy_parameters, save_checkpoint, save_resume_state
 from upperson.config import Config
 from upperson.data import DeviceBatches, ImageCache, Sample, batches_per_epoch, train_loader
 from upperson.machine import ALONE, Group, data_parallel
@@ -29,7 +29,7 @@ from upperson.train.progress import Clock, Progress
 from upperson.train.resume import random_states, set_random_states
 from upperson.train.results import RunResult, count, results_of, short, write_results
 from upperson.evaluate.embed import autocast, search
-from upperson.train.run_folder import (MetricsLog)
+from upperson.train.run_folder import MetricsLog
 
 
 class Training:
@@ -250,8 +250,10 @@ class Training:
 
     def position(self) -> str:
         """Where the run stands, and what becomes of it if it ends here."""
-        return (f"in epoch {self.progress.epoch}, after step {self.progress.step}; see its message; what was saved in "
-                f"{self.run_dir} is good, continue with --resume {self.whole}")
+        return (
+            f"in epoch {self.progress.epoch}, after step {self.progress.step}; see its message; what was saved in "
+            f"{self.run_dir} is good, continue with --resume {self.whole}"
+        )
 
     def stop(self) -> None:
         self.save_state()
@@ -305,8 +307,9 @@ class Training:
         save_checkpoint(self.run_dir / run_folder.LAST, self.adaptation, self.config, last)
 
 
-def build_objective(config: Config, model: AdaptedCLIP, splits: dict[str, list[Sample]], group: Group = ALONE
-                    ) -> Objective:
+def build_objective(
+    config: Config, model: AdaptedCLIP, splits: dict[str, list[Sample]], group: Group = ALONE
+) -> Objective:
     return Objective(
         config.train.losses,
         temperature=config.train.temperature,

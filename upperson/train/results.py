@@ -12,7 +12,7 @@ from torch import Tensor
 from upperson.files import write_atomically
 from upperson.evaluate import pictures as report
 from upperson.train import run_folder
-from upperson.model.checkpoint import (save_checkpoint)
+from upperson.model.checkpoint import save_checkpoint
 from upperson.config import SELECTIONS, Config
 from upperson.data import Sample
 from upperson.machine import Group
@@ -53,8 +53,10 @@ def announce(
     )
     if start:
         others = len(model.adaptation()) - len(start)
-        group.say(f"start   {config.train.start_from}, {len(start)} parameter tensors"
-                  + (f"; the other {others} start as without it" if others else ""))
+        group.say(
+            f"start   {config.train.start_from}, {len(start)} parameter tensors"
+            + (f"; the other {others} start as without it" if others else "")
+        )
 
 
 def results_of(

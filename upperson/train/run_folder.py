@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from upperson.errors import CheckpointError, RunError
 from upperson.files import write_atomically
-from upperson.model.checkpoint import (load_resume_state)
+from upperson.model.checkpoint import load_resume_state
 from upperson.config import Config
 
 try:
@@ -74,8 +74,9 @@ def history_of(run_dir: Path) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in file]
     losses = {line["epoch"]: line["loss"] for line in lines if line["kind"] == "epoch"}
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
-    before = [line for line in lines if line["kind"] in ("zero_shot", "start")
-              and line["split"] == evaluations[0]["split"]]
+    before = [
+        line for line in lines if line["kind"] in ("zero_shot", "start") and line["split"] == evaluations[0]["split"]
+    ]
     return [before[-1] | {"epoch": 0}, *(line | {"loss": losses[line["epoch"]]} for line in evaluations)]
 
 

@@ -28,8 +28,14 @@ def stages_of(config: Config) -> list[tuple[Stage, Config]]:
     return [(stage, config.replace(**stage.changes).settled()) for stage in config.model.method.stages()]
 
 
-def train_stages(config: Config, run_dir: Path, train: Callable[[Config], RunResult], trained_parameters: int,
-                 group: Group, interruption: Interruption) -> RunResult:
+def train_stages(
+    config: Config,
+    run_dir: Path,
+    train: Callable[[Config], RunResult],
+    trained_parameters: int,
+    group: Group,
+    interruption: Interruption,
+) -> RunResult:
     """Trains what is left of the stages, each by `train`, in `run_dir`, which is claimed, and writes its results.
 
     `trained_parameters`: how many are trained in one stage or another. All processes of `group` call it alike.
@@ -61,14 +67,19 @@ def train_stages(config: Config, run_dir: Path, train: Callable[[Config], RunRes
     return RunResult(run_dir, results)
 
 
-def results_of_stages(config: Config, finished: list[tuple[Stage, dict[str, Any]]], trained_parameters: int
-                      ) -> dict[str, Any]:
+def results_of_stages(
+    config: Config, finished: list[tuple[Stage, dict[str, Any]]], trained_parameters: int
+) -> dict[str, Any]:
     """What results.json of the whole holds: that of the last stage, with what was there before the first, and all."""
     first, last = finished[0][1], finished[-1][1]
     before = {name: first[name] for name in ("zero_shot", "start") if name in first}
-    return {**{name: value for name, value in last.items() if name != "start"}, **before,
-            "method": config.model.method.title, "trained_parameters": trained_parameters,
-            "stages": [{"name": stage.name, "title": stage.title, **results} for stage, results in finished]}
+    return {
+        **{name: value for name, value in last.items() if name != "start"},
+        **before,
+        "method": config.model.method.title,
+        "trained_parameters": trained_parameters,
+        "stages": [{"name": stage.name, "title": stage.title, **results} for stage, results in finished],
+    }
 
 
 def write_whole(run_dir: Path, finished: list[tuple[Stage, dict[str, Any]]], results: dict[str, Any]) -> None:

@@ -18,10 +18,22 @@ from upperson_kernels.checks import (
 MAX_HIDDEN_WIDTH = 256
 
 
-def layernorm_adapter(x: Tensor, weight: Tensor, bias: Tensor, down_weight: Tensor, down_bias: Tensor,
-                      up_weight: Tensor, up_bias: Tensor, scale: Tensor, *, eps: float = 1e-5,
-                      residual: Tensor | None = None, norm_weight: Tensor | None = None,
-                      norm_bias: Tensor | None = None, backend: str | None = None) -> Tensor | tuple[Tensor, Tensor]:
+def layernorm_adapter(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    scale: Tensor,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """LN(x) + scale · up(relu(down(x))). The adapter reads x itself, beside LayerNorm and not after it.
 
     With norm_weight and norm_bias the adapter has a LayerNorm of its own, LN', with the statistics of the other, and
@@ -62,8 +74,15 @@ def layernorm_adapter(x: Tensor, weight: Tensor, bias: Tensor, down_weight: Tens
     require_shape(name, "up_weight", up_weight, (width, hidden_width))
     require_shape(name, "up_bias", up_bias, (width,))
     require_shape(name, "scale", scale, ())
-    parameters = dict(weight=weight, bias=bias, down_weight=down_weight, down_bias=down_bias,
-                      up_weight=up_weight, up_bias=up_bias, scale=scale)
+    parameters = dict(
+        weight=weight,
+        bias=bias,
+        down_weight=down_weight,
+        down_bias=down_bias,
+        up_weight=up_weight,
+        up_bias=up_bias,
+        scale=scale,
+    )
     if (norm_weight is None) != (norm_bias is None):
         missing = "norm_bias" if norm_bias is None else "norm_weight"
         raise ValueError(f"{name}: norm_weight and norm_bias go together, and {missing} is missing")
@@ -77,7 +96,7 @@ def layernorm_adapter(x: Tensor, weight: Tensor, bias: Tensor, down_weight: Tens
     if residual is not None:
         require_shape(name, "residual", residual, tuple(x.shape))
         require_device(name, "residual", residual, "x", x)
-        if in_autocast(x):                                              # where x often comes from a matrix product
+        if in_autocast(x):  # where x often comes from a matrix product
             wider = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(wider), residual.to(wider)
         if residual.dtype != x.dtype:
@@ -87,11 +106,14 @@ def layernorm_adapter(x: Tensor, weight: Tensor, bias: Tensor, down_weight: Tens
     if resolve(backend, x) == "torch":
         y, stream = reference.plain(*tensors, eps)
     elif hidden_width > MAX_HIDDEN_WIDTH:
-        raise ValueError(f"{name}: backend 'triton' takes hidden widths up to {MAX_HIDDEN_WIDTH}, not "
-                         f"{hidden_width}; use backend='torch'")
+        raise ValueError(
+            f"{name}: backend 'triton' takes hidden widths up to {MAX_HIDDEN_WIDTH}, not "
+            f"{hidden_width}; use backend='torch'"
+        )
     else:
         refuse_forward_mode(name, (t for t in tensors if t is not None))
         from upperson_kernels.adapter import op  # imports Triton
+
         y, stream, *_ = op.forward(*tensors, eps)
     return y if residual is None and norm_weight is None else (y, stream)
 
@@ -123,8 +145,19 @@ class LayerNormAdapter(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """x, residual and the result: (..., C). With a residual returns the pair (result, x + residual)."""
-        return layernorm_adapter(x, self.weight, self.bias, self.down_weight, self.down_bias, self.up_weight,
-                                 self.up_bias, self.scale, eps=self.eps, residual=residual, backend=self.backend)
+        return layernorm_adapter(
+            x,
+            self.weight,
+            self.bias,
+            self.down_weight,
+            self.down_bias,
+            self.up_weight,
+            self.up_bias,
+            self.scale,
+            eps=self.eps,
+            residual=residual,
+            backend=self.backend,
+        )
 
     def extra_repr(self) -> str:
         hidden, width = self.down_weight.shape

@@ -20,9 +20,18 @@ SCALE_TARGETS = ("weights", "logits")
 MAX_HEAD_WIDTH = 128
 
 
-def prefix_attention(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: Tensor, *,
-                     causal: bool = False, scale_target: str = "weights", cu_seqlens: Tensor | None = None,
-                     max_seqlen: int | None = None, backend: str | None = None) -> Tensor:
+def prefix_attention(
+    qkv: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    prefix_scale: Tensor,
+    *,
+    causal: bool = False,
+    scale_target: str = "weights",
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """Attention of N tokens over P learned prefix columns and the N tokens, in one softmax.
 
     o_i = Σ_j w_j p_ij v_j with p = softmax over all visible columns of σ q_i·k_j, σ = 1/√D. Every token sees
@@ -78,13 +87,16 @@ def prefix_attention(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, pref
     if resolve(backend, qkv) == "torch":
         if cu_seqlens is None:
             return reference.folded(qkv, prefix_key, prefix_value, prefix_scale, causal, scale_target)
-        return reference.packed(qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, causal,
-                                scale_target)
+        return reference.packed(
+            qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, causal, scale_target
+        )
     if width > MAX_HEAD_WIDTH:
-        raise ValueError(f"{name}: backend 'triton' takes head widths up to {MAX_HEAD_WIDTH}, not {width}; "
-                         "use backend='torch'")
+        raise ValueError(
+            f"{name}: backend 'triton' takes head widths up to {MAX_HEAD_WIDTH}, not {width}; use backend='torch'"
+        )
     refuse_forward_mode(name, (qkv, *others.values()))
     from upperson_kernels.attention import op  # imports Triton
+
     return op.forward(qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, causal, scale_target)[0]
 
 
@@ -110,13 +122,16 @@ def longest_sequence(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | N
     marks = cu_seqlens.tolist()
     longest = max((end - begin for begin, end in itertools.pairwise(marks)), default=0)
     if marks[0] != 0 or marks[-1] != qkv.shape[0] or marks != sorted(marks):
-        raise ValueError(f"{name}: cu_seqlens must begin with 0, never fall and end with T = {qkv.shape[0]}, "
-                         f"but is {marks if len(marks) < 10 else [*marks[:4], '…', *marks[-4:]]}")
+        raise ValueError(
+            f"{name}: cu_seqlens must begin with 0, never fall and end with T = {qkv.shape[0]}, "
+            f"but is {marks if len(marks) < 10 else [*marks[:4], '…', *marks[-4:]]}"
+        )
     if max_seqlen is None:
         return longest
     if max_seqlen < longest:
-        raise ValueError(f"{name}: max_seqlen is {max_seqlen}, but the longest sequence of cu_seqlens has {longest} "
-                         "tokens")
+        raise ValueError(
+            f"{name}: max_seqlen is {max_seqlen}, but the longest sequence of cu_seqlens has {longest} tokens"
+        )
     return max_seqlen
 
 
@@ -134,8 +149,17 @@ class PrefixAttention(nn.Module):
     The prefix starts uniform in [0, 0.01), as UP-Person's does.
     """
 
-    def __init__(self, heads: int, head_width: int, length: int, *, scale: float = 10.0, scale_target: str = "weights",
-                 causal: bool = False, backend: str | None = None):
+    def __init__(
+        self,
+        heads: int,
+        head_width: int,
+        length: int,
+        *,
+        scale: float = 10.0,
+        scale_target: str = "weights",
+        causal: bool = False,
+        backend: str | None = None,
+    ):
         super().__init__()
         if scale_target not in SCALE_TARGETS:
             raise ValueError(f"PrefixAttention: scale_target must be 'weights' or 'logits', not {scale_target!r}")
@@ -148,11 +172,21 @@ class PrefixAttention(nn.Module):
 
     def forward(self, qkv: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
         """qkv: (B, N, 3, H, D), or (T, 3, H, D) packed with cu_seqlens. Returns (B, N, H, D) or (T, H, D)."""
-        return prefix_attention(qkv, self.prefix_key, self.prefix_value, self.prefix_scale, causal=self.causal,
-                                scale_target=self.scale_target, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
-                                backend=self.backend)
+        return prefix_attention(
+            qkv,
+            self.prefix_key,
+            self.prefix_value,
+            self.prefix_scale,
+            causal=self.causal,
+            scale_target=self.scale_target,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            backend=self.backend,
+        )
 
     def extra_repr(self) -> str:
         length, heads, width = self.prefix_key.shape
-        return (f"heads={heads}, head_width={width}, length={length}, scale_target={self.scale_target!r}, "
-                f"causal={self.causal}")
+        return (
+            f"heads={heads}, head_width={width}, length={length}, scale_target={self.scale_target!r}, "
+            f"causal={self.causal}"
+        )

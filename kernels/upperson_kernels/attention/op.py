@@ -11,10 +11,19 @@ from upperson_kernels.backend import accumulator
 
 
 @torch.library.custom_op("upperson::prefix_attention", mutates_args=())
-def forward(qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: Tensor, cu_seqlens: Tensor | None,
-            max_seqlen: int, causal: bool, scale_target: str) -> tuple[Tensor, Tensor]:
-    return device.launch_forward(qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, causal,
-                                 scale_target)
+def forward(
+    qkv: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    prefix_scale: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    causal: bool,
+    scale_target: str,
+) -> tuple[Tensor, Tensor]:
+    return device.launch_forward(
+        qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, causal, scale_target
+    )
 
 
 @forward.register_fake
@@ -25,16 +34,27 @@ def _(qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, causa
 
 
 @torch.library.custom_op("upperson::prefix_attention_backward", mutates_args=())
-def backward(grad: Tensor, qkv: Tensor, prefix_key: Tensor, prefix_value: Tensor, prefix_scale: Tensor,
-             cu_seqlens: Tensor | None, max_seqlen: int, out: Tensor, lse: Tensor, causal: bool, scale_target: str,
-             needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return device.launch_backward(grad, qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, out, lse,
-                                  causal, scale_target, needs)
+def backward(
+    grad: Tensor,
+    qkv: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    prefix_scale: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale_target: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return device.launch_backward(
+        grad, qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, out, lse, causal, scale_target, needs
+    )
 
 
 @backward.register_fake
-def _(grad, qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, out, lse, causal, scale_target,
-      needs):
+def _(grad, qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, out, lse, causal, scale_target, needs):
     inputs = (qkv, prefix_key, prefix_value, prefix_scale)
     return tuple(t.new_empty(t.shape if needed else 0) for t, needed in zip(inputs, needs, strict=True))
 
@@ -44,11 +64,11 @@ def save_for_backward(ctx, inputs, output):
     out, lse = output
     ctx.save_for_backward(*tensors, out, lse)
     ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)                                    # no zeros for lse, which has no gradient
+    ctx.set_materialize_grads(False)  # no zeros for lse, which has no gradient
 
 
 def differentiate(ctx, grad, _grad_lse):
-    if grad is None:                                                    # the output did not matter
+    if grad is None:  # the output did not matter
         return (None,) * 8
     needs = ctx.needs_input_grad[:4]
     *tensors, out, lse = ctx.saved_tensors
@@ -71,10 +91,10 @@ def forward_flops(qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_s
     *_, heads, width = qkv.shape
     if cu_seqlens is None:
         lengths = [qkv.shape[1]] * qkv.shape[0]
-    elif isinstance(cu_seqlens, FakeTensor):                            # no values to read: at most so many
+    elif isinstance(cu_seqlens, FakeTensor):  # no values to read: at most so many
         lengths = [max_seqlen] * (cu_seqlens.shape[0] - 1)
     else:
-        with no_dispatch():                                             # real marks among tensors without memory
+        with no_dispatch():  # real marks among tensors without memory
             marks = cu_seqlens.tolist()
         lengths = [end - begin for begin, end in itertools.pairwise(marks)]
     return 4 * heads * width * sum(length * (length + prefix_key.shape[0]) for length in lengths)

@@ -42,4 +42,5 @@ def quick_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = N
         return reference.plain(x, bias)
     refuse_forward_mode(name, tensors)
     from upperson_kernels.quick_gelu import op  # imports Triton
+
     return op.forward(x, bias)

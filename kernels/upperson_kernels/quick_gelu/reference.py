@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-SLOPE = 1.702       # of the sigmoid that stands for the normal distribution function (arXiv 1606.08415, Sec. 2)
+SLOPE = 1.702  # of the sigmoid that stands for the normal distribution function (arXiv 1606.08415, Sec. 2)
 
 
 def explicit(x: Tensor, bias: Tensor | None) -> Tensor:
