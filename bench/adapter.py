@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from comparison import DTYPES, MODES, Candidate, Case, Function, bench, parser
 from torch import Tensor
-
 from upperson_kernels import layernorm_adapter
 from upperson_kernels.adapter import reference
 

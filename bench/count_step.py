@@ -22,8 +22,8 @@ from counting import Group, cost, flops, saved, without_memory
 from torch import Tensor
 
 from upperson.config import Config
-from upperson.model import AdaptedCLIP
 from upperson.evaluate.pictures import aligned
+from upperson.model import AdaptedCLIP
 
 MIB = 2**20
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from upperson_kernels.attention.reference import explicit
+
 from upperson.config import Config, TrainConfig
+from upperson.config.presets import PRESETS, with_method
+from upperson.evaluate.embed import autocast
 from upperson.losses.pairs import sdm_loss
 from upperson.methods import BASELINES, DEFAULT, METHODS
 from upperson.model import AdaptedCLIP
 from upperson.train.optimizer import build_optimizer
-from upperson.config.presets import PRESETS, with_method
-from upperson.evaluate.embed import autocast
 
 NOTHING_SPARED: dict[str, Any] = dict(skip_unread=False, pack_captions=False, low_rank_gradients=False)
 

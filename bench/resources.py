@@ -31,7 +31,6 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
 from upperson_kernels import tiles
 from upperson_kernels.adapter import device as adapter
 from upperson_kernels.attention import device as attention

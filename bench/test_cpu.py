@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-
 from upperson_kernels import layernorm_adapter, prefix_attention
 from upperson_kernels.attention import reference
+
 from upperson.data.masking import image_transform
 from upperson.evaluate.metrics import retrieval_metrics
 

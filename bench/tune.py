@@ -20,7 +20,6 @@ import torch
 from comparison import above_zero, at_least_one, json_path
 from measure import Call, environment, time_in_turns
 from torch import Tensor
-
 from upperson_kernels import tiles
 from upperson_kernels.adapter import launch as adapter
 from upperson_kernels.attention import device as attention

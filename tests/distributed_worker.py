@@ -10,10 +10,10 @@ import torch
 
 from upperson.config import ModelConfig
 from upperson.data import Sample
+from upperson.evaluate.embed import embed
+from upperson.losses.objective import LossesOfModel, Objective
 from upperson.machine import Group, data_parallel, process_group
 from upperson.model import AdaptedCLIP
-from upperson.losses.objective import LossesOfModel, Objective
-from upperson.evaluate.embed import embed
 
 PEOPLE = (4, 4, 9, 2, 7, 2, 9)
 # Losses, and pairs of a batch: even shares, uneven ones, and an empty one where the loss does not compare pairs.

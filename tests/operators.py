@@ -8,7 +8,6 @@ the budget of a low-precision kernel is twice the error of PyTorch's own computa
 import itertools
 
 import torch
-
 from upperson_kernels import layernorm_adapter, prefix_attention
 from upperson_kernels.attention import reference as attention_reference
 

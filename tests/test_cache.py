@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from upperson.errors import DataError
 from upperson.data import ImageCache, Sample, image_loader, train_loader
 from upperson.data.images import load_pixels
+from upperson.errors import DataError
 
 SIZE = (48, 16)
 ROW = 3 * 48 * 16

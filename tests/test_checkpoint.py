@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from upperson.config import Config, ModelConfig
 from upperson.errors import CheckpointError
 from upperson.files import write_atomically
-from upperson.model.checkpoint import load_checkpoint, load_model, load_resume_state, save_checkpoint, save_resume_state
-from upperson.config import Config, ModelConfig
 from upperson.model import AdaptedCLIP
+from upperson.model.checkpoint import load_checkpoint, load_model, load_resume_state, save_checkpoint, save_resume_state
 
 TINY_CLIP = dict(
     embed_dim=16,

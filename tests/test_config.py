@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from upperson.config.command_line import parse_arguments
 from upperson.config import Config, DataConfig, ModelConfig, TrainConfig
+from upperson.config.command_line import parse_arguments
+from upperson.config.presets import PRESETS, preset
 from upperson.methods import METHODS
 from upperson.methods.up_person import UPPerson
-from upperson.config.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize("method", METHODS)

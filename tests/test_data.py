@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 
-from upperson.errors import DataError
 from upperson.data import (
     NOT_MASKED,
     Sample,
@@ -36,6 +35,7 @@ from upperson.data import (
 )
 from upperson.data.augmentation import RandomAugmentation
 from upperson.data.loaders import _stable_seed
+from upperson.errors import DataError
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 START_ID, END_ID, MASK_ID = 49406, 49407, 49405

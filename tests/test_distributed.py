@@ -16,14 +16,13 @@ import torch
 from test_model import TINY_CLIP, inputs
 from test_training import assert_same_run, flags_of, log_of
 
-from upperson.errors import RunError
-from upperson.model.checkpoint import load_checkpoint, load_resume_state
 from upperson.config import DataConfig, ModelConfig, TrainConfig
-from upperson.data import NOT_MASKED
-from upperson.machine import ALONE, Group
 from upperson.config.presets import PRESETS
-from upperson.machine import device_and_precision
+from upperson.data import NOT_MASKED
 from upperson.data.splits import read_splits
+from upperson.errors import RunError
+from upperson.machine import ALONE, Group
+from upperson.model.checkpoint import load_checkpoint, load_resume_state
 from upperson.train.fit import fit
 
 TESTS = Path(__file__).parent

@@ -21,6 +21,7 @@ from torchvision.transforms.v2.functional import normalize
 
 from upperson.config import DataConfig, EmbeddedDataset
 from upperson.data.samples import Sample, gallery, queries
+from upperson.data.splits import read_splits
 from upperson.embedded import CLIP_CONFIG, load_embedded_clip, read_embedded, read_scenes
 from upperson.embedded.identities import Identity, draw_identity
 from upperson.embedded.night import Night
@@ -29,7 +30,6 @@ from upperson.embedded.scenes import draw_scene
 from upperson.embedded.vocabulary import COLOURS, HAIR_COLOURS, NAMES, PATTERNS
 from upperson.embedded.weights import CLIP_WEIGHTS, EmbeddedWeightsError, save_embedded_clip
 from upperson.model.backbone import fit_image_size
-from upperson.data.splits import read_splits
 
 SPLITS = ("train", "val", "test")
 

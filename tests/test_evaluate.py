@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from upperson.evaluate import __main__ as evaluate
-from upperson.model.checkpoint import load_model, save_checkpoint
 from upperson.config import SELECTIONS
-from upperson.data import image_transform, load_image
-from upperson.model import AdaptedCLIP
 from upperson.config.presets import PRESETS
-from upperson.evaluate.embed import embed
+from upperson.data import image_transform, load_image
 from upperson.data.splits import read_splits
+from upperson.evaluate import __main__ as evaluate
+from upperson.evaluate.embed import embed
+from upperson.model import AdaptedCLIP
+from upperson.model.checkpoint import load_model, save_checkpoint
 
 TINY_CLIP = dict(
     embed_dim=16,

@@ -10,9 +10,9 @@ import torch
 from test_model import TINY_CLIP, build, inputs, stirred, tiny_config
 from test_variants import NOTHING, VARIANTS
 from torch.utils.flop_counter import FlopCounterMode
+from upperson_kernels.attention import reference
 
 from upperson.errors import BackboneError
-from upperson_kernels.attention import reference
 from upperson.losses.pairs import sdm_loss
 from upperson.model import AdaptedCLIP
 from upperson.model.attention import attend_once

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import upperson_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operators import (
@@ -27,8 +28,6 @@ from operators import (
     require_grad,
     run,
 )
-
-import upperson_kernels
 from upperson_kernels import layernorm_adapter, prefix_attention, tiles
 from upperson_kernels.adapter import device as adapter_device
 from upperson_kernels.adapter import op as adapter_op

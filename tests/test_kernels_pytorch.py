@@ -22,7 +22,6 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-
 from upperson_kernels import LayerNormAdapter, PrefixAttention, layernorm_adapter, prefix_attention
 from upperson_kernels.adapter import op as adapter_op
 from upperson_kernels.attention import op as attention_op

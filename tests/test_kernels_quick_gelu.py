@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import DEVICE, DTYPES, EXACT, GPU, SLACK, assert_within_budget, randn, require_grad
-
 from upperson_kernels import quick_gelu
 from upperson_kernels.quick_gelu import reference
 

@@ -13,14 +13,14 @@ import torch
 from safetensors import safe_open
 from test_model import TINY_CLIP, build, inputs, stirred
 
-from upperson.errors import MergeError
-from upperson.deploy import merge as command
-from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
 from upperson.config import Config, ModelConfig
-from upperson.deploy.merge import merge
-from upperson.model import AdaptedCLIP
-from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES
 from upperson.config.presets import PRESETS
+from upperson.deploy import merge as command
+from upperson.deploy.merge import merge
+from upperson.errors import MergeError
+from upperson.model import AdaptedCLIP
+from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
+from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES
 
 NOTHING = dict(prefix="none", lora="none", adapter_attn="none", adapter_mlp="none")
 FOLDING = (

@@ -15,19 +15,19 @@ from operators import DEVICE, EXACT
 from safetensors.torch import save_file
 from test_model import TINY_CLIP, build, inputs, stirred
 
-from upperson.errors import MethodError
 from upperson import AdaptedCLIP, Config, ModelConfig, fit, preset
-from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
-from upperson.evaluate.__main__ import evaluate_checkpoint
-from upperson.train.interruption import Interruption
+from upperson.data.splits import read_splits
 from upperson.deploy.merge import main as merge_command
+from upperson.deploy.switching import Adaptations
+from upperson.errors import MethodError
+from upperson.evaluate.__main__ import evaluate_checkpoint
+from upperson.fields import option
 from upperson.methods import METHODS, Method
 from upperson.model.block import Stream
 from upperson.model.captions import words_of
-from upperson.fields import option
+from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
 from upperson.petl import PREFIXES
-from upperson.data.splits import read_splits
-from upperson.deploy.switching import Adaptations
+from upperson.train.interruption import Interruption
 from upperson.train.loop import Training
 
 PROJECT = Path(__file__).parents[1]

@@ -9,8 +9,8 @@ from operators import DEVICE, EXACT
 from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from upperson.errors import BackboneError, MethodError
 from upperson import PRESETS, AdaptedCLIP, ModelConfig
+from upperson.errors import BackboneError, MethodError
 from upperson.losses.pairs import sdm_loss
 from upperson.model.backbone import build_clip, fit_image_size, resize_position_embedding
 from upperson.model.block import Stream

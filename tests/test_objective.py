@@ -10,8 +10,8 @@ from test_model import build, inputs, stirred, tiny  # noqa: F401 (a fixture)
 
 from upperson import PRESETS, AdaptedCLIP
 from upperson.data import NOT_MASKED
-from upperson.losses.pairs import PAIR_LOSSES
 from upperson.losses.objective import IdentityClassifier, MaskedLanguageModel, Objective
+from upperson.losses.pairs import PAIR_LOSSES
 
 PEOPLE = [7, 3, 3, 12]
 WORDS = 49408

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from upperson.errors import DataError
 from upperson.config import DataConfig
 from upperson.data import DATASETS, gallery, queries, read_dataset
 from upperson.data.splits import read_splits
+from upperson.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*published are.*:UserWarning")
 

@@ -8,9 +8,9 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from upperson.evaluate import pictures as report
 from upperson.config import SELECTIONS
 from upperson.data import Sample
+from upperson.evaluate import pictures as report
 
 ZERO_SHOT = {"R@1": 8.125, "R@5": 20.5, "R@10": 31.25, "mAP": 9.75, "mINP": 4.0}
 ADAPTED = {"R@1": 41.375, "R@5": 66.5, "R@10": 77.75, "mAP": 38.25, "mINP": 22.5}

@@ -18,17 +18,17 @@ from test_training import (
     run_command,
     start,
 )
-
-from upperson.errors import CheckpointError, MethodError, RunError, RunInterrupted
-from upperson.model.checkpoint import load_checkpoint, load_model, load_resume_state
-from upperson.model import AdaptedCLIP
-from upperson.config.presets import preset
-from upperson.evaluate.embed import evaluate
-from upperson.data.splits import read_splits
 from upperson.train.stages import stages_of
+
+from upperson.config.presets import preset
+from upperson.data.splits import read_splits
+from upperson.errors import CheckpointError, MethodError, RunError, RunInterrupted
+from upperson.evaluate.embed import evaluate
+from upperson.model import AdaptedCLIP
+from upperson.model.checkpoint import load_checkpoint, load_model, load_resume_state
 from upperson.tables.runs import Runs
-from upperson.train.loop import Training
 from upperson.train.fit import fit
+from upperson.train.loop import Training
 
 STAGES = ("prompts", "encoders")
 WHOLE = ("best.safetensors", "config.json", "curve.png", "metrics.jsonl", "results.json", "results.md", "top10.png")

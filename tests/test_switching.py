@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from test_model import TINY_CLIP, build, inputs, stirred
 
-from upperson.errors import CheckpointError
-from upperson.model.checkpoint import load_model, save_checkpoint
 from upperson.config import Config, ModelConfig
-from upperson.model import AdaptedCLIP
 from upperson.deploy.switching import Adaptations
+from upperson.errors import CheckpointError
+from upperson.model import AdaptedCLIP
+from upperson.model.checkpoint import load_model, save_checkpoint
 
 CONFIGURATIONS = {
     "cuhk": dict(),

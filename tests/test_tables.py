@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from test_training import TINY_CLIP
 
-from upperson.model.checkpoint import load_model
-from upperson.methods import CSKT, METHODS, FullFineTuning, UPPerson
 from upperson.config.presets import PRESETS, with_method
-from upperson.evaluate.pictures import METRICS
-from upperson.evaluate.embed import embed
 from upperson.data.splits import read_splits
+from upperson.evaluate.embed import embed
+from upperson.evaluate.pictures import METRICS
+from upperson.methods import CSKT, METHODS, FullFineTuning, UPPerson
+from upperson.model.checkpoint import load_model
 from upperson.tables import __main__ as command
 from upperson.tables import efficiency
 from upperson.tables.costs import Peak, measure

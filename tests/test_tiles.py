@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from operators import GPU, attention_functions, attention_inputs, packed_inputs, randn, run
-
 from upperson_kernels import tiles
 
 ROOT = Path(__file__).parents[1]

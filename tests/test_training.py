@@ -20,19 +20,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from upperson.errors import CheckpointError, DataError, RunError
-from upperson.model.checkpoint import load_checkpoint, load_model, load_resume_state, save_resume_state
 from upperson.config import TrainConfig
-from upperson.train.interruption import Interruption
-from upperson.model import AdaptedCLIP
-from upperson.losses.objective import Objective
-from upperson.train.optimizer import build_optimizer, build_schedule
 from upperson.config.presets import PRESETS
-from upperson.train.resume import random_states, set_random_states
-from upperson.evaluate.embed import evaluate
 from upperson.data.splits import read_splits
-from upperson.train.loop import Training
+from upperson.errors import CheckpointError, DataError, RunError
+from upperson.evaluate.embed import evaluate
+from upperson.losses.objective import Objective
+from upperson.model import AdaptedCLIP
+from upperson.model.checkpoint import load_checkpoint, load_model, load_resume_state, save_resume_state
 from upperson.train.fit import fit
+from upperson.train.interruption import Interruption
+from upperson.train.loop import Training
+from upperson.train.optimizer import build_optimizer, build_schedule
+from upperson.train.resume import random_states, set_random_states
 
 TINY_CLIP = dict(
     embed_dim=16,

@@ -12,8 +12,8 @@ from operators import DEVICE, EXACT
 from test_model import TINY_CLIP, build, inputs, stirred
 
 from upperson import PRESETS, AdaptedCLIP, ModelConfig
-from upperson.model.block import Stream
 from upperson.losses.objective import Objective
+from upperson.model.block import Stream
 from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES
 
 PREFIX_KINDS, LORA_KINDS = [*PREFIXES, "none"], [*LOW_RANK, "none"]

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from test_model import TINY_CLIP
 from torch import nn
 
-from upperson.errors import BackboneError
 from upperson.config import ModelConfig
+from upperson.errors import BackboneError
 from upperson.methods.zero_shot import ZeroShot
 from upperson.model import AdaptedCLIP
 from upperson.model.backbone import build_clip, resize_position_embedding

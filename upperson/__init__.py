@@ -1,8 +1,43 @@
 """UP-Person (arXiv 2504.10084): parameter-efficient text-based person retrieval on fused kernels."""
 
-from upperson.config import Config, DataConfig, ModelConfig, TrainConfig
-from upperson.model import AdaptedCLIP
-from upperson.config.presets import PRESETS, preset
-from upperson.train.fit import fit
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["PRESETS", "Config", "DataConfig", "ModelConfig", "TrainConfig", "AdaptedCLIP", "fit", "preset"]
+if TYPE_CHECKING:
+    from upperson.config import PRESETS, Config, DataConfig, ModelConfig, TrainConfig, preset
+    from upperson.model import AdaptedCLIP, load_model
+    from upperson.train.fit import fit
+
+# Where each name is; a room is imported when one of its names is asked for, since torch alone takes seconds.
+_ROOMS = {
+    "upperson.config": ("PRESETS", "Config", "DataConfig", "ModelConfig", "TrainConfig", "preset"),
+    "upperson.model": ("AdaptedCLIP", "load_model"),
+    "upperson.train.fit": ("fit",),
+}
+
+__all__ = [
+    "PRESETS",
+    "AdaptedCLIP",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "TrainConfig",
+    "fit",
+    "load_model",
+    "preset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("upperson")
+    for room, names in _ROOMS.items():
+        if name in names:
+            return getattr(importlib.import_module(room), name)
+    raise AttributeError(f"module 'upperson' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__, "__version__"]

@@ -1,5 +1,6 @@
 """Every error that a user can mend. Its message names the file, field or shape, and what was expected."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -59,13 +60,17 @@ USER_ERRORS = (
 def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:
     """Runs a command. An error that the user can mend is printed as one line, and the status is 1.
 
-    After Ctrl-C the status is 130; `stopped` is printed where the interruption has no message of its own.
+    After Ctrl-C the status is 130; `stopped` is printed where the interruption has no message of its own. Among several
+    processes of torchrun an error names its process, and the first one says that it was stopped.
     """
+    rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    several = rank.isdecimal() and world_size.isdecimal() and int(world_size) > 1
     try:
         return command()
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {f'process {rank} of {world_size}: ' if several else ''}{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interruption:
-        print(str(interruption) or stopped, file=sys.stderr)
+        if not several or rank == "0":
+            print(str(interruption) or stopped, file=sys.stderr)
         return 130

@@ -76,11 +76,6 @@ class Group:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
 
-    @property
-    def prefix(self) -> str:
-        """What an error message begins with where there are several processes."""
-        return f"process {self.rank} of {self.world_size}: " if self.world_size > 1 else ""
-
     def share_of(self, total: int) -> range:
         """Which of `total` things are this process's: shares differ by at most one, and the first are larger."""
         return share_of(total, self.rank, self.world_size)

@@ -1,7 +1,8 @@
-"""The command line of train.py: every field of the configuration is a flag (`prefix_length` is `--prefix-length`)."""
+"""The flags of training: every field of the configuration is one (`prefix_length` is `--prefix-length`)."""
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from upperson.config.configuration import Config, TrainConfig
-from upperson.methods import METHODS
-from upperson.fields import fields_of
+from upperson.config.files import CONFIG, read_changes, read_configuration
 from upperson.config.presets import PRESETS, preset
+from upperson.fields import fields_of
+from upperson.methods import METHODS
 
 CHOOSERS = ("method", "resume")  # fields that are asked for before the others
 
@@ -19,19 +21,22 @@ CHOOSERS = ("method", "resume")  # fields that are asked for before the others
 def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argparse.ArgumentParser] = ()) -> Config:
     """The configuration of a command line (None: of this process).
 
-    The preset, or the configuration of the run named by `--resume RUN_DIR`, gives every value; single flags
-    override it. Flags of `parents` (parsers with add_help=False) are accepted and stand in the help, but are no
-    part of the configuration. Bad input ends the program with status 2 and one line, as argparse does.
+    The preset, or the configuration of the run named by `--resume RUN_DIR`, gives every value. The fields of
+    `--config FILE` override it, and single flags override those. Flags of `parents` (parsers with add_help=False) are
+    accepted and shown in the help, but are not part of the configuration. Bad input ends the program with status 2 and
+    one line, as in argparse.
     """
     chooser = _parser(add_help=False)
     _add_choosers(chooser)
     choice, _ = chooser.parse_known_args(argv)
-    base, resume = preset(choice.preset or "embedded", choice.method), {}
+    changes = {} if choice.config is None else _changes_of_file(choice, chooser)
+    base, resume = preset(choice.preset or "embedded", choice.method or changes.pop("method", None)), {}
     if choice.resume is not None:
         resume = {"resume": True}
         if choice.resume:
-            if choice.preset:
-                chooser.error("--preset and --resume RUN_DIR exclude each other: the run has its own configuration")
+            if choice.preset or choice.config:
+                other = "--preset" if choice.preset else "--config"
+                chooser.error(f"{other} and --resume RUN_DIR exclude each other: the run has its own configuration")
             base = _configuration_of_run(Path(choice.resume), chooser)
             if choice.method not in (None, base.model.method.name):
                 chooser.error(
@@ -50,10 +55,10 @@ def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argpars
     _add_choosers(parser)
     titles = {"method": f"method {base.model.method.name}", "train": "training"}
     for name, section in base.sections().items():
-        group = parser.add_argument_group(titles.get(name, name))
+        flags = parser.add_argument_group(titles.get(name, name))
         for spec, hint in fields_of(type(section)):
             if spec.name not in CHOOSERS:
-                _add_flag(group, spec, hint, getattr(section, spec.name))
+                _add_flag(flags, spec, hint, getattr(section, spec.name))
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(_unknown(unknown, base.model.method.name))
@@ -62,13 +67,40 @@ def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argpars
         parser.error(f"--run-dir {given['run_dir']} is not the run of --resume {resume['run_dir']}")
     if resume and not (resume.get("run_dir") or given.get("run_dir")):
         parser.error("--resume: name the run, --resume RUN_DIR")
+    asked = changes | given
     try:
-        config = base.replace(**given | resume)
+        config = base.replace(**asked | shorter_warmups(base, asked) | resume)
     except ValueError as error:
         parser.error(str(error))
     if given.get("data_root") is not None and config.data.is_drawn:
         parser.error(f"--data-root: {config.data.dataset} is drawn, not read; name a data set by --dataset or --preset")
     return config
+
+
+def shorter_warmups(base: Config, asked: dict[str, Any]) -> dict[str, int]:
+    """Warm-ups of `base` that are not below the epochs asked for: a fifth of those, and a line that says so."""
+    changes = {}
+    for epochs, warmup in (("epochs", "warmup_epochs"), ("encoder_epochs", "encoder_warmup_epochs")):
+        number, usual = asked.get(epochs), base.values().get(warmup)
+        if isinstance(number, int) and usual is not None and warmup not in asked and usual >= number >= 1:
+            changes[warmup] = number // 5
+            print(f"{warmup}: {usual} is not below {epochs}, {number}; shortened to {number // 5}", file=sys.stderr)
+    return changes
+
+
+def _changes_of_file(choice: argparse.Namespace, chooser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The fields of --config FILE, without the method's own where --method names another one."""
+    try:
+        changes = read_changes(choice.config)
+    except OSError as error:
+        chooser.error(f"--config {choice.config}: cannot be read ({error.strerror})")
+    except ValueError as error:
+        chooser.error(f"--config {error}")
+    if choice.method is not None and changes.pop("method", choice.method) != choice.method:
+        own = {spec.name for spec in dataclasses.fields(METHODS[choice.method])}
+        others = {spec.name for method in METHODS.values() for spec in dataclasses.fields(method)} - own
+        changes = {name: value for name, value in changes.items() if name not in others}
+    return changes
 
 
 def _unknown(arguments: Sequence[str], method: str) -> str:
@@ -88,8 +120,8 @@ def _unknown(arguments: Sequence[str], method: str) -> str:
 
 def _parser(**settings: Any) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        prog="train.py",
-        usage="python train.py [--preset NAME] [--FLAG VALUE ...]",
+        prog="upperson train",
+        usage="upperson train (or: python train.py) [--preset NAME] [--config FILE] [--FLAG VALUE ...]",
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
         **settings,
@@ -102,6 +134,12 @@ def _add_choosers(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=list(METHODS),
         help="what is trained; brings its own options, below, and its recipe (default: the preset's)",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="JSON or TOML with some of the values, under the flags: a run's config.json, or sections of it",
     )
     parser.add_argument(
         "--resume",
@@ -158,10 +196,10 @@ def _optional(kind: type) -> Any:
 
 
 def _configuration_of_run(run_dir: Path, parser: argparse.ArgumentParser) -> Config:
-    path = run_dir / "config.json"
+    path = run_dir / CONFIG
     try:
-        return Config.from_json(path.read_text(encoding="utf-8"))
+        return read_configuration(path)
     except OSError as error:
         parser.error(f"--resume {run_dir}: there is no run to continue, {path} cannot be read ({error.strerror})")
     except ValueError as error:
-        parser.error(f"--resume {run_dir}: {path}: {error}")
+        parser.error(f"--resume {run_dir}: {error}")

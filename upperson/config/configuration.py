@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from upperson.losses.names import parse_losses
-from upperson.methods import DEFAULT, METHODS, Method
 from upperson.fields import Checked, fields_of, option
+from upperson.losses.names import parse_losses
+from upperson.methods import DEFAULT, METHODS, Method, Stage
 
 SELECTIONS = {
     "val": "best R@1 on the validation split",
@@ -154,7 +154,11 @@ class TrainConfig(Checked):
         "auto", "autocast; parameters stay float32; auto: bf16 on a GPU, fp32 on a CPU"
     )
     compile: bool = option(False, "torch.compile the blocks of both towers", changes_results=False, added=True)
-    device: str = option("auto", "auto, cpu, cuda or cuda:N", changes_results=False)
+    device: str = option(
+        "auto",
+        "auto, cpu, cuda, cuda:N or mps; auto: a CUDA GPU where there is one, else the CPU",
+        changes_results=False,
+    )
     seed: int = option(1, "seed of initial values, data order, augmentation", at_least=0, below=2**63)
     selection: Literal["val", "best-on-test"] = option(
         "val",
@@ -189,8 +193,8 @@ class TrainConfig(Checked):
             parse_losses(self.losses)
         except ValueError as error:
             raise ValueError(f"losses: {error}") from None
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"device: {self.device!r} is not allowed; expected auto, cpu, cuda or cuda:N")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise ValueError(f"device: {self.device!r} is not allowed; expected auto, cpu, cuda, cuda:N or mps")
 
 
 @dataclass(frozen=True)
@@ -228,8 +232,8 @@ class Config:
     def replace(self, **changes: Any) -> "Config":
         """A copy with single fields changed, wherever they stand: `config.replace(epochs=3, prefix_length=4)`.
 
-        Another `method`, by name, starts from its default options, and the rest stays; `upperson.config.presets.preset` also
-        gives the recipe that a method is trained with.
+        Another `method`, by name, starts from its default options, and the rest stays; `upperson.config.preset`
+        also gives the recipe that a method is trained with.
         """
         parts = {}
         for name in ("data", "train"):
@@ -239,8 +243,13 @@ class Config:
         return Config(self.model.replace(**changes) if changes else self.model, **parts)
 
     def settled(self) -> "Config":
-        """This configuration with what its method decides in it (Method.decided)."""
+        """This configuration with the fields that its method decides (Method.decided)."""
         return self.replace(**self.model.method.decided())
+
+    def stages(self) -> list[tuple[Stage, "Config"]]:
+        """The stages of a training, each with its configuration. A method without stages has one, without a name."""
+        stages = self.model.method.stages() or (Stage("", self.model.method.title, {}),)
+        return [(stage, self.replace(**stage.changes).settled()) for stage in stages]
 
     def to_json(self) -> str:
         content = dataclasses.asdict(self)
@@ -249,7 +258,7 @@ class Config:
 
     @staticmethod
     def from_json(text: str) -> "Config":
-        """ValueError names what is no JSON, unknown, missing or out of range."""
+        """The inverse of to_json. ValueError names what is not JSON, unknown, missing or out of range."""
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
@@ -272,6 +281,30 @@ class Config:
         ]
         mine = self.values()
         return [f"{name}: {mine[name]}, not {theirs[name]}" for name in matter if mine[name] != theirs[name]]
+
+
+def fields_in(content: Any) -> dict[str, Any]:
+    """The fields of a part of a configuration by name, as Config.replace takes them.
+
+    `content` has the sections of to_json, or some of them with some of their fields. The method is a name, or an object
+    with its name and options. Raises ValueError for unknown sections and fields.
+    """
+    _known_keys(content, SECTIONS, "configuration")
+    found: dict[str, Any] = {}
+    for name, section in SECTIONS.items():
+        values = content.get(name, {})
+        hints = {spec.name: hint for spec, hint in fields_of(section)}
+        _known_keys(values, hints, name)
+        method = values.get("method")
+        if isinstance(method, dict):
+            own = {spec.name: hint for spec, hint in fields_of(type(method_named(method.get("name"))))}
+            _known_keys(method, own | {"name": str}, f"method {method['name']}")
+            found |= {key: _from_plain(value, own[key]) for key, value in method.items() if key != "name"}
+            values = values | {"method": method["name"]}
+        elif method is not None:
+            method_named(method)
+        found |= {key: _from_plain(value, hints[key]) for key, value in values.items()}
+    return found
 
 
 SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
@@ -311,6 +344,13 @@ def _from_plain(value: Any, hint: Any) -> Any:
     if isinstance(value, str) and Path in typing.get_args(hint):
         return Path(value)
     return value
+
+
+def _known_keys(content: Any, known: Container[str], where: str) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected an object, or a table in TOML")
+    if unknown := [str(key) for key in content if key not in known]:
+        raise ValueError(f"{where}: unknown keys: {', '.join(unknown)}")
 
 
 def _same_keys(content: Any, expected: dict, where: str, optional: Container[str] = ()) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
-from upperson.errors import DataError
 
+from upperson.errors import DataError
 
 SPLITS = ("train", "val", "test")
 
@@ -32,6 +32,7 @@ class Annotation:
     image: Path
     captions: list[str]
     identity: int | None  # None: every image is an identity of its own
+    name: str | None = None  # of the identity, in a user's own file
 
 
 @dataclass(frozen=True)

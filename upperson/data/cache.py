@@ -25,9 +25,9 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from upperson.errors import DataError
 from upperson.data.images import load_pixels
-from upperson.data.samples import Drawing
+from upperson.embedded.drawing import Drawing
+from upperson.errors import DataError
 
 FORMAT = 1  # of the index; another one is not read
 CHUNK = 256  # images that are decoded at once, which bounds what waits in memory to be written

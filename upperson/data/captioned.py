@@ -10,8 +10,8 @@ Nobody is identified in these sets: every image is an identity of its own.
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from upperson.errors import DataError
 from upperson.data.annotations import SPLITS, Annotation, Entry, as_entry, entries, find_folder, load_json
+from upperson.errors import DataError
 
 # MSCOCO's "restval" are the images of its validation set that Karpathy left over; everybody trains on them.
 KARPATHY_SPLITS = (*SPLITS, "restval")

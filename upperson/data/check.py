@@ -12,9 +12,12 @@ from tqdm import tqdm
 from upperson.data.images import first_of, inspect_images
 from upperson.data.oddities import Counts, all_samples, counts, identities_in_train, images_of_several
 from upperson.data.readers import DATASETS
-from upperson.data.samples import Drawing, Sample
+from upperson.data.samples import Sample, names_of
+from upperson.embedded.drawing import Drawing
 
 CONTEXT_LENGTH = 77  # tokens of CLIP, start and end among them
+
+Person = str | int  # as the data set names them
 
 MOST_IMAGES = 50  # broken ones that are listed one by one
 MOST_EXAMPLES = 5  # of everything else
@@ -39,9 +42,9 @@ class SplitReport:
 
     counts: Counts
     published: Counts | None  # None: nobody published any
-    in_train: dict[int, Path | Drawing]  # identities that are in "train" too, and an image of each; empty for "train"
-    single_image: list[int]  # identities of which there is one image alone
-    repeated_captions: dict[str, list[int]]  # by caption, but for case and white space: its several identities
+    in_train: dict[Person, Path | Drawing]  # identities that are in "train" too, and an image of each; none for "train"
+    single_image: list[Person]  # identities with a single image
+    repeated_captions: dict[str, list[Person]]  # by caption, without case and extra white space: its identities
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class DataReport:
     splits: dict[str, SplitReport]  # also a published split that is not there
     images: int  # distinct ones, over all splits
     unreadable: list[str]  # "PATH: image is missing" or "PATH: image is broken (why)"
-    of_several: list[tuple[Path | Drawing, list[int]]]  # images that are listed under several identities
+    of_several: list[tuple[Path | Drawing, list[Person]]]  # images that are listed under several identities
     cut_captions: list[tuple[Sample, int]]  # those of more than CONTEXT_LENGTH tokens, and how many they have
     caption_tokens: Spread  # start and end among them
     widths: Spread | None  # pixels of the images that can be read; None: there are none
@@ -72,6 +75,7 @@ def check_dataset(name: str, splits: dict[str, list[Sample]], *, progress: bool 
     published = DATASETS[name].published if name in DATASETS else {}
     shared = identities_in_train(splits)
     samples = list(all_samples(splits))
+    names = names_of(samples)
     images = list(dict.fromkeys(sample.image for sample in samples))
     inspected = inspect_images(images, progress=progress)
     sizes = [found for found in inspected if not isinstance(found, str)]
@@ -92,7 +96,10 @@ def check_dataset(name: str, splits: dict[str, list[Sample]], *, progress: bool 
         },
         images=len(images),
         unreadable=[found for found in inspected if isinstance(found, str)],
-        of_several=[(sample.image, identities) for sample, identities in images_of_several(samples)],
+        of_several=[
+            (sample.image, [names[identity] for identity in identities])
+            for sample, identities in images_of_several(samples)
+        ],
         cut_captions=[
             (sample, length) for sample, length in zip(samples, tokens, strict=True) if length > CONTEXT_LENGTH
         ],
@@ -158,26 +165,27 @@ def _name(image: Path | Drawing) -> str:
     return str(image) if isinstance(image, Path) else "a drawn image"
 
 
-def _joined(identities: Sequence[int]) -> str:
+def _joined(identities: Sequence[Person]) -> str:
     return ", ".join(first_of([str(identity) for identity in identities], MOST_EXAMPLES))
 
 
-def _images_of(identities: Sequence[int], samples: Iterable[Sample]) -> dict[int, Path | Drawing]:
-    images = {sample.person_id: sample.image for sample in samples}
-    return {identity: images[identity] for identity in identities}
+def _images_of(identities: Sequence[int], samples: Iterable[Sample]) -> dict[Person, Path | Drawing]:
+    """An image of each identity. Where several fit, it is the last one."""
+    last = {sample.person_id: sample for sample in samples}
+    return {last[identity].person: last[identity].image for identity in identities}
 
 
-def _single_image(samples: Iterable[Sample]) -> list[int]:
-    images: dict[int, set[int]] = {}
+def _single_image(samples: Iterable[Sample]) -> list[Person]:
+    images: dict[Person, set[int]] = {}
     for sample in samples:
-        images.setdefault(sample.person_id, set()).add(sample.image_id)
-    return [identity for identity, found in images.items() if len(found) == 1]
+        images.setdefault(sample.person, set()).add(sample.image_id)
+    return [person for person, found in images.items() if len(found) == 1]
 
 
-def _repeated_captions(samples: Iterable[Sample]) -> dict[str, list[int]]:
-    """What the tokenizer makes the same of: it ignores case and the amount of white space."""
-    identities: dict[str, dict[int, None]] = {}
+def _repeated_captions(samples: Iterable[Sample]) -> dict[str, list[Person]]:
+    """Captions that the tokenizer turns into the same tokens: it ignores case and the amount of white space."""
+    people: dict[str, dict[Person, None]] = {}
     for sample in samples:
         caption = " ".join(sample.caption.lower().split())
-        identities.setdefault(caption, {})[sample.person_id] = None
-    return {caption: list(found) for caption, found in identities.items() if len(found) > 1}
+        people.setdefault(caption, {})[sample.person] = None
+    return {caption: list(found) for caption, found in people.items() if len(found) > 1}

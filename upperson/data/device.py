@@ -1,30 +1,21 @@
 """Batches of the training loader on the device that computes, augmented there."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from upperson.data.augmentation import augment
 
 Batch = dict[str, Any]
 
 
-def to_device(
-    batch: Batch,
-    device: torch.device,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    pack: Callable[[Tensor], Any] = lambda captions: captions,
-) -> Batch:
-    """A batch of `train_loader` on `device`, its images augmented and normalised there: [B, 3, H, W] float32.
+def to_device(batch: Batch, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> Batch:
+    """A batch of `train_loader` on `device`, its images augmented and normalised there: (B, 3, H, W) float32.
 
-    "augmentation" is used up; all else is moved as it is, the captions after `pack`, such as AdaptedCLIP.pack_captions.
-    Copies from pinned memory do not wait for the device.
+    "augmentation" is used up; everything else is moved as it is. Copies from pinned memory do not wait for the device.
     """
-    batch = batch | {"captions": pack(batch["captions"])}
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     moved["images"] = augment(moved["images"], moved.pop("augmentation"), mean, std)
     return moved
@@ -33,8 +24,8 @@ def to_device(
 class DeviceBatches:
     """The batches of `loader` as `to_device` gives them, on a GPU one ahead of the batch that is computed with.
 
-    `options` are those of `to_device` after the device. On a GPU a thread fetches the next batch, and has it copied and
-    augmented on a stream of its own, while the caller waits for the results of the current one.
+    `options` are those of `to_device` after the device. On a GPU a thread fetches the next batch, which is copied and
+    augmented on a stream of its own while the caller waits for the results of the current one.
     """
 
     def __init__(self, loader: Iterable[Batch], device: torch.device, *options: Any):

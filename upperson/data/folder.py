@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from upperson.errors import DataError
 from upperson.data.annotations import Annotation, Entry, as_entry, load_text
+from upperson.errors import DataError
 
 NAMES = ("captions.csv", "captions.jsonl")
 COLUMNS = ("image", "caption", "identity")
@@ -22,21 +22,25 @@ def read_folder(title: str, root: Path) -> tuple[str, list[Annotation]]:
     """The annotation file's name, for errors, and what it says in its order. Raises DataError.
 
     `root` is the file, or a folder with either of NAMES in it. Where no line has a split, all are "test".
-    Identities are counted from 0 in the order in which they appear.
+    Identities keep their names; their ids are counted from 0 in the order in which they appear.
     """
     file = _find(title, root)
     lines = list(_csv_lines(file) if file.suffix == ".csv" else _json_lines(file))
     with_split = any("split" in entry.values for entry in lines)
-    identities: dict[str, int] = {}
-    return str(file), [
-        Annotation(
-            split=entry.split() if with_split else "test",
-            image=file.parent / entry.path("image"),
-            captions=[entry.caption("caption")],
-            identity=identities.setdefault(_identity(entry), len(identities)),
+    ids: dict[str, int] = {}
+    annotations = []
+    for entry in lines:
+        name = _identity(entry)
+        annotations.append(
+            Annotation(
+                split=entry.split() if with_split else "test",
+                image=file.parent / entry.path("image"),
+                captions=[entry.caption("caption")],
+                identity=ids.setdefault(name, len(ids)),
+                name=name,
+            )
         )
-        for entry in lines
-    ]
+    return str(file), annotations
 
 
 def _find(title: str, root: Path) -> Path:

@@ -11,8 +11,9 @@ from PIL import Image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from upperson.data.samples import Sample
+from upperson.embedded.drawing import Drawing
 from upperson.errors import DataError
-from upperson.data.samples import Drawing, Sample
 
 NAMED_IN_ERROR = 5  # broken images that an error lists one by one
 
@@ -20,8 +21,10 @@ NAMED_IN_ERROR = 5  # broken images that an error lists one by one
 _drawn: WeakKeyDictionary[Drawing, np.ndarray] = WeakKeyDictionary()
 
 
-def load_image(image: Path | Drawing) -> Image.Image:
+def load_image(image: Path | Drawing | Image.Image) -> Image.Image:
     """The decoded RGB image. Raises DataError with the path of an image that is missing or broken."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
     if not isinstance(image, Path):
         pixels = _drawn.get(image)
         if pixels is None:
@@ -36,9 +39,9 @@ def load_image(image: Path | Drawing) -> Image.Image:
         raise DataError(f"{image}: image is broken ({error})") from error
 
 
-def load_pixels(image: Path | Drawing, image_size: tuple[int, int]) -> torch.Tensor:
+def load_pixels(image: Path | Drawing | Image.Image, image_size: tuple[int, int]) -> torch.Tensor:
     """[3, H, W] uint8: the image in `image_size` (height, width), bilinear and antialiased. Raises as `load_image`."""
-    resized = v2.functional.resize(load_image(image), image_size, v2.InterpolationMode.BILINEAR, antialias=True)
+    resized = v2.functional.resize(load_image(image), list(image_size), v2.InterpolationMode.BILINEAR, antialias=True)
     return v2.functional.pil_to_tensor(resized)
 
 

@@ -10,20 +10,24 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm import tqdm
 
-from upperson.errors import DataError
-from upperson.machine import share_of
-from upperson.data.augmentation import RandomAugmentation, normalise
+from upperson.data.augmentation import RandomAugmentation
 from upperson.data.cache import ImageCache
 from upperson.data.images import load_pixels
-from upperson.data.samples import Drawing, Sample
 from upperson.data.masking import mask_caption
+from upperson.data.preprocess import Preprocess
+from upperson.data.samples import Sample
+from upperson.embedded.drawing import Drawing
+from upperson.errors import DataError
+from upperson.machine import share_of
 
-Tokenizer = Callable[[list[str]], torch.Tensor]  # texts -> [texts, L] int64
+Tokenizer = Callable[[list[str]], torch.Tensor]  # texts -> (texts, L) int64
+Packer = Callable[[torch.Tensor], Any]  # token ids (B, L) int64 -> what the text tower takes
 PixelLoader = Callable[[Path | Drawing], torch.Tensor]  # image -> [3, H, W] uint8
 
 
@@ -47,6 +51,7 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     cache: ImageCache | None = None,
+    pack: Packer | None = None,
 ) -> DataLoader:
     """One epoch of batches for `to_device`: {"images": [B, 3, H, W] uint8, resized alone; "augmentation": [B, 7] int64,
     what is drawn for each (`upperson.data.augmentation.COLUMNS`); "captions": [B, L] int64; "person_ids": [B] int64}.
@@ -61,7 +66,8 @@ def train_loader(
     Of every batch, process `rank` of `world_size` loads the part that is its `share_of` the batch. A process without
     a share, as in a last batch of few pairs, loads the first pair of the batch instead, to have something to compute.
 
-    The captions are tokenised here, once. Images that are files come from `cache` if there is one.
+    The captions are tokenised here, once. `pack` is applied to the captions of each batch where it is loaded, such as
+    AdaptedCLIP.caption_packer(). Images that are files come from `cache` if there is one.
 
     Raises ValueError for a batch size below 2, a `first_batch` beyond the epoch, a rank that is not there or a cache
     of another image size, and DataError for fewer than two samples. An image that cannot be read raises DataError
@@ -74,30 +80,48 @@ def train_loader(
     pixels = _pixel_loader(image_size, cache)
     pairs = TrainingPairs(samples, pixels, RandomAugmentation(image_size), tokenizer, seed, mask_captions, mask_labels)
     batches = EpochBatches(len(samples), batch_size, seed, epoch, first_batch, rank, world_size)
-    return _loader(pairs, workers, batch_sampler=batches, persistent_workers=workers > 0)
+    return _loader(
+        pairs,
+        workers,
+        batch_sampler=batches,
+        persistent_workers=workers > 0,
+        collate_fn=default_collate if pack is None else partial(_collate, pack=pack),
+    )
 
 
 def image_loader(
     images: Sequence[Path | Drawing],
     *,
-    image_size: tuple[int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    preprocess: Preprocess,
     batch_size: int,
     workers: int,
     cache: ImageCache | None = None,
 ) -> DataLoader:
-    """Batches [B, 3, H, W] float32 of `images`, in order and without augmentation.
+    """Batches (B, 3, H, W) float32 of `images`, in order and without augmentation.
 
-    Images that are files come from `cache` if there is one; ValueError if that is of another image size.
+    Images that are files come from `cache` if there is one. Raises ValueError if the cache has another image size.
     """
-    dataset = EvaluationImages(images, _pixel_loader(image_size, cache), mean, std)
+    dataset = EvaluationImages(images, _pixel_loader(preprocess.image_size, cache), preprocess)
     return _loader(dataset, workers, batch_size=batch_size)
 
 
-def caption_loader(captions: Sequence[str], *, tokenizer: Tokenizer, batch_size: int) -> DataLoader:
-    """Batches [B, L] int64 of the token ids of `captions`, in order; what exceeds L tokens is cut off."""
-    return _loader(captions, workers=0, batch_size=batch_size, collate_fn=tokenizer)
+def caption_loader(
+    captions: Sequence[str], *, tokenizer: Tokenizer, batch_size: int, pack: Packer | None = None
+) -> DataLoader:
+    """Batches (B, L) int64 of the token ids of `captions`, in order, or what `pack` makes of them.
+
+    Tokens beyond L are cut off.
+    """
+
+    def collate(texts: list[str]) -> Any:
+        return tokenizer(texts) if pack is None else pack(tokenizer(texts))
+
+    return _loader(captions, workers=0, batch_size=batch_size, collate_fn=collate)
+
+
+def _collate(pairs: list[dict[str, Any]], pack: Packer) -> dict[str, Any]:
+    batch = default_collate(pairs)
+    return batch | {name: pack(batch[name]) for name in ("captions", "masked_captions") if name in batch}
 
 
 def _leave_process_group(_: int) -> None:
@@ -206,22 +230,16 @@ class TrainingPairs(Dataset):
 
 
 class EvaluationImages(Dataset):
-    """index -> [3, H, W] float32."""
+    """index -> (3, H, W) float32."""
 
-    def __init__(
-        self,
-        images: Sequence[Path | Drawing],
-        pixels: PixelLoader,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-    ):
-        self.images, self.pixels, self.mean, self.std = images, pixels, mean, std
+    def __init__(self, images: Sequence[Path | Drawing], pixels: PixelLoader, preprocess: Preprocess):
+        self.images, self.pixels, self.preprocess = images, pixels, preprocess
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return normalise(self.pixels(self.images[index]), self.mean, self.std)
+        return self.preprocess.normalise(self.pixels(self.images[index]))
 
 
 def _token_ids(captions: Sequence[str], tokenizer: Tokenizer) -> torch.Tensor:

@@ -1,7 +1,6 @@
-"""Images as evaluation sees them, and the masking of captions as the released UP-Person code does it."""
+"""The caption mask: tokens are hidden in training, as in the released UP-Person code."""
 
 import torch
-from torchvision.transforms import v2
 
 from upperson.losses.names import NOT_MASKED
 
@@ -11,22 +10,6 @@ MASK_ID = 49405
 END_ID = 49407
 
 SELECTED, MASKED, REPLACED = 0.15, 0.8, 0.1  # of the tokens; of the selected ones; the rest stay as they are
-
-
-def image_transform(image_size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> v2.Compose:
-    """RGB PIL image -> [3, H, W] float32, normalised with `mean` and `std`, which refer to values in [0, 1].
-
-    For evaluation: bilinear resize to `image_size` (height, width), with the antialiasing that PIL images always get.
-    """
-    return v2.Compose(
-        [
-            v2.Resize(image_size, v2.InterpolationMode.BILINEAR, antialias=True),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean, std),
-            v2.ToPureTensor(),
-        ]
-    )
 
 
 def mask_caption(token_ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,8 +6,8 @@ One JSON list, an entry an image: {"split": "train", "id": 5, "file_path": "CUHK
 
 from pathlib import Path
 
-from upperson.errors import DataError
 from upperson.data.annotations import Annotation, entries, find_folder, load_json
+from upperson.errors import DataError
 
 IMAGE_FOLDER = "imgs"
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from upperson.errors import DataError
 from upperson.data.annotations import SPLITS, Annotation
 from upperson.data.captioned import read_captioned
 from upperson.data.folder import read_folder
 from upperson.data.oddities import Counts, all_samples, counts, identities_in_train, images_of_several
 from upperson.data.pedestrian import read_pedestrian
-from upperson.data.samples import Sample
+from upperson.data.samples import Sample, names_of
+from upperson.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def read_dataset(name: str, root: str | Path, need: Sequence[str] = ("train", "t
         image_id = image_ids.setdefault(annotation.image, len(image_ids))
         person_id = image_id if annotation.identity is None else annotation.identity
         splits[annotation.split] += [
-            Sample(annotation.image, caption, person_id, image_id) for caption in annotation.captions
+            Sample(annotation.image, caption, person_id, image_id, annotation.name) for caption in annotation.captions
         ]
     for split in need:
         if not splits[split]:
@@ -121,6 +121,7 @@ def read_dataset(name: str, root: str | Path, need: Sequence[str] = ("train", "t
 
 
 def _warn_of_oddities(dataset: DataSet, splits: dict[str, list[Sample]]) -> None:
+    names = names_of(list(all_samples(splits)))
     for split, published in dataset.published.items():
         found = counts(splits.get(split, []))
         if found != published:
@@ -129,14 +130,14 @@ def _warn_of_oddities(dataset: DataSet, splits: dict[str, list[Sample]]) -> None
         if shared:
             _warn(
                 f"{dataset.title}, split {split!r}: {len(shared)} identities are in split 'train' too, first "
-                f"{shared[0]}. Unless ids restart in every split, the results are not on unseen people"
+                f"{names[shared[0]]}. Unless ids restart in every split, the results are not on unseen people"
             )
     several = images_of_several(all_samples(splits))
     if several:
         sample, identities = several[0]
         _warn(
-            f"{dataset.title}: image {sample.image} is listed under the identities {identities[0]} and "
-            f"{identities[1]}; {len(several)} such images in all"
+            f"{dataset.title}: image {sample.image} is listed under the identities {names[identities[0]]} and "
+            f"{names[identities[1]]}; {len(several)} such images in all"
         )
 
 

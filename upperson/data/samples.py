@@ -1,19 +1,12 @@
-"""What every data set is turned into: one `Sample` a caption."""
+"""What every data set is turned into: one `Sample` for each caption."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from PIL import Image
 
-
-class Drawing(Hashable, Protocol):
-    """An image that is drawn instead of read, such as a frozen dataclass. Equal ones have equal pixels."""
-
-    def draw(self) -> Image.Image:
-        """The RGB image, always the same one."""
+from upperson.embedded.drawing import Drawing
 
 
 @dataclass(frozen=True)
@@ -22,12 +15,18 @@ class Sample:
 
     image: Path | Drawing
     caption: str
-    person_id: int  # same person, same id, within one split; ids need not be contiguous
-    image_id: int  # one an image, over all splits of a data set
+    person_id: int  # the same for all samples of a person within one split; ids need not be contiguous
+    image_id: int  # one for each image, over all splits of a data set
+    person_name: str | None = None  # the person as the user's own file names them; None: the id is the name
+
+    @property
+    def person(self) -> str | int:
+        """The person as the data set names them."""
+        return self.person_id if self.person_name is None else self.person_name
 
 
 def gallery(samples: Sequence[Sample]) -> tuple[list[Path | Drawing], torch.Tensor]:
-    """The distinct images, in order of first appearance, and their person ids, [images] int64."""
+    """The distinct images, in order of first appearance, and their person ids, (images,) int64."""
     first: dict[int, Sample] = {}
     for sample in samples:
         first.setdefault(sample.image_id, sample)
@@ -36,6 +35,11 @@ def gallery(samples: Sequence[Sample]) -> tuple[list[Path | Drawing], torch.Tens
 
 
 def queries(samples: Sequence[Sample]) -> tuple[list[str], torch.Tensor]:
-    """The captions, in order, and their person ids, [captions] int64."""
+    """The captions, in order, and their person ids, (captions,) int64."""
     person_ids = [sample.person_id for sample in samples]
     return [sample.caption for sample in samples], torch.tensor(person_ids, dtype=torch.int64)
+
+
+def names_of(samples: Sequence[Sample]) -> dict[int, str | int]:
+    """The name of each person by id."""
+    return {sample.person_id: sample.person for sample in samples}

@@ -1,1 +1,5 @@
-"""TODO"""
+"""Using what was trained.
+
+merge.py      folds a checkpoint into the weights of a plain CLIP; the command: upperson merge
+switching.py  several adaptations of one backbone, switched at run time
+"""

@@ -1,7 +1,7 @@
 """Folds a checkpoint into the weights of a plain CLIP, which open_clip loads and which costs nothing extra.
 
-    python -m upperson.deploy.merge CHECKPOINT OUTPUT.safetensors
-    python -m upperson.deploy.merge CHECKPOINT OUTPUT.safetensors --rest REST.safetensors
+    upperson merge CHECKPOINT OUTPUT.safetensors
+    upperson merge CHECKPOINT OUTPUT.safetensors --rest REST.safetensors
 
 LoRA, DoRA and WoRA fold into the weights of keys and values, LN-tuning into LayerNorm's gain and bias; CLIP's own
 weights, where a method trains them, are such already. Others do not fold. A prefix is columns of keys and values of its
@@ -23,13 +23,15 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from upperson.errors import BackboneError, CheckpointError, MergeError, MethodError
+from upperson.config import ModelConfig
+from upperson.errors import MergeError, exit_status
 from upperson.files import write_atomically
-from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
-from upperson.config import Config, ModelConfig
-from upperson.model import AdaptedCLIP
+from upperson.methods import Place
+from upperson.model import AdaptedCLIP, load_model
+from upperson.model.adapted_clip import parameters_of
 from upperson.model.backbone import CLIP_VOCABULARY, configuration_file, random_clip
-from upperson.model.block import KINDS, Block, kind_of, parameters_of
+from upperson.model.block import KINDS, Block
+from upperson.model.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from upperson.model.weights import weights_as_bytes
 from upperson.petl import LayerNormTuning, LoRA
 
@@ -44,16 +46,16 @@ def merge(model: AdaptedCLIP) -> dict[str, Tensor]:
     """
     modules = unfoldable(model)
     if modules:
-        named = dict.fromkeys(f"{kind_of(name)} {type(module).__name__}" for name, module in modules.items())
+        named = dict.fromkeys(f"{place.kind} {type(module).__name__}" for place, module in modules.items())
         raise MergeError(f"does not fold into weights that open_clip can use: {', '.join(named)}")
     return folded(model)
 
 
-def unfoldable(model: AdaptedCLIP) -> dict[str, nn.Module]:
-    """The trained modules that do not fold, by name."""
+def unfoldable(model: AdaptedCLIP) -> dict[Place, nn.Module]:
+    """The trained modules that do not fold, by their places."""
     return {
-        name: module
-        for name, module in model.trained_modules().items()
+        place: module
+        for place, module in model.trained_modules().items()
         if not isinstance(module, LoRA | LayerNormTuning)
     }
 
@@ -80,33 +82,31 @@ def folded(model: AdaptedCLIP) -> dict[str, Tensor]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, or 1 after one line on what went wrong; wrong arguments exit with 2, as argparse does."""
+    """The exit status: 0, or 1 after an error of one line. Wrong arguments exit with 2, as in argparse."""
     parser = _parser()
     options = parser.parse_args(argv)
+    return exit_status(lambda: _merge(parser, options))
+
+
+def _merge(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     outputs = [path for path in (options.output, options.rest) if path is not None]
+    checkpoint = load_checkpoint(options.checkpoint)
+    changes = {} if options.pretrained is None else {"pretrained": options.pretrained}
     try:
-        config = load_checkpoint(options.checkpoint).config
-        changes = {} if options.pretrained is None else {"pretrained": options.pretrained}
-        try:
-            config = config.replace(**changes)
-        except ValueError as error:
-            parser.error(str(error))
-        _check_places(parser, outputs, [options.checkpoint, Path(config.model.pretrained), Path(config.model.model)])
-        found = merge_checkpoint(options.checkpoint, config, options.output, options.rest)
-    except (BackboneError, CheckpointError, MergeError, MethodError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        checkpoint = replace(checkpoint, config=checkpoint.config.replace(**changes))
+    except ValueError as error:
+        parser.error(str(error))
+    backbone = checkpoint.config.model
+    _check_files(parser, outputs, [options.checkpoint, Path(backbone.pretrained), Path(backbone.model)])
+    found = merge_checkpoint(checkpoint, options.output, options.rest)
     print(f"features differ by {found:.1e} at most, relative, in float32")
-    print("\n".join(_how_to_load(config.model, *outputs)))
+    print("\n".join(_how_to_load(backbone, *outputs)))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m upperson.deploy.merge",
+        prog="upperson merge",
         allow_abbrev=False,
         description="Fold a checkpoint into the weights of a plain CLIP, for open_clip: LoRA, DoRA, WoRA, LN-tuning, "
         "full fine-tuning. Prefixes and bottleneck adapters do not fold. The result is compared with the checkpoint "
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_places(parser: argparse.ArgumentParser, outputs: list[Path], inputs: list[Path]) -> None:
+def _check_files(parser: argparse.ArgumentParser, outputs: list[Path], inputs: list[Path]) -> None:
     for path in outputs:
         if path.suffix != ".safetensors":
             parser.error(f"{path}: expected a name that ends in .safetensors")
@@ -139,7 +139,7 @@ def _check_places(parser: argparse.ArgumentParser, outputs: list[Path], inputs: 
 def _how_to_load(config: ModelConfig, output: Path, rest: Path | None = None) -> list[str]:
     """Lines of Python."""
     if rest is not None:
-        return [f"upperson.model.checkpoint.load_model({str(rest)!r})          # and {output}"]
+        return [f"upperson.load_model({str(rest)!r})          # and {output}"]
     path = configuration_file(config.model)
     known = [] if path is None else [f"open_clip.add_model_config({str(path)!r})"]
     name = config.model if path is None else path.stem
@@ -149,15 +149,16 @@ def _how_to_load(config: ModelConfig, output: Path, rest: Path | None = None) ->
     ]
 
 
-def merge_checkpoint(path: Path, config: Config, output: Path, rest: Path | None = None) -> float:
-    """Writes the merged weights of the checkpoint at `path` to `output`, and what does not fold to `rest`.
+def merge_checkpoint(checkpoint: Checkpoint, output: Path, rest: Path | None = None) -> float:
+    """Writes the merged weights of a checkpoint to `output`, and what does not fold to `rest`.
 
-    `config` is the checkpoint's, with `pretrained` where its backbone now lies. Returns the largest relative difference
-    of features between what was written and the checkpoint. Nothing is written, and nothing there is touched, where
-    that is above TOLERANCE or anything else fails: MergeError, BackboneError, CheckpointError or OSError.
+    Returns the largest relative difference of features between what was written and the checkpoint. Where it is above
+    TOLERANCE, or anything else fails, nothing is written and nothing there is touched. Raises MergeError,
+    BackboneError, CheckpointError or OSError.
     """
-    model = load_model(path, pretrained=config.model.pretrained, backend="torch")
-    remaining = unfoldable(model)
+    path, config = checkpoint.path, checkpoint.config
+    model = build_model(checkpoint, backend="torch")
+    remaining, method = unfoldable(model), config.model.method
     if rest is None:
         try:
             state = merge(model)
@@ -166,18 +167,17 @@ def merge_checkpoint(path: Path, config: Config, output: Path, rest: Path | None
     elif not remaining:
         raise MergeError(f"{path}: everything in it folds into {output}; nothing remains for {rest}")
     else:
-        kept, kinds = ({kind_of(name) for name in names} for names in (remaining, model.trained_modules()))
-        method = config.model.method.without([kind for kind in KINDS if kind in kinds - kept])
+        kept, kinds = ({place.kind for place in places} for places in (remaining, model.trained_modules()))
+        method = method.without([kind for kind in KINDS if kind in kinds - kept])
         state = folded(model)
 
-    content = weights_as_bytes(state, config.model.image_size, model.image_mean, model.image_std)
+    content = weights_as_bytes(state, model.preprocess)
     with staged([output] if rest is None else [output, rest]) as (staged_output, *staged_rest):
         write_atomically(staged_output, content)
         if staged_rest:
             backbone = replace(config.model, method=method, pretrained=str(output))
-            save_checkpoint(
-                staged_rest[0], parameters_of(remaining), replace(config, model=backbone), load_checkpoint(path).results
-            )
+            others = replace(config, model=backbone)
+            save_checkpoint(staged_rest[0], parameters_of(remaining), others, checkpoint.results)
             written = load_model(staged_rest[0], pretrained=str(staged_output), backend="torch")
         else:
             written = random_clip(config.model.model, config.model.image_size).eval()
@@ -185,8 +185,8 @@ def merge_checkpoint(path: Path, config: Config, output: Path, rest: Path | None
         found = largest_difference(model, written)
         if not found <= TOLERANCE:  # NaN as well
             raise MergeError(
-                f"{path}: the merged features differ by {found:.1e}, relative, from the checkpoint's; "
-                f"expected {TOLERANCE:.0e} at most; nothing was written"
+                f"{path}: the merged features differ by {found:.1e}, relative, from the checkpoint's; expected "
+                f"{TOLERANCE:.0e} at most; nothing was written"
             )
     return found
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from upperson.errors import CheckpointError
-from upperson.model.checkpoint import copy_parameters, load_checkpoint, other_backbone
 from upperson.model import AdaptedCLIP
-from upperson.model.block import parameters_of
+from upperson.model.adapted_clip import parameters_of
+from upperson.model.checkpoint import copy_parameters, load_checkpoint, other_backbone
 
 ORIGINAL = "original"
 COMPUTED = ("backend", "skip_unread", "pack_captions", "low_rank_gradients")  # how it computes, not what

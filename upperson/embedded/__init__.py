@@ -1,9 +1,7 @@
-"""The embedded data sets: drawn pedestrians and scenes, by day and by night, and a small CLIP that never saw a person.
+"""The embedded data sets and the small CLIP, which need no network and no other files.
 
-It needs no network and no files beside the package, and proves the whole path, not the paper's accuracy.
+    dataset.py    synthetic people in several views, and scenes without people, by day and by night
+    weights.py    a small CLIP that was trained on scenes without people (pretrain.py)
+
+They prove the whole path, not the paper's accuracy.
 """
-
-from upperson.embedded.dataset import read_embedded, read_scenes
-from upperson.embedded.weights import CLIP_CONFIG, load_embedded_clip
-
-__all__ = ["CLIP_CONFIG", "load_embedded_clip", "read_embedded", "read_scenes"]

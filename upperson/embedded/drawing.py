@@ -1,7 +1,8 @@
 """A supersampled canvas: polygons, limbs and patterned fills in final pixels, reduced once at the end."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -10,6 +11,14 @@ from upperson.embedded.vocabulary import RGB, Item
 
 Point = tuple[float, float]
 Fill = RGB | tuple[int, int, int, int]
+
+
+class Drawing(Hashable, Protocol):
+    """An image that is drawn instead of read, such as a frozen dataclass. Equal ones have equal pixels."""
+
+    def draw(self) -> Image.Image:
+        """The RGB image, always the same one."""
+        ...
 
 
 def shade(rgb: RGB, factor: float) -> RGB:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from upperson.data.samples import Drawing
-from upperson.embedded.drawing import Light
+from upperson.embedded.drawing import Drawing, Light
 
 AMBIENT = 0.6  # how bright it is outside the light of the street lamp; inside it is 1
 

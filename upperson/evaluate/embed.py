@@ -1,4 +1,4 @@
-"""Retrieval by a model, text → image and image → text: embeds once, ranks either way, measures."""
+"""The features of a split, and retrieval in either direction, text → image and image → text."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from upperson.config import Config
 from upperson.data import ImageCache, Sample, caption_loader, gallery, image_loader, queries
-from upperson.machine import ALONE, Group
 from upperson.evaluate.metrics import Retrieval, retrieval_metrics
+from upperson.machine import ALONE, Group, autocast
 from upperson.model import AdaptedCLIP
 
 
@@ -49,9 +48,18 @@ def embed(
     group: Group = ALONE,
     cache: ImageCache | None = None,
 ) -> Embeddings:
-    """The captions of `samples` and their distinct images, embedded where the model is.
+    """The features of the captions of `samples` and of their distinct images, computed on the model's device.
 
-    The processes of `group` embed a share each, and all get the whole. Image files come from `cache` if there is one.
+    Args:
+        model: on any device; compiled blocks run eagerly here.
+        samples: one for each caption.
+        batch_size: images or captions that are embedded at once.
+        workers: processes that load images.
+        precision: "fp32", "bf16" or "fp16".
+        progress: whether a bar is shown.
+        group: processes that embed a share each; all of them get the whole.
+        cache: where image files come from instead, if there is one.
+
     Raises DataError for an image that cannot be read.
     """
     images, image_person_ids = gallery(samples)
@@ -59,14 +67,14 @@ def embed(
     device = next(model.parameters()).device
     own_images = image_loader(
         group.own(images),
-        image_size=model.config.image_size,
-        mean=model.image_mean,
-        std=model.image_std,
+        preprocess=model.preprocess,
         batch_size=batch_size,
         workers=workers,
         cache=cache,
     )
-    own_captions = caption_loader(group.own(captions), tokenizer=model.tokenizer, batch_size=batch_size)
+    own_captions = caption_loader(
+        group.own(captions), tokenizer=model.tokenizer, batch_size=batch_size, pack=model.caption_packer()
+    )
 
     def features(encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], name: str) -> Tensor:
         shown = None if progress and group.is_main else True
@@ -74,38 +82,20 @@ def embed(
         none = torch.empty(0, model.embedding_width, device=device)  # a share may be empty
         return torch.cat([none, *(encode(batch.to(device, non_blocking=True)).float() for batch in bar)])
 
-    with autocast(device, precision):
+    with autocast(device, precision), torch.compiler.set_stance("force_eager"):
         image_features = features(model.encode_image, own_images, "images")
         text_features = features(model.encode_text, own_captions, "captions")
     image_features = group.gather(image_features, len(images))
     text_features = group.gather(text_features, len(captions))
+    if device.type == "mps":  # which has no float64, in which the metrics are averaged
+        image_features, text_features = image_features.cpu(), text_features.cpu()
     return Embeddings(image_features, text_features, image_person_ids, caption_person_ids)
 
 
 def evaluate(model: AdaptedCLIP, samples: Sequence[Sample], **options: Any) -> Retrieval:
     """Every caption of `samples` searches the distinct images of `samples`; `options` are those of `embed`.
 
-    `top` of the result indexes the images in the order of `upperson.data.gallery`.
+    `top` of the result indexes the images in the order of `upperson.data.gallery`. Raises RetrievalError as
+    retrieval_metrics.
     """
     return embed(model, samples, **options).text_to_image()
-
-
-def search(
-    config: Config,
-    model: AdaptedCLIP,
-    samples: list[Sample],
-    precision: str,
-    group: Group = ALONE,
-    cache: ImageCache | None = None,
-) -> Retrieval:
-    """What the captions of `samples` find among their images, embedded as `config` says, and never compiled."""
-    with torch.compiler.set_stance("force_eager"):
-        return evaluate(
-            model,
-            samples,
-            batch_size=config.train.evaluate_batch_size,
-            workers=config.data.workers,
-            precision=precision,
-            group=group,
-            cache=cache,
-        )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from upperson.errors import RetrievalError
 
 CMC_LENGTH = 10

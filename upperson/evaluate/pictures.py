@@ -1,8 +1,8 @@
-"""What a run shows: the table, the curve, and the picture of the top ten."""
+"""Pictures of a training: the curve, and the ten images that captions find."""
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -10,11 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import ImageOps
-from torch import Tensor
 
 from upperson.data import Sample, gallery, load_image
+from upperson.evaluate.results import Results
 
-METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
 RIGHT, WRONG = "#1a8a3c", "#c8322b"
 LOSS, MAIN, SECOND, QUIET = "#555555", "#1f5fa8", "#7fb0e0", "#888888"
 STYLE = {
@@ -30,31 +29,15 @@ THUMBNAIL = (192, 64)  # height, width of an image in the picture, whatever its 
 CAPTION_WIDTH = 150  # characters
 
 
-def text(results: dict[str, Any]) -> str:
-    """The results table for a terminal."""
-    measured = _rows(results)
-    width = max(18, *(len(name) for name, _ in measured))
-    rows = ["".join([" " * width, *(f"{name:>8}" for name in METRICS)])]
-    rows += ["".join([name.ljust(width), *(f"{metrics[key]:8.2f}" for key in METRICS)]) for name, metrics in measured]
-    return "\n".join([_title(results), "", *rows, "", *_footnotes(results)])
+def curve(histories: Sequence[Sequence[dict[str, Any]]], split: str, results: Results) -> bytes:
+    """PNG of the training loss, and of R@1 and mAP on the split that was watched, by epoch; stages side by side.
 
-
-def markdown(results: dict[str, Any]) -> str:
-    """The same as Markdown."""
-    rows = [f"| | {' | '.join(METRICS)} |", "|---|" + "---:|" * len(METRICS)]
-    rows += [f"| {name} | {' | '.join(f'{metrics[key]:.2f}' for key in METRICS)} |" for name, metrics in _rows(results)]
-    return "\n".join([_title(results), "", *rows, "", "\n\n".join(_footnotes(results)), ""])
-
-
-def curve(histories: Sequence[Sequence[dict[str, Any]]], split: str, results: dict[str, Any]) -> bytes:
-    """PNG of training loss, and R@1 and mAP on the split that was watched, by epoch; stages stand beside each other.
-
-    A history, one for each stage of the training, holds one entry an epoch with the keys epoch, loss, R@1 and mAP; the
-    first, of epoch 0, is what was measured before and has no loss.
+    There is one history for each stage of the training, with one entry for each epoch: epoch, loss, R@1 and mAP. The
+    first entry, of epoch 0, was measured before training and has no loss.
     """
-    stages = results.get("stages", [results])
-    losses = ", then ".join(dict.fromkeys(stage["losses"] for stage in stages))
-    before = "at the start" if "start" in stages[0] else "zero-shot CLIP"
+    stages = results.stages or (results,)
+    losses = ", then ".join(dict.fromkeys(stage.losses or "" for stage in stages))
+    before = "zero-shot CLIP" if stages[0].start is None else "at the start"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -62,16 +45,17 @@ def curve(histories: Sequence[Sequence[dict[str, Any]]], split: str, results: di
         for history, stage in zip(histories, stages, strict=True):
             epochs = history[1:]
             numbers = [ended + entry["epoch"] for entry in epochs]
-            left.plot(numbers, [entry["loss"] for entry in epochs], color=LOSS, marker=".")
+            left.plot(numbers, [entry["loss"] for entry in epochs], color=LOSS, marker=".", clip_on=False)
             for key, colour in (("R@1", MAIN), ("mAP", SECOND)):
                 label = key if not ended else None
-                right.plot(numbers, [entry[key] for entry in epochs], color=colour, marker=".", label=label)
+                values = [entry[key] for entry in epochs]
+                right.plot(numbers, values, color=colour, marker=".", label=label, clip_on=False)
                 if not ended:
                     right.axhline(history[0][key], color=colour, linestyle=":", label=f"{key}, {before}")
-            chosen = ended + stage["epoch"]
+            selected = stage.epoch or 0
             right.plot(
-                chosen,
-                history[stage["epoch"]]["R@1"],
+                ended + selected,
+                history[selected]["R@1"],
                 "o",
                 color=MAIN,
                 markersize=9,
@@ -85,36 +69,47 @@ def curve(histories: Sequence[Sequence[dict[str, Any]]], split: str, results: di
             if len(stages) > 1:
                 for axes in (left, right):
                     axes.annotate(
-                        stage["title"], (ended + 0.6, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color=QUIET
+                        stage.title or stage.method,
+                        (ended + 0.6, 0.02),
+                        xycoords=("data", "axes fraction"),
+                        fontsize=8,
+                        color=QUIET,
                     )
             ended = numbers[-1]
         left.set(title=f"Training loss ({losses})", xlabel="epoch", ylabel="loss, mean over the epoch")
         right.set(
-            title=f"Text → image retrieval, {results['dataset']}, {split} split", xlabel="epoch", ylabel="percent"
+            title=f"Text → image retrieval, {results.evaluated_on}, {split} split", xlabel="epoch", ylabel="percent"
         )
         right.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
         for axes in (left, right):
             axes.margins(y=0.1)
             axes.set_ylim(bottom=0)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlim(0.5, ended + 0.5)  # half an epoch beside the first and the last point
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         return as_png(figure)
 
 
-def top_ten(samples: Sequence[Sample], tops: dict[str, Tensor], shown: int = 4) -> bytes:
-    """PNG of what a few captions found: ten images each, best first, right and wrong ones marked.
+def shown_queries(samples: Sequence[Sample], number: int) -> list[int]:
+    """The queries that a picture shows, evenly spaced through the split: not a selection of good ones."""
+    number = min(number, len(samples))
+    return [(2 * i + 1) * len(samples) // (2 * number) for i in range(number)]
 
-    `tops` holds by method what it found, (queries, at most 10) indices of the distinct images of `samples`
-    (Retrieval.top); methods stand below each other, named if there are several. The queries are evenly spaced through
-    the split, so the picture is no selection of good ones.
+
+def top_ten(samples: Sequence[Sample], queries: Sequence[int], tops: Mapping[str, Sequence[Sequence[int]]]) -> bytes:
+    """PNG of the ten images that captions find, best first, right and wrong ones marked.
+
+    Args:
+        samples: the split.
+        queries: the captions to show, as indices into `samples`.
+        tops: by method, for each of these captions, indices of the distinct images of `samples`. The rows of one
+            caption are below each other, with the name of the method if there are several.
     """
     images, image_ids = gallery(samples)
-    shown = min(shown, len(samples))
-    chosen = [(2 * i + 1) * len(samples) // (2 * shown) for i in range(shown)]
-    columns = next(iter(tops.values())).shape[1]
+    columns = max(len(top) for rows in tops.values() for top in rows)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 0.4 + 3 * shown * len(tops)))
-        rows = figure.add_gridspec(
-            shown * len(tops),
+        figure = Figure(figsize=(10.5, 0.4 + 3 * len(queries) * len(tops)))
+        grid = figure.add_gridspec(
+            len(queries) * len(tops),
             columns,
             left=0.01 if len(tops) == 1 else 0.04,
             right=0.99,
@@ -132,20 +127,19 @@ def top_ten(samples: Sequence[Sample], tops: dict[str, Tensor], shown: int = 4) 
             va="top",
             fontweight="bold",
         )
-        for row, (query, (method, top)) in enumerate((query, item) for query in chosen for item in tops.items()):
+        for number, query in enumerate(queries):
             sample = samples[query]
-            for column, index in enumerate(top[query].tolist()):
-                axes = figure.add_subplot(rows[row, column])
-                thumbnail = ImageOps.pad(load_image(images[index]), THUMBNAIL[::-1], color="white")
-                _framed(axes, thumbnail, column + 1, image_ids[index].item() == sample.person_id)
-                if column:
-                    continue
-                if row % len(tops) == 0:
-                    axes.set_title(
-                        _caption(sample.caption), loc="left", fontsize=9.5, pad=6, linespacing=1.3, parse_math=False
-                    )
-                if len(tops) > 1:
-                    axes.set_ylabel(method, fontsize=10.5, fontweight="bold")
+            for below, (method, rows) in enumerate(tops.items()):
+                for column, index in enumerate(rows[number]):
+                    axes = figure.add_subplot(grid[number * len(tops) + below, column])
+                    thumbnail = ImageOps.pad(load_image(images[index]), THUMBNAIL[::-1], color="white")
+                    _framed(axes, thumbnail, column + 1, image_ids[index].item() == sample.person_id)
+                    if column == 0 and below == 0:
+                        axes.set_title(
+                            _caption(sample.caption), loc="left", fontsize=9.5, pad=6, linespacing=1.3, parse_math=False
+                        )
+                    if column == 0 and len(tops) > 1:
+                        axes.set_ylabel(method, fontsize=10.5, fontweight="bold")
         return as_png(figure)
 
 
@@ -161,45 +155,6 @@ def _framed(axes: Axes, image: Any, rank: int, right: bool) -> None:
 
 def _caption(caption: str) -> str:
     return "\n".join(textwrap.wrap(f"“{caption}”", CAPTION_WIDTH, max_lines=2, placeholder=" …”"))
-
-
-def _rows(results: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """Before the training, and after it or after each of its stages."""
-    rows = [("zero-shot CLIP", results["zero_shot"])]
-    if "start" in results:
-        rows.append(("start", results["start"]))
-    if "stages" in results:
-        return rows + [(stage["title"], stage["adapted"]) for stage in results["stages"]]
-    return rows if results["selection"] == "none" else [*rows, (results["method"], results["adapted"])]
-
-
-def _title(results: dict[str, Any]) -> str:
-    return (
-        f"Text → image retrieval on {results['dataset']}, {results['split']} split: {results['queries']:,} "
-        f"queries, {results['gallery']:,} images; percent"
-    )
-
-
-def _footnotes(results: dict[str, Any]) -> list[str]:
-    trained = f"{results['trained_parameters']:,} of {results['all_parameters']:,} parameters trained."
-    if "stages" in results:
-        stages = [note for stage in results["stages"] for note in _footnotes(stage | {"method": stage["title"]})]
-        return [*stages, f"{results['method']}, all stages: {trained}"]
-    return [
-        f"{results['method']}: epoch {results['epoch']} of {results['epochs']}, selection {results['selection']} "
-        f"({results['selection_meaning']}); {trained}"
-    ]
-
-
-def aligned(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table that a terminal shows well, too: the first column to the left, the others right."""
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = []
-    for cells in (header, rule, *body):
-        others = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
-        lines.append(f"| {' | '.join([cells[0].ljust(widths[0]), *others])} |")
-    return lines
 
 
 def as_png(figure: Figure) -> bytes:

@@ -86,14 +86,17 @@ class MaskedLanguageModel(nn.Module):
         nn.init.normal_(self.head[0].weight, std=wide)
         nn.init.normal_(self.head[3].weight, std=outer)
 
-    def forward(self, image_tokens: Tensor, text_tokens: Tensor, token_ids: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross entropy over the masked tokens of all processes, a scalar in float32 at least; 0 where none is.
+    def forward(self, image_tokens: Tensor, text_tokens: Tensor, ends: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy over the masked tokens of all processes, a scalar in float32 at least; 0 without any.
 
-        image_tokens (B, N, E) and text_tokens (B, L, E), of the masked captions; token_ids and labels (B, ≥ L) int64,
-        with NOT_MASKED where nothing is to be predicted.
+        Args:
+            image_tokens: (B, N, E).
+            text_tokens: (B, L, E), of the masked captions.
+            ends: (B,) int64, the position of the end token of each caption.
+            labels: (B, ≥ L) int64, NOT_MASKED where nothing is to be predicted.
         """
         length = text_tokens.shape[1]
-        padding = torch.arange(length, device=token_ids.device) > token_ids.argmax(1, keepdim=True)
+        padding = torch.arange(length, device=ends.device) > ends[:, None]
         image = self.ln_image(image_tokens)
         x, _ = self.attention(self.ln_text(text_tokens), image, image, need_weights=False)
         x = self.ln_post(self.transformer(x, src_key_padding_mask=padding))

@@ -57,6 +57,11 @@ class Objective(nn.Module):
         """The parameters of the heads: objective.{id,mlm}.…"""
         return {f"objective.{name}": parameter for name, parameter in self.named_parameters()}
 
+    def heads(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The parameters of each head, id or mlm, by name."""
+        heads = {"id": self.id, "mlm": self.mlm}
+        return {name: dict(head.named_parameters()) for name, head in heads.items() if head is not None}
+
     def forward(
         self, model: AdaptedCLIP, batch: Mapping[str, Tensor], pairs: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -72,10 +77,10 @@ class Objective(nn.Module):
         else:
             masked, labels = batch["masked_captions"], batch["mask_labels"]
             image_features, image_tokens = model.encode_image_tokens(images)
-            text_features, text_tokens = model.encode_text_tokens(masked)
+            text_features, text_tokens, ends = model.encode_text_tokens(masked)
             counted = torch.arange(len(labels), device=labels.device) < len(self.group.share_of(pairs))
             labels = labels.where(counted[:, None], NOT_MASKED)
-            losses["mlm"] = self.mlm(image_tokens, text_tokens, masked, labels)
+            losses["mlm"] = self.mlm(image_tokens, text_tokens, ends, labels)
             if self.weights.keys() != {"mlm"} and not self.mask_captions:  # the others see them unmasked
                 text_features = model.encode_text(captions)
         image_features, text_features, person_ids = (

@@ -10,10 +10,9 @@
 The modules that they put into a CLIP stand in upperson/petl/.
 """
 
-from upperson.errors import MethodError
 from upperson.methods.cskt import CSKT
 from upperson.methods.full_fine_tuning import FullFineTuning
-from upperson.methods.method import Method, Stage
+from upperson.methods.method import Method, Place, Stage
 from upperson.methods.prompt_decoupling import PromptDecoupling
 from upperson.methods.up_person import UPPerson
 from upperson.methods.zero_shot import ZeroShot
@@ -24,4 +23,4 @@ METHODS: dict[str, type[Method]] = {
 DEFAULT = UPPerson.name
 BASELINES = (ZeroShot.name, FullFineTuning.name)  # what every method is compared with
 
-__all__ = ["BASELINES", "DEFAULT", "METHODS", "Method", "MethodError", "Stage"]
+__all__ = ["BASELINES", "DEFAULT", "METHODS", "Method", "Place", "Stage"]

@@ -1,13 +1,17 @@
 """CSKT (arXiv 2309.09496): prompts coupled between the towers in both directions, adapters beside the MLP."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
-
-from upperson.methods.method import Method, Towers, require_room
 from upperson.fields import option
-from upperson.petl import CoupledPrompt, NormedAdapter
+from upperson.methods.method import Method, Place, require_room
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from upperson.methods.method import Towers
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,13 @@ class CSKT(Method):
             },
         }
 
-    def modules(self, towers: Towers) -> dict[str, nn.Module]:
+    def modules(self, towers: Towers) -> dict[Place, nn.Module]:
         """Prompts in layers i < depth, the input counting as layer 0; adapters in all blocks, whatever the depth."""
+        from upperson.petl import CoupledPrompt, NormedAdapter  # imports torch, which options do not need
+
         widths = {tower: blocks[0].attn.embed_dim for tower, blocks in towers.items()}
         scales = {"image": self.adapter_scale_image, "text": self.adapter_scale_text}
-        modules: dict[str, nn.Module] = {}
+        modules: dict[Place, nn.Module] = {}
         for tower, blocks in towers.items():
             width = widths[tower]
             other_width = widths["text" if tower == "image" else "image"]
@@ -77,11 +83,12 @@ class CSKT(Method):
             require_room(tower, "adapter_reduction", self.adapter_reduction, width, "the width")
             depth = min(map(len, towers.values())) if self.depth_prompt is None else self.depth_prompt
             for i, block in enumerate(blocks):
-                name = f"{tower}.blocks.{i}"
                 if self.prompts and i < depth:
-                    modules[f"{name}.prompt"] = CoupledPrompt(self.prompt_length, width, other_width, tower == "text")
+                    modules[Place(tower, i, "prompt")] = CoupledPrompt(
+                        self.prompt_length, width, other_width, first=tower == "text"
+                    )
                 if self.adapters:
-                    modules[f"{name}.adapter_mlp"] = NormedAdapter(
+                    modules[Place(tower, i, "adapter_mlp")] = NormedAdapter(
                         block.ln_2, width // self.adapter_reduction, scales[tower]
                     )
         return modules

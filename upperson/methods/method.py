@@ -1,18 +1,32 @@
 """What a method is: what it trains in a CLIP, by which recipe, in which stages."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
-
-from torch import nn
 
 from upperson.errors import MethodError
 from upperson.fields import Checked
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from upperson.model.block import Block
 
-Towers = Mapping[str, Sequence["Block"]]  # the blocks of "image" and "text"
+    Towers = Mapping[str, Sequence[Block]]  # the blocks of "image" and "text"
+
+
+class Place(NamedTuple):
+    """Where a trained module is in the model: a kind of module in a block of a tower."""
+
+    tower: str  # "image" or "text"
+    block: int  # counted from the input
+    kind: str  # one of upperson.model.block.KINDS
+
+    def __str__(self) -> str:
+        """The prefix of its parameters' names in a checkpoint."""
+        return f"{self.tower}.blocks.{self.block}.{self.kind}"
 
 
 class Stage(NamedTuple):
@@ -28,14 +42,14 @@ class Method(Checked):
     """The base of all methods. Its subclasses are frozen dataclasses whose fields, made by upperson.fields.option, are
     the method's options: flags on the command line, and in the configuration of a checkpoint.
 
-    A subclass has a `name`, and answers what of the following is another for it than for one that trains nothing.
+    A subclass has a `name`, and overrides the properties below whose default does not fit.
     """
 
     name: ClassVar[str]
 
     @property
     def title(self) -> str:
-        """What is trained, in the field's words, for tables."""
+        """The method in the field's words, for tables."""
         return self.name
 
     @property
@@ -50,12 +64,12 @@ class Method(Checked):
 
     @property
     def positions_taken(self) -> int:
-        """Positions behind a caption's start token that prompts take from its words: as many as they are, or none."""
+        """Number of positions behind a caption's start token that prompts take from its words."""
         return 0
 
     @classmethod
     def recipe(cls, drawn: bool) -> dict[str, Any]:
-        """The fields of the configuration that it is trained with, where they differ from those of UP-Person.
+        """The fields of the configuration that the method is trained with, where they differ from UP-Person's.
 
         `drawn`: on the embedded data and CLIP, which are smaller.
         """
@@ -63,33 +77,34 @@ class Method(Checked):
 
     @classmethod
     def sweeps(cls, drawn: bool) -> dict[str, dict[str, dict[str, Any]]]:
-        """What to vary for a figure: title of an axis → label of a point → the fields that it changes."""
+        """The options that a figure varies: title of an axis → label of a point → the fields that the point changes."""
         return {}
 
-    def modules(self, towers: Towers) -> dict[str, nn.Module]:
-        """New trained modules with initial values, by name: {image,text}.blocks.{i}.{kind}.
+    def modules(self, towers: Towers) -> dict[Place, nn.Module]:
+        """New trained modules with initial values, by their places in the model.
 
-        The kinds are those that upperson.model.block.Block has a place for. A tower has prompts in its first layers, or
-        prefixes anywhere, but not both. Raises MethodError.
+        The kinds are upperson.model.block.KINDS. A tower has prompts in its first layers, or prefixes anywhere, but not
+        both. Raises MethodError.
         """
         return {}
 
     def decided(self) -> dict[str, Any]:
-        """Fields of the configuration that the method's own options decide, whatever stands in them."""
+        """Fields of the configuration that the method's own options override."""
         return {}
 
     @property
     def continues(self) -> bool:
-        """Whether a training only makes sense from the parameters of an earlier one (--start-from)."""
+        """Whether a training must start from the parameters of an earlier one (--start-from)."""
         return False
 
     def stages(self) -> Sequence[Stage]:
-        """The stages of a training, each a run of its own; none: it has no stages."""
+        """The stages of a training, each a run of its own; empty for a training in one piece."""
         return ()
 
-    def without(self, kinds: Iterable[str]) -> "Method":
-        """The method that is left when its modules of these kinds have become weights of CLIP, and CLIP's own weights,
-        where it trains those, are the backbone's (upperson.deploy.merge).
+    def without(self, kinds: Iterable[str]) -> Method:
+        """The method that remains after its modules of these kinds were folded into CLIP's weights.
+
+        CLIP's own weights, where the method trains them, have then become the backbone (upperson/deploy/merge.py).
         """
         if folded := list(kinds):
             raise MethodError(f"{self.title} does not say what is left of it without {', '.join(folded)}")

@@ -6,16 +6,20 @@ ViT-B/16, and these two stages; the rest are defaults of this project: deep prom
 SDM loss in both stages, stage two at a learning rate of 1e-5.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import nn
-
-from upperson.losses.names import parse_losses
-from upperson.methods.method import Method, Stage, Towers, require_room
 from upperson.fields import option
-from upperson.petl import Prompt
+from upperson.losses.names import parse_losses
+from upperson.methods.method import Method, Place, Stage, require_room
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from upperson.methods.method import Towers
 
 
 @dataclass(frozen=True)
@@ -95,15 +99,17 @@ class PromptDecoupling(Method):
             Stage("encoders", "task adaptation, encoders", {"stage": "encoders"}),
         )
 
-    def modules(self, towers: Towers) -> dict[str, nn.Module]:
+    def modules(self, towers: Towers) -> dict[Place, nn.Module]:
         """Prompts in layers i < depth, the input counting as layer 0."""
-        modules: dict[str, nn.Module] = {}
+        from upperson.petl import Prompt  # imports torch, which options do not need
+
+        modules: dict[Place, nn.Module] = {}
         for tower, blocks in towers.items():
             require_room(tower, "depth_prompt", self.depth_prompt, len(blocks))
             for i, block in enumerate(blocks[: self.depth_prompt]):
-                modules[f"{tower}.blocks.{i}.prompt"] = Prompt(self.prompt_length, block.attn.embed_dim)
+                modules[Place(tower, i, "prompt")] = Prompt(self.prompt_length, block.attn.embed_dim)
         return modules
 
-    def without(self, kinds: Iterable[str]) -> "PromptDecoupling":
+    def without(self, kinds: Iterable[str]) -> PromptDecoupling:
         """The encoders have become the backbone."""
         return replace(self, stage="prompts")

@@ -2,15 +2,19 @@
 that its tables compare.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import nn
-
-from upperson.methods.method import Method, Towers, require_room
 from upperson.fields import option
-from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES
+from upperson.methods.method import Method, Place, require_room
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from upperson.methods.method import Towers
 
 AdapterKind = Literal["l-parallel", "l-sequential", "parallel", "sequential", "ln-tuning", "none"]
 PLACES = (
@@ -72,9 +76,11 @@ class UPPerson(Method):
         }
         return {field: {str(value): {field: value} for value in numbers} for field, numbers in values.items()}
 
-    def modules(self, towers: Towers) -> dict[str, nn.Module]:
+    def modules(self, towers: Towers) -> dict[Place, nn.Module]:
         """LoRA and prefix in blocks i < depth, adapters in blocks i ≥ depth."""
-        modules: dict[str, nn.Module] = {}
+        from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES  # imports torch, which options do not need
+
+        modules: dict[Place, nn.Module] = {}
         for tower, blocks in towers.items():
             width = blocks[0].attn.embed_dim
             for field in ("depth_prefix", "depth_lora", "depth_adapter"):
@@ -83,22 +89,21 @@ class UPPerson(Method):
             depth_prefix = len(blocks) if self.depth_prefix is None else self.depth_prefix
             depth_lora = len(blocks) if self.depth_lora is None else self.depth_lora
             for i, block in enumerate(blocks):
-                name = f"{tower}.blocks.{i}"
                 if self.prefix != "none" and i < depth_prefix:
-                    modules[f"{name}.prefix"] = PREFIXES[self.prefix](
+                    modules[Place(tower, i, "prefix")] = PREFIXES[self.prefix](
                         self.prefix_length, width, self.prefix_scale, self.scale_target
                     )
                 if self.lora != "none" and i < depth_lora:
-                    modules[f"{name}.lora"] = LOW_RANK[self.lora](self.lora_rank, block.attn.in_proj_weight)
-                for place, kind, norm in (
+                    modules[Place(tower, i, "lora")] = LOW_RANK[self.lora](self.lora_rank, block.attn.in_proj_weight)
+                for position, kind, norm in (
                     ("adapter_attn", self.adapter_attn, block.ln_1),
                     ("adapter_mlp", self.adapter_mlp, block.ln_2),
                 ):
                     if kind != "none" and i >= self.depth_adapter:
-                        modules[f"{name}.{place}"] = ADAPTERS[kind](norm, width // self.adapter_reduction)
+                        modules[Place(tower, i, position)] = ADAPTERS[kind](norm, width // self.adapter_reduction)
         return modules
 
-    def without(self, kinds: Iterable[str]) -> "UPPerson":
+    def without(self, kinds: Iterable[str]) -> UPPerson:
         """Its kinds of modules are the fields that choose them."""
         own = ("prefix", "lora", "adapter_attn", "adapter_mlp")
         return replace(self, **{kind: "none" for kind in kinds if kind in own})

@@ -7,13 +7,17 @@ from typing import Any
 import open_clip
 import torch
 from torch import Tensor, nn
-
-from upperson.errors import MethodError
+from upperson_kernels import tiles
 from upperson_kernels.attention.reference import unpack
+from upperson_kernels.backend import resolve as resolve_backend
+
 from upperson.config import ModelConfig
+from upperson.data import Preprocess
+from upperson.errors import MethodError, RunError
+from upperson.methods import Place
 from upperson.model.backbone import build_clip, fit_image_size, pooling, require_transformers, text_tower
-from upperson.model.block import KINDS, Block, Sequences, Stream, kind_of, parameters_of, rows_of
-from upperson.model.captions import PackedCaptions, pack_captions, words_of
+from upperson.model.block import KINDS, Block, Sequences, Stream, rows_of
+from upperson.model.captions import CaptionPacker, PackedCaptions
 from upperson.model.prompts import run_captions, run_images
 
 GRAPHS = 64  # of a block, each for a kind of input; some 20 are met in a training with its evaluations
@@ -55,13 +59,16 @@ class AdaptedCLIP(nn.Module):
             for parameter in self.clip_parameters().values():
                 parameter.requires_grad_()
         preprocessing = open_clip.get_model_preprocess_cfg(self.clip)
-        self.image_mean = tuple(preprocessing.get("mean", open_clip.OPENAI_DATASET_MEAN))
-        self.image_std = tuple(preprocessing.get("std", open_clip.OPENAI_DATASET_STD))
+        self.preprocess = Preprocess(
+            tuple(config.image_size),
+            tuple(preprocessing.get("mean", open_clip.OPENAI_DATASET_MEAN)),
+            tuple(preprocessing.get("std", open_clip.OPENAI_DATASET_STD)),
+        )
 
     # -------------------------------------------------------------------------------- images
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Embeddings (B, E), not normalised, of images (B, 3, H, W), normalised by image_mean and image_std."""
+        """Embeddings (B, E), not normalised, of images (B, 3, H, W) that went through `preprocess`."""
         visual = self.clip.visual
         if self.config.skip_unread and visual.attn_pool is None and visual.pool_type == "tok":
             class_token = torch.zeros(len(images), dtype=torch.int64, device=images.device)
@@ -87,66 +94,66 @@ class AdaptedCLIP(nn.Module):
     # -------------------------------------------------------------------------------- captions
 
     def encode_text(self, captions: Tensor | PackedCaptions) -> Tensor:
-        """Embeddings (B, E), not normalised, of token ids (B, L), int64, or of packed captions.
+        """Embeddings (B, E), not normalised, of token ids (B, L) int64, or of packed captions.
 
-        Token ids go through `pack_captions` first. ValueError for captions that were packed with other prompts.
+        Token ids go through `pack_captions` first. Raises ValueError for captions that were packed with other prompts.
         """
         captions = self.pack_captions(captions)
         if isinstance(captions, PackedCaptions):
             read = captions.cu_seqlens[1:].long() - 1
         else:
-            captions = self.words_seen(captions)
+            captions = self.caption_packer().words_seen(captions)
             read = self.pooled_positions(captions)
         if self.config.skip_unread:
             return self.project_text(self.text_stream(captions, read)[0])
         return self.project_text(rows_of(self.text_stream(captions)[0], read))
 
-    def encode_text_tokens(self, captions: Tensor | PackedCaptions) -> tuple[Tensor, Tensor]:
-        """encode_text's result, and all tokens projected alike, (B, L, E), L at least the longest caption's."""
+    def encode_text_tokens(self, captions: Tensor | PackedCaptions) -> tuple[Tensor, Tensor, Tensor]:
+        """encode_text's result; all tokens projected alike, (B, L, E), L at least the longest caption's; and the
+        position of each caption's end token among them, (B,) int64.
+        """
         captions = self.pack_captions(captions)
         if not isinstance(captions, PackedCaptions):
-            captions = self.words_seen(captions)
+            captions = self.caption_packer().words_seen(captions)
         x, start = self.text_stream(captions)
         if isinstance(captions, PackedCaptions):
             x, *_ = unpack(x, captions.cu_seqlens, captions.longest)
-            read = captions.cu_seqlens.diff().long() - 1
+            read = end = captions.cu_seqlens.diff().long() - 1
         else:
-            read = self.pooled_positions(captions)
+            read, end = self.pooled_positions(captions), captions.argmax(1)
         if start is not None:
-            x, read = torch.cat([start.expand(len(x), 1, -1), x], 1), read + 1
+            x, read, end = torch.cat([start.expand(len(x), 1, -1), x], 1), read + 1, end + 1
         x = self.project_text(x)
-        return rows_of(x, read), x
+        return rows_of(x, read), x, end
 
     def pack_captions(self, captions: Tensor | PackedCaptions) -> Tensor | PackedCaptions:
-        """Token ids (B, L) as encode_text takes them: without padding, unless the tower sees it or the option is off.
+        """Token ids (B, L) as the text tower takes them: packed, unless it sees padding or the option is off.
 
-        Done on the CPU, before they are copied to a GPU, this spares waiting for them there. Under torch.compile they
-        stay as they are, since a graph cannot depend on them, and the padding is computed too, which changes nothing.
+        Under torch.compile token ids stay as they are, since a graph cannot depend on their values. The padding is then
+        computed too, which changes nothing.
         """
         if isinstance(captions, PackedCaptions):
             if captions.first_position != self.first_position:
                 raise ValueError(
-                    f"captions were packed for a first token at position {captions.first_position}, and "
-                    f"are now read with prompts that put it at {self.first_position}"
+                    f"captions were packed for a first token at position {captions.first_position}; expected "
+                    f"{self.first_position}, which is behind the prompts that are in use"
                 )
             return captions
-        packable = self.text_causal and pooling(self.clip)[0] == "argmax" and self.config.pack_captions
-        if not packable or torch.compiler.is_compiling():
-            return captions
-        return pack_captions(self.words_seen(captions), self.first_position)
+        return captions if torch.compiler.is_compiling() else self.caption_packer()(captions)
 
-    def words_seen(self, captions: Tensor) -> Tensor:
-        """What of token ids (B, L) runs once a caption: with prompts not the start token, nor words without room."""
-        return words_of(captions, self.context_length - self.first_position) if self.first_position else captions
+    def caption_packer(self) -> CaptionPacker:
+        """The object that packs captions for this model as it is now, for a loader."""
+        packs = self.text_causal and pooling(self.clip)[0] == "argmax" and self.config.pack_captions
+        return CaptionPacker(packs, self.first_position, self.context_length - self.first_position)
 
     @property
     def caption_length(self) -> int:
-        """Tokens of a caption that there is room for beside prompts, start and end token included."""
+        """Tokens of a caption for which there is room beside prompts, start and end token included."""
         return self.context_length - self.config.method.positions_taken
 
     @property
     def first_position(self) -> int:
-        """The position of the first token that runs once a caption: without prompts the start token's."""
+        """The position of the first token that is computed for each caption: 0, or the one behind the prompts."""
         return 1 + self.config.method.positions_taken if prompted(self.text_blocks) else 0
 
     def text_stream(
@@ -190,84 +197,105 @@ class AdaptedCLIP(nn.Module):
     # -------------------------------------------------------------------------------- what is trained
 
     def adaptation(self) -> dict[str, nn.Parameter]:
-        """All that the method changes, by name, and what a checkpoint holds: {image,text}.blocks.{i}.{kind}.…
+        """All parameters that the method changes, by name; a checkpoint holds them.
 
-        Where it trains CLIP, its parameters as well, by open_clip's names.
+        The names are {image,text}.blocks.{i}.{kind}.…, and open_clip's names for CLIP's own parameters, where the
+        method trains them.
         """
         parameters = parameters_of(self.trained_modules())
         return parameters | self.clip_parameters() if self.config.method.trains_clip else parameters
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """What of it has gradients: all that is not frozen."""
+        """The parameters of the adaptation that are not frozen."""
         return {name: parameter for name, parameter in self.adaptation().items() if parameter.requires_grad}
 
+    def parameters_by_kind(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The adaptation by kind, one of upperson.model.block.KINDS or "clip"; then by name."""
+        kinds: dict[str, dict[str, nn.Parameter]] = {}
+        if self.config.method.trains_clip:
+            kinds["clip"] = self.clip_parameters()
+        for place, module in self.trained_modules().items():
+            kinds.setdefault(place.kind, {}).update(parameters_of({place: module}))
+        return {kind: parameters for kind, parameters in kinds.items() if parameters}
+
     def freeze(self, kinds: str | None) -> None:
-        """Leaves these kinds of parameters as they are, joined by +: of upperson.model.block.KINDS, or clip.
+        """Freezes the parameters of these kinds, joined by +: upperson.model.block.KINDS, or clip.
 
         Raises MethodError for a kind that the method does not train.
         """
-        groups: dict[str, list[nn.Parameter]] = {
-            "clip": list(self.clip_parameters().values()) if self.config.method.trains_clip else []
-        }
-        for name, module in self.trained_modules().items():
-            groups.setdefault(kind_of(name), []).extend(module.parameters())
-        known = [kind for kind, parameters in groups.items() if parameters]
-        for kind in filter(None, map(str.strip, (kinds or "").split("+"))):
+        known = self.parameters_by_kind()
+        for kind in kinds_in(kinds):
             if kind not in known:
                 raise MethodError(
                     f"freeze: {kind!r} is nothing that {self.config.method.name} trains here; expected "
                     f"{', '.join(known) or 'nothing'}; several are joined by +"
                 )
-            for parameter in groups[kind]:
+            for parameter in known[kind].values():
                 parameter.requires_grad_(False)
 
-    def trained_modules(self) -> dict[str, nn.Module]:
-        """The trained modules by name: {image,text}.blocks.{i}.{kind}; the kinds are upperson.model.block.KINDS."""
+    def trained_modules(self) -> dict[Place, nn.Module]:
+        """The trained modules by their places."""
         return {
-            f"{block_name}.{name}": module
-            for block_name, block in self.blocks().items()
-            for name, module in block.trained_modules().items()
+            Place(tower, i, kind): module
+            for tower, blocks in self.towers.items()
+            for i, block in enumerate(blocks)
+            for kind, module in block.trained_modules().items()
         }
 
-    def new_modules(self, config: ModelConfig) -> dict[str, nn.Module]:
-        """New modules of the method that `config` names, by the same names. The model stays as it is."""
-        modules = config.method.modules({"image": self.image_blocks, "text": self.text_blocks})
-        known = {f"{block}.{kind}" for block in self.blocks() for kind in KINDS}
-        if strange := [name for name in modules if name not in known]:
-            raise MethodError(
-                f"{config.method.name}: there is no place for a module {strange[0]!r}; expected "
-                f"{{image,text}}.blocks.N.KIND with a block of the tower and one of {', '.join(KINDS)}"
-            )
-        for tower, blocks in (("image", self.image_blocks), ("text", self.text_blocks)):
-            with_prompts, with_prefix = (
-                [i for i in range(len(blocks)) if f"{tower}.blocks.{i}.{kind}" in modules]
+    def new_modules(self, config: ModelConfig) -> dict[Place, nn.Module]:
+        """New modules of the method that `config` names, by their places. The model stays as it is."""
+        method, modules = config.method, config.method.modules(self.towers)
+        for place in modules:
+            if (
+                place.tower not in self.towers
+                or place.kind not in KINDS
+                or place.block >= len(self.towers[place.tower])
+            ):
+                raise MethodError(
+                    f"{method.name}: there is no place for a module at {place}; expected a block of the image or text "
+                    f"tower, and one of {', '.join(KINDS)}"
+                )
+        for tower in self.towers:
+            prompts, prefixes = (
+                sorted(place.block for place in modules if place.tower == tower and place.kind == kind)
                 for kind in ("prompt", "prefix")
             )
-            if with_prompts and (with_prefix or with_prompts != list(range(len(with_prompts)))):
+            if prompts and (prefixes or prompts != list(range(len(prompts)))):
                 raise MethodError(
-                    f"{config.method.name}: expected prompts in layers 0, 1, … of the {tower} tower, and "
-                    f"then no prefix there; found prompts in {with_prompts}, a prefix in {with_prefix}"
+                    f"{method.name}: expected prompts in layers 0, 1, … of the {tower} tower, and then no prefix; "
+                    f"found prompts in {prompts}, a prefix in {prefixes}"
                 )
-        if any(name.endswith(".prompt") for name in modules):
+        if any(place.kind == "prompt" for place in modules):
             if not self.text_causal or pooling(self.clip)[0] != "argmax":
                 raise MethodError(
-                    f"{config.method.name}: prompts need a causal text tower that ends at the end token, "
-                    f"as CLIP's; that of {config.model} is another"
+                    f"{method.name}: prompts need a causal text tower that ends at the end token, as CLIP's does; that "
+                    f"of {config.model} is another"
                 )
-            taken = config.method.positions_taken
+            taken = method.positions_taken
             if self.context_length - taken < 3:
                 raise MethodError(
-                    f"{config.method.name}: prompts would take {taken} of the {self.context_length} "
-                    f"positions of a caption; expected at most {self.context_length - 3}, or prompts "
-                    "without positions"
+                    f"{method.name}: prompts would take {taken} of the {self.context_length} positions of a caption; "
+                    f"expected at most {self.context_length - 3}, or prompts without positions"
                 )
         return modules
 
-    def set_modules(self, config: ModelConfig, modules: dict[str, nn.Module]) -> None:
+    def require_trainable(self, config: ModelConfig, freeze: str | None) -> None:
+        """Raises MethodError or RunError where `config` cannot be trained on this backbone with these kinds frozen.
+
+        The model and the state of the random generators stay as they are.
+        """
+        with torch.random.fork_rng(devices=[]):
+            kinds = {place.kind for place in self.new_modules(config)}
+        kinds |= {"clip"} if config.method.trains_clip else set()
+        if not kinds - set(kinds_in(freeze)):
+            raise RunError(nothing_to_train(config, freeze))
+
+    def set_modules(self, config: ModelConfig, modules: dict[Place, nn.Module]) -> None:
         """Makes these modules, which `config` describes, the trained ones. The backbone must be that of `config`."""
         self.config = config
-        for block_name, block in self.blocks().items():
-            block.set_modules(**{kind: modules.get(f"{block_name}.{kind}") for kind in KINDS})
+        for tower, blocks in self.towers.items():
+            for i, block in enumerate(blocks):
+                block.set_modules(**{kind: modules.get(Place(tower, i, kind)) for kind in KINDS})
 
     def prompts(self, tower: str) -> list[Tensor]:
         """The prompts (m, C) of layers 0, 1, … of a tower."""
@@ -281,13 +309,14 @@ class AdaptedCLIP(nn.Module):
             if block.prompt is not None
         ]
 
-    def blocks(self) -> dict[str, Block]:
-        """By name: {image,text}.blocks.{i}."""
-        return {
-            f"{tower}.blocks.{i}": block
-            for tower, blocks in (("image", self.image_blocks), ("text", self.text_blocks))
-            for i, block in enumerate(blocks)
-        }
+    @property
+    def towers(self) -> dict[str, list[Block]]:
+        """The blocks of the image and of the text tower."""
+        return {"image": self.image_blocks, "text": self.text_blocks}
+
+    def blocks(self) -> list[Block]:
+        """All blocks of both towers."""
+        return [*self.image_blocks, *self.text_blocks]
 
     def clip_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of CLIP that its features depend on: all but the temperature of its own loss."""
@@ -305,18 +334,18 @@ class AdaptedCLIP(nn.Module):
         without, for a first and for any later batch size. PyTorch allows one function fewer kinds by default.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-        for block in self.blocks().values():
+        for block in self.blocks():
             block.compile(**options)
 
     @contextmanager
     def zero_shot(self) -> Iterator[None]:
         """Within it the model computes the backbone alone (as far as that has been trained)."""
-        for block in self.blocks().values():
+        for block in self.blocks():
             block.adapted = False
         try:
             yield
         finally:
-            for block in self.blocks().values():
+            for block in self.blocks():
                 block.adapted = True
 
 
@@ -325,6 +354,37 @@ def replace_blocks(transformer: nn.Module, **options: Any) -> list[Block]:
     for i, frozen in enumerate(transformer.resblocks):
         transformer.resblocks[i] = Block(frozen, **options)
     return list(transformer.resblocks)
+
+
+def require_backend(backend: str, device: torch.device) -> None:
+    """Raises RunError where a backend, as ModelConfig names it, cannot run on a device."""
+    try:
+        if resolve_backend(None if backend == "auto" else backend, torch.empty(0, device=device)) == "triton":
+            tiles.load_named_in_environment()
+    except (RuntimeError, tiles.TilesError) as error:
+        raise RunError(f"backend: {error}") from error
+
+
+def parameters_of(modules: dict[Place, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters of several modules, each under the name of its place and its own."""
+    return {
+        f"{place}.{name}": parameter
+        for place, module in modules.items()
+        for name, parameter in module.named_parameters()
+    }
+
+
+def kinds_in(text: str | None) -> list[str]:
+    """The kinds of parameters that are joined by + in `text`."""
+    return [kind for kind in map(str.strip, (text or "").split("+")) if kind]
+
+
+def nothing_to_train(config: ModelConfig, freeze: str | None) -> str:
+    """The error for a training without parameters."""
+    return (
+        f"nothing to train: the options of --method {config.method.name}{' and --freeze' if freeze else ''} leave no "
+        "parameter"
+    )
 
 
 def prompted(blocks: list[Block]) -> bool:

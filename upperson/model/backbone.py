@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
-from upperson.errors import BackboneError
 from upperson.config import ModelConfig
-from upperson.embedded import CLIP_CONFIG, load_embedded_clip
-from upperson.embedded.weights import EmbeddedWeightsError
+from upperson.embedded.weights import CLIP_CONFIG, EmbeddedWeightsError, load_embedded_clip
+from upperson.errors import BackboneError
 from upperson.model.weights import ACCEPTED, mismatch, read_weights
 
 CLIP_VOCABULARY = 49408

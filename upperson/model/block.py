@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
-
 from upperson_kernels import prefix_attention, quick_gelu
 from upperson_kernels.attention.reference import unpack
+
 from upperson.model.attention import attend_once
 from upperson.petl import FROZEN, Adapter, LoRA, Prefix, Prompt
 
@@ -43,8 +43,8 @@ class Block(nn.Module):
     of the block (prompts.py). The trained modules are None until `set_modules` puts them in. With `adapted` False the
     block computes what open_clip's own does.
 
-    `attention` and `activation` are the operators, upperson_kernels.prefix_attention and, where the model has QuickGELU,
-    upperson_kernels.quick_gelu; else open_clip's activation runs.
+    `attention` is the operator upperson_kernels.prefix_attention. `activation` is upperson_kernels.quick_gelu where the
+    model has QuickGELU, else None, and open_clip's activation runs.
     """
 
     def __init__(self, frozen: ResidualAttentionBlock, causal: bool, backend: str | None, low_rank_gradients: bool):
@@ -72,12 +72,16 @@ class Block(nn.Module):
         self.prompt = prompt
 
     def trained_modules(self) -> dict[str, nn.Module]:
-        """The trained modules by name."""
-        return {name: getattr(self, name) for name in KINDS if getattr(self, name) is not None}
+        """The trained modules by kind."""
+        return {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind) is not None}
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters of the trained modules, by name within the block."""
-        return parameters_of(self.trained_modules())
+        return {
+            f"{kind}.{name}": parameter
+            for kind, module in self.trained_modules().items()
+            for name, parameter in module.named_parameters()
+        }
 
     def forward(
         self,
@@ -176,17 +180,3 @@ class Block(nn.Module):
 def rows_of(x: Tensor, read: Tensor) -> Tensor:
     """One token of each sequence, (B, C), of (B, N, C) or packed (T, C)."""
     return x[read] if x.dim() == 2 else x[torch.arange(len(x), device=x.device), read]
-
-
-def kind_of(module: str) -> str:
-    """The kind of a trained module, one of KINDS, by its name in the model."""
-    return module.rpartition(".")[2]
-
-
-def parameters_of(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """The parameters of several modules, each under the name of its module and its own."""
-    return {
-        f"{name}.{parameter_name}": parameter
-        for name, module in modules.items()
-        for parameter_name, parameter in module.named_parameters()
-    }

@@ -1,4 +1,4 @@
-"""Captions one behind the other, without padding: what the text tower computes when nothing is computed in vain."""
+"""Captions without padding: packed one after the other, since padding is most of what a text tower would compute."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedCaptions:
-    """S captions of T tokens in all, each to its end token, from its start token or, with prompts, its first word."""
+    """S captions of T tokens in all. Each runs from its start token (with prompts: its first word) to its end token."""
 
     token_ids: Tensor  # (T,) int64
     positions: Tensor  # (T,) int64, of each token in its caption
@@ -22,8 +22,13 @@ class PackedCaptions:
             *(tensor.to(device, non_blocking=non_blocking) for tensor in tensors), self.longest, self.first_position
         )
 
+    def pin_memory(self) -> "PackedCaptions":
+        """The same captions in pinned memory; a DataLoader calls this."""
+        tensors = (self.token_ids, self.positions, self.cu_seqlens)
+        return PackedCaptions(*(tensor.pin_memory() for tensor in tensors), self.longest, self.first_position)
+
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """As of tensors: their memory is not used again before `stream` is done with it."""
+        """As Tensor.record_stream: the memory is not used again before `stream` is done with it."""
         for tensor in (self.token_ids, self.positions, self.cu_seqlens):
             tensor.record_stream(stream)
 
@@ -31,8 +36,34 @@ class PackedCaptions:
         return len(self.cu_seqlens) - 1
 
 
+@dataclass(frozen=True)
+class CaptionPacker:
+    """Turns token ids into what the text tower takes: the object that a loader is given. It can be pickled.
+
+    Args:
+        packs: whether captions are packed; otherwise they stay padded.
+        first_position: position of the first token of a caption: 0, or the one behind the prompts.
+        room: tokens of a caption for which there are positions, from the first on.
+    """
+
+    packs: bool
+    first_position: int
+    room: int
+
+    def __call__(self, tokens: Tensor) -> Tensor | PackedCaptions:
+        """Token ids (B, L) int64 -> packed captions, or the ids themselves."""
+        return pack_captions(self.words_seen(tokens), self.first_position) if self.packs else tokens
+
+    def words_seen(self, tokens: Tensor) -> Tensor:
+        """The part of token ids (B, L) that is computed for each caption.
+
+        With prompts these are the words without the start token, cut where the positions end.
+        """
+        return words_of(tokens, self.room) if self.first_position else tokens
+
+
 def words_of(tokens: Tensor, room: int) -> Tensor:
-    """Captions (S, L) int64 without their start token, and cut to `room` tokens, of which the last is the end token."""
+    """Captions (S, L) int64 without their start token, cut to `room` tokens, of which the last is the end token."""
     ends, words = tokens.amax(1), tokens[:, 1 : 1 + room]
     if tokens.shape[1] > 1 + room:
         cut = tokens.argmax(1) > room
@@ -41,11 +72,10 @@ def words_of(tokens: Tensor, room: int) -> Tensor:
 
 
 def pack_captions(tokens: Tensor, first_position: int = 0) -> PackedCaptions:
-    """Packs padded captions (S, L) int64. The end token is the one with the largest id, as everywhere in CLIP.
+    """Packs padded captions (S, L) int64, whose first tokens are at `first_position`.
 
-    Their first tokens are at `first_position`.
-
-    On a GPU this waits for the tokens; on the CPU, before they are copied, it does not.
+    The end token is the one with the largest id, as everywhere in CLIP. On a GPU this waits for the tokens; on the CPU,
+    before the tokens are copied, it does not.
     """
     ends = tokens.argmax(1)
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)

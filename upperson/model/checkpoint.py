@@ -1,66 +1,84 @@
-"""What a run leaves on disk: checkpoints for use, and states to resume from. Safetensors alone, never pickle.
+"""A checkpoint: the trained parameters by name, the configuration that made them, and what they achieved.
 
-A file under its own name is always complete: it is written beside its place, synced and moved there.
+The parameters are a few MB, float32, under the names of AdaptedCLIP.adaptation; the frozen CLIP is not in the file, but
+named by the configuration. The heads of the id and mlm losses are not in it either.
 """
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from upperson.errors import CheckpointError
-from upperson.files import write_atomically
 from upperson.config import Config, ModelConfig
-from upperson.model import AdaptedCLIP
+from upperson.errors import CheckpointError
+from upperson.model.adapted_clip import AdaptedCLIP
+from upperson.model.tensor_files import CHECKPOINT, plain, read_tensors, write_tensors
 from upperson.model.weights import mismatch
 
-CHECKPOINT = "upperson checkpoint"
-RESUME_STATE = "upperson resume state"
-VERSION = "1"
-BACKBONE = ("model", "pretrained", "image_size")  # the fields of a ModelConfig that say what is adapted
+BACKBONE = ("model", "pretrained", "image_size")  # the fields of a ModelConfig that name the backbone
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Trained parameters by name (float32, on the CPU), the configuration that made them, and its results."""
+    """The content of a checkpoint file."""
 
+    path: Path
     config: Config
-    parameters: dict[str, Tensor]
-    results: dict[str, Any]
+    parameters: dict[str, Tensor]  # float32, on the CPU
+    results: dict[str, Any]  # those of the saved epoch, as upperson.evaluate.results.Results has them
+
+    @property
+    def epoch(self) -> int | None:
+        return self.results.get("epoch")
+
+    @property
+    def selection(self) -> str | None:
+        """How the epoch was chosen, a key of SELECTIONS."""
+        return self.results.get("selection")
 
 
 def save_checkpoint(path: Path, parameters: Mapping[str, Tensor], config: Config, results: dict[str, Any]) -> None:
-    """Writes trained parameters alone, with configuration and results. OSError where that fails (full disk)."""
-    metadata = {"config": config.to_json(), "results": json.dumps(results)}
-    _write(path, CHECKPOINT, {name: _plain(tensor).float() for name, tensor in parameters.items()}, metadata)
+    """Writes a checkpoint file. Raises OSError (full disk)."""
+    tensors = {name: plain(tensor).float() for name, tensor in parameters.items()}
+    write_tensors(path, CHECKPOINT, tensors, config, {"results": json.dumps(results)})
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
-    """Reads what save_checkpoint wrote; CheckpointError for anything else."""
-    tensors, metadata = _read(Path(path), CHECKPOINT)
-    return Checkpoint(_configuration(path, metadata), tensors, _results(path, metadata))
+    """Reads a checkpoint file. Raises CheckpointError for anything that save_checkpoint did not write."""
+    path = Path(path)
+    tensors, config, metadata = read_tensors(path, CHECKPOINT)
+    try:
+        results = json.loads(metadata.get("results", ""))
+    except json.JSONDecodeError:
+        results = None
+    if not isinstance(results, dict):
+        raise CheckpointError(f"{path}: expected an object in the metadata 'results', found none")
+    return Checkpoint(path, config, tensors, results)
 
 
 def load_model(path: Path | str, **changes: Any) -> AdaptedCLIP:
+    """The adapted model of a checkpoint file, on the CPU; `changes` as in build_model.
+
+    Raises CheckpointError for a file that is not a checkpoint, or does not fit its model.
+    """
+    return build_model(load_checkpoint(path), **changes)
+
+
+def build_model(checkpoint: Checkpoint, **changes: Any) -> AdaptedCLIP:
     """The adapted model of a checkpoint, on the CPU.
 
     `changes` replace fields of its configuration: `pretrained="…"` where the backbone's file has moved,
-    `backend="torch"`. CheckpointError if the parameters do not fit the model.
+    `backend="torch"`. Raises CheckpointError if the parameters do not fit the model.
     """
-    checkpoint = load_checkpoint(path)
     config = checkpoint.config.replace(**changes)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.train.seed)  # as in training: a random backbone is the same one
         model = AdaptedCLIP(config.model)
-    copy_parameters(checkpoint.parameters, model.adaptation(), str(path))
+    copy_parameters(checkpoint.parameters, model.adaptation(), str(checkpoint.path))
     return model
 
 
@@ -104,90 +122,3 @@ def copy_parameters(source: Mapping[str, Tensor], target: Mapping[str, Tensor], 
         raise CheckpointError(f"{name}: parameters do not fit the model: {problems}")
     for key, tensor in target.items():
         tensor.copy_(source[key])
-
-
-def save_resume_state(path: Path, state: dict[str, Any], config: Config) -> None:
-    """Writes any nest of dict, list, tuple, tensor, number, string, bool and None."""
-    tensors: dict[str, Tensor] = {}
-    structure = json.dumps(_take_apart(state, tensors))
-    _write(path, RESUME_STATE, tensors, {"config": config.to_json(), "structure": structure})
-
-
-def load_resume_state(path: Path) -> tuple[dict[str, Any], Config]:
-    """The state, tensors on the CPU, and the configuration it belongs to; CheckpointError for anything else."""
-    tensors, metadata = _read(path, RESUME_STATE)
-    return _put_together(json.loads(metadata["structure"]), tensors), _configuration(path, metadata)
-
-
-def _write(path: Path, kind: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    write_atomically(path, save(tensors, {"format": kind, "version": VERSION, **metadata}))
-
-
-def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise CheckpointError(f"{path}: there is {found}; expected an {kind}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: cut off, or not a safetensors file ({error}); expected an {kind}") from error
-    if metadata.get("format") != kind:
-        found = metadata.get("format")
-        raise CheckpointError(
-            f"{path}: expected an {kind}, found "
-            + (f"an {found}" if found in (CHECKPOINT, RESUME_STATE) else "some other safetensors file")
-        )
-    if metadata.get("version") != VERSION:
-        raise CheckpointError(f"{path}: {kind} of version {metadata.get('version')}, expected version {VERSION}")
-    return tensors, metadata
-
-
-def _results(path: Path | str, metadata: dict[str, str]) -> dict[str, Any]:
-    try:
-        results = json.loads(metadata.get("results", ""))
-    except json.JSONDecodeError:
-        results = None
-    if not isinstance(results, dict):
-        raise CheckpointError(f"{path}: expected an object in the metadata 'results', found none")
-    return results
-
-
-def _configuration(path: Path | str, metadata: dict[str, str]) -> Config:
-    try:
-        return Config.from_json(metadata.get("config", ""))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: the configuration inside does not fit this version of upperson: {error}"
-        ) from error
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
-def _take_apart(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """The structure of a nest as JSON can hold it; its tensors go to `tensors`, by number."""
-    if isinstance(tree, Tensor):
-        key = str(len(tensors))
-        tensors[key] = _plain(tree)
-        return {"tensor": key}
-    if isinstance(tree, dict):
-        return {"dict": [[key, _take_apart(value, tensors)] for key, value in tree.items()]}
-    if isinstance(tree, list | tuple):
-        return {type(tree).__name__: [_take_apart(value, tensors) for value in tree]}
-    if tree is None or isinstance(tree, bool | int | float | str):
-        return tree
-    raise TypeError(f"a resume state cannot hold a {type(tree).__name__}")
-
-
-def _put_together(structure: Any, tensors: dict[str, Tensor]) -> Any:
-    if not isinstance(structure, dict):
-        return structure
-    ((kind, content),) = structure.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {key: _put_together(value, tensors) for key, value in content}
-    return {"list": list, "tuple": tuple}[kind](_put_together(value, tensors) for value in content)

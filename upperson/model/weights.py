@@ -3,7 +3,7 @@
 import json
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from upperson.data import Preprocess
 
 PREPROCESSING = "upperson preprocessing"  # key in the metadata of a file of weights
 ACCEPTED = (
@@ -52,11 +54,9 @@ def is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def weights_as_bytes(
-    state: Mapping[str, Tensor], image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
-) -> bytes:
-    """A safetensors file that open_clip loads; read_weights finds in it what images the model takes, too."""
-    preprocessing = json.dumps({"size": image_size, "mean": mean, "std": std})
+def weights_as_bytes(state: Mapping[str, Tensor], preprocess: Preprocess) -> bytes:
+    """A safetensors file that open_clip loads; read_weights also finds the preprocessing of the images in it."""
+    preprocessing = json.dumps({"size": preprocess.image_size, "mean": preprocess.mean, "std": preprocess.std})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     return save(tensors, {"format": "pt", PREPROCESSING: preprocessing})
 

@@ -8,10 +8,10 @@
 Initial values: most modules start as close to doing nothing as training allows. Low-rank updates and adapters end in
 zeros; the prefix starts small. Prompts and the normed adapter do not.
 
-What is fused: every prefix (upperson_kernels.prefix_attention, with λ = 1 for the vanilla one), prompts (as a prefix, see
-upperson/model/prompts.py), the parallel L-Adapter and the normed adapter (upperson_kernels.layernorm_adapter in its two modes,
-up to a width of 256). The other adapters, LN-tuning, and the merging of low-rank updates into a weight, once a step,
-are plain PyTorch.
+Fused are every prefix (prefix_attention, with λ = 1 for the vanilla one), prompts (as a prefix, see
+upperson/model/prompts.py), the parallel L-Adapter and the normed adapter (layernorm_adapter in its two modes, up to a
+width of 256). The other adapters, LN-tuning, and the merging of low-rank updates into a weight, once a step, are plain
+PyTorch.
 """
 
 from upperson.petl.adapters import ADAPTERS, FROZEN, Adapter, LayerNormTuning, NormedAdapter

@@ -14,9 +14,9 @@ With the frozen sublayer F, the residual stream x, the bottleneck A(u) = s · up
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 from upperson_kernels import layernorm_adapter
 from upperson_kernels.adapter import MAX_HIDDEN_WIDTH
+
 from upperson.petl.initial import normal, scalar, uniform_fan_in
 
 

@@ -1,11 +1,11 @@
 """The tables: each row is trained, tested and printed, those of the paper beside its figures.
 
-python -m upperson.tables V                                                  on the drawn data, no network
-python -m upperson.tables V VII --seeds 3                                    mean ± standard deviation
-python -m upperson.tables X --data-root /data --dataset cuhk-pedes           on a real data set
-python -m upperson.tables methods --seeds 3                                  every method, and what a step of it costs
-python -m upperson.tables sweeps --method NAME                               a method with other options
-python -m upperson.tables all --list                                         what would be run
+upperson tables V                                                  on the drawn data, no network
+upperson tables V VII --seeds 3                                    mean ± standard deviation
+upperson tables X --data-root /data --dataset cuhk-pedes           on a real data set
+upperson tables methods --seeds 3                                  every method, and what a step of it costs
+upperson tables sweeps --method NAME                               a method with other options
+upperson tables all --list                                         what would be run
 
 What has been trained already is not trained again, whichever table asked for it; a run that was stopped goes on.
 """
@@ -16,16 +16,15 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from upperson.errors import USER_ERRORS
-from upperson.files import write_atomically
-from upperson.model.checkpoint import load_model
 from upperson.config import Config
-from upperson.methods import METHODS
-from upperson.evaluate.pictures import top_ten
-from upperson.machine import device_and_precision
+from upperson.data import read_splits
+from upperson.errors import RunError, exit_status
 from upperson.evaluate.embed import evaluate
-from upperson.train.run_folder import BEST
-from upperson.data.splits import read_splits
+from upperson.evaluate.pictures import shown_queries, top_ten
+from upperson.files import write_atomically
+from upperson.machine import device_and_precision
+from upperson.methods import METHODS
+from upperson.model import load_model
 from upperson.tables.costs import how_measured, measure_costs
 from upperson.tables.render import (
     Costs,
@@ -49,14 +48,19 @@ from upperson.tables.rows import (
     sweep_table,
 )
 from upperson.tables.runs import Runs, distinct, seconds_of
+from upperson.train.run_folder import BEST
 
 PAPER = ("IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "figure6", "figure7")
 ALL = (*PAPER, "methods")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, or 1 after one line on what went wrong; wrong arguments exit with 2, as argparse does."""
+    """The exit status: 0, or 1 after an error of one line. Wrong arguments exit with 2, as in argparse."""
     options = parse(argv)
+    return exit_status(lambda: make_tables(options), stopped="stopped; the same command goes on where it was")
+
+
+def make_tables(options: argparse.Namespace) -> int:
     setting = options.setting
     dataset = options.dataset or next(iter(setting.people))
     runs = Runs(options.output / "runs", {"device": options.device, "workers": options.workers}, options.jobs)
@@ -68,33 +72,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables["sweeps"] = sweep_table(setting, dataset, options.method)
     try:
         train_missing(tables, runs, seeds, only_list=options.list)
-        if options.list:
-            return 0
-        for number in numbers:
-            if number == "IV":
-                write_costs(setting[dataset], options)
-            else:
-                costs = measure_costs(every_method, setting[dataset], options.device) if number == "methods" else None
-                write(number, tables[number], runs, seeds, options, costs)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except BrokenProcessPool:
-        print(
-            "error: a process that trained was killed, perhaps for want of memory; the same command goes on where it "
-            "was",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
+        raise RunError(
+            "a process that trained was killed, perhaps for want of memory; the same command goes on where it was"
+        ) from None
+    if options.list:
+        return 0
+    for number in numbers:
+        if number == "IV":
+            write_costs(setting[dataset], options)
+        else:
+            costs = measure_costs(every_method, setting[dataset], options.device) if number == "methods" else None
+            write(number, tables[number], runs, seeds, options, costs)
     return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m upperson.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="upperson tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "tables",
@@ -186,7 +181,9 @@ def train_missing(tables: dict[str, Table], runs: Runs, seeds: Sequence[int], on
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them are there already, in {runs.folder}", flush=True)
     if only_list:
         for config in wanted:
-            print(f"  {'done   ' if runs.is_done(config) else 'missing'}  {described(config)}: {runs.place(config)}")
+            print(
+                f"  {'done   ' if runs.is_done(config) else 'missing'}  {described(config)}: {runs.folder_of(config)}"
+            )
         return
     if not missing:
         return
@@ -223,7 +220,7 @@ def write(
     for row in table.rows:
         # What is not trained is the same for every seed.
         own = [1] if not row.config.model.method.trains else seeds
-        found = [runs.measured(row, row.config.replace(seed=seed), table.both_directions) for seed in own]
+        found = [runs.results(row, row.config.replace(seed=seed), table.both_directions) for seed in own]
         rows.append(Measured(row.name, found))
     name = f"{number}-{options.method}" if number == "sweeps" else number
     name = f"{name}-{table.rows[0].config.data.dataset}"
@@ -250,15 +247,17 @@ def write(
 
 
 def found_images(table: Table, runs: Runs) -> bytes:
-    """Figure 7: what zero-shot CLIP and the trained model find for the same captions."""
+    """Figure 7: the images that zero-shot CLIP and the trained model find for the same captions."""
     config = table.rows[0].config
-    model = load_model(runs.place(config) / BEST)
-    device, precision = resources(config.replace(**runs.settings).train)
+    model = load_model(runs.folder_of(config) / BEST)
+    device, precision = device_and_precision(runs.settings["device"], config.train.precision)
     test = read_splits(config.data)["test"]
     adapted = evaluate(model.to(device), test, precision=precision)
     with model.zero_shot():
-        frozen = evaluate(model, test, precision=precision)
-    return top_ten(test, {"zero-shot CLIP": frozen.top, config.model.method.title: adapted.top}, shown=3)
+        zero_shot = evaluate(model, test, precision=precision)
+    queries = shown_queries(test, 3)
+    tops = {"zero-shot CLIP": zero_shot.top, config.model.method.title: adapted.top}
+    return top_ten(test, queries, {name: top[queries].tolist() for name, top in tops.items()})
 
 
 def write_costs(base: Config, options: argparse.Namespace) -> None:

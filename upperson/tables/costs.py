@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from upperson.config import Config
-from upperson.model import AdaptedCLIP
-from upperson.losses.objective import Objective
-from upperson.train.optimizer import build_optimizer
-from upperson.config.presets import PRESETS
-from upperson.machine import device_and_precision
-from upperson.train.results import count
+from upperson.config import PRESETS, Config
 from upperson.evaluate.embed import autocast
+from upperson.losses.objective import Objective
+from upperson.machine import device_and_precision
+from upperson.model import AdaptedCLIP
 from upperson.tables.rows import Configs, trainings
+from upperson.train.optimizer import build_optimizer
 
 BATCH, DRAWN_BATCH = 128, 64
 FULL_SIZE, FULL_SIZE_BATCH = "cuhk-pedes", 2  # whose model is measured beside the embedded one
@@ -67,7 +65,7 @@ def measure_costs(rows: Callable[[Config], Configs], base: Config, device: str) 
 
 
 def how_measured(config: Config, device: str) -> str:
-    found, precision = resources(config.replace(device=device).train)
+    found, precision = device_and_precision(device, config.train.precision)
     return (
         f"Measured on {found.type} in {precision}, with random images and captions of full length; memory is what "
         "forward and backward pass allocate, gradients included; FLOPs of inference at batch 1, low-rank updates "
@@ -116,7 +114,7 @@ def measure(config: Config, batch_size: int) -> Cost:
         costs["step_megabytes"] = peak.megabytes()
         costs["step_milliseconds"] = 1e3 * shortest(step, device)
 
-    seconds = shortest(lambda: search(model, batch["captions"][:1], gallery, precision), device)
+    seconds = shortest(lambda: rank(model, batch["captions"][:1], gallery, precision), device)
     costs["query_seconds"] = 1000 / QUERIES * seconds
     if parameters:
         costs["step_gflops"] = flops(step) / batch_size
@@ -124,7 +122,8 @@ def measure(config: Config, batch_size: int) -> Cost:
         costs["inference_gflops"] = flops(
             lambda: (model.encode_image(batch["images"][:1]), model.encode_text(batch["captions"][:1]))
         )
-    return Cost(count(parameters.values()), count(model.parameters()), **costs)
+    trained, everything = (sum(map(torch.numel, tensors)) for tensors in (parameters.values(), model.parameters()))
+    return Cost(trained, everything, **costs)
 
 
 def random_batch(model: AdaptedCLIP, size: int, device: torch.device) -> dict[str, Tensor]:
@@ -136,7 +135,7 @@ def random_batch(model: AdaptedCLIP, size: int, device: torch.device) -> dict[st
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def search(model: AdaptedCLIP, caption: Tensor, gallery: Tensor, precision: str) -> Tensor:
+def rank(model: AdaptedCLIP, caption: Tensor, gallery: Tensor, precision: str) -> Tensor:
     """The ten best of the gallery (G, E) for QUERIES captions; `caption` (1, L) stands for all."""
     with torch.inference_mode(), autocast(caption.device, precision):
         features = model.encode_text(caption.expand(QUERIES, -1)).float()

@@ -7,13 +7,14 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from upperson.config import Config
-from upperson.evaluate.pictures import MAIN, METRICS, QUIET, SECOND, STYLE, aligned, as_png
+from upperson.evaluate.pictures import MAIN, QUIET, SECOND, STYLE, as_png
+from upperson.evaluate.results import METRICS, Results
+from upperson.evaluate.tables import pipe_table
 from upperson.tables.costs import Cost, Costs
 from upperson.tables.rows import Table, trainings
 
@@ -33,17 +34,17 @@ OF_A_STAGE = ("trained_parameters", *OF_A_STEP)  # the others are of the model t
 
 @dataclass(frozen=True)
 class Measured:
-    """What the runs of a row found, one a seed; a run that diverged is None."""
+    """The results of the runs of a row, one for each seed; None for a run that diverged."""
 
     name: str
-    runs: Sequence[dict[str, Any] | None]
+    runs: Sequence[Results | None]
 
     def values(self, direction: str, metric: str) -> list[float]:
-        return [run[direction][metric] for run in self.runs if run is not None]
+        return [getattr(run, direction)[metric] for run in self.runs if run is not None]
 
     @property
     def trained(self) -> str:
-        counts = {run["trained_parameters"] for run in self.runs if run is not None}
+        counts = {run.trained_parameters for run in self.runs if run is not None}
         return f"{counts.pop():,}" if counts else ""
 
     def cell(self, direction: str, metric: str) -> str:
@@ -91,7 +92,7 @@ def markdown(
         cells = [row.cell(direction, metric) for direction in directions for metric in METRICS]
         cells += [cost_cell(costs[row.name], key) for key in OF_A_STEP] if costs else []
         body.append([row.name, row.trained, *cells, *([paper.get(row.name, ("",))[0]] if paper else [])])
-    lines = [f"# {heading(number, title)}", "", conditions, "", *aligned(header, body), ""]
+    lines = [f"# {heading(number, title)}", "", conditions, "", pipe_table(header, body), ""]
     if paper:
         sources = "; ".join(dict.fromkeys(source for _, source in paper.values()))
         lines += [
@@ -129,12 +130,9 @@ def comma_separated(number: str, rows: Sequence[Measured], directions: Sequence[
         for seed, run in zip(seeds, row.runs, strict=False):  # zero-shot CLIP has one run for all seeds
             for direction in directions:
                 for metric in METRICS:
-                    found = (
-                        [run["trained_parameters"], direction, metric, run[direction][metric]]
-                        if run
-                        else ["", direction, metric, ""]
-                    )
-                    writer.writerow([number, row.name, seed, *found])
+                    trained = run.trained_parameters if run else ""
+                    percent = getattr(run, direction)[metric] if run else ""
+                    writer.writerow([number, row.name, seed, trained, direction, metric, percent])
     return text.getvalue()
 
 
@@ -143,10 +141,8 @@ def costs_markdown(tables: Costs) -> str:
     lines = []
     for model, rows in tables.items():
         header = [model, *(title for title, _ in COSTS.values())]
-        lines += [
-            *aligned(header, [[name, *(cost_cell(costs, key) for key in COSTS)] for name, costs in rows.items()]),
-            "",
-        ]
+        body = [[name, *(cost_cell(costs, key) for key in COSTS)] for name, costs in rows.items()]
+        lines += [pipe_table(header, body), ""]
     return "\n".join(lines)
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from upperson.config import Config
-from upperson.methods import BASELINES, DEFAULT, METHODS
 from upperson.config.presets import PRESETS, with_method
-from upperson.train.stages import stages_of
+from upperson.methods import BASELINES, DEFAULT, METHODS
 
 NO_MODULES: dict[str, Any] = {"prefix": "none", "lora": "none", "adapter_attn": "none", "adapter_mlp": "none"}
 L_ADAPTER = {"adapter_attn": "l-parallel", "adapter_mlp": "l-parallel"}
@@ -73,8 +72,8 @@ def real_setting(root: Path) -> Setting:
 
 
 def trainings(config: Config) -> list[Config]:
-    """What is trained one after the other: a configuration for each stage of the method, or its own."""
-    return [of_stage for _, of_stage in stages_of(config)] or [config]
+    """The configurations that are trained one after the other: one for each stage."""
+    return [of_stage for _, of_stage in config.stages()]
 
 
 def by_method(base: Config, methods: Iterable[str]) -> Configs:

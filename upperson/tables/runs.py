@@ -18,21 +18,21 @@ from typing import Any
 
 import torch
 
-from upperson.errors import Diverged
-from upperson.files import write_atomically
-from upperson.model.checkpoint import load_checkpoint
 from upperson.config import Config, DataConfig
-from upperson.data import Sample
-from upperson.evaluate.__main__ import evaluate_checkpoint
-from upperson.train.interruption import Interruption
-from upperson.model import AdaptedCLIP
-from upperson.machine import device_and_precision
+from upperson.config.files import CONFIG
+from upperson.data import Sample, read_splits
+from upperson.errors import Diverged
 from upperson.evaluate.embed import embed
-from upperson.train.run_folder import BEST, CONFIG, RESULTS, read_results
-from upperson.data.splits import read_splits
+from upperson.evaluate.evaluation import evaluate_checkpoint
+from upperson.evaluate.results import RESULTS, Results
+from upperson.files import write_atomically
+from upperson.machine import ALONE, device_and_precision
+from upperson.model.checkpoint import load_checkpoint
 from upperson.tables.rows import Row, trainings
-from upperson.train.loop import Training
-from upperson.train.fit import fit
+from upperson.train.fit import build_model, fit
+from upperson.train.interruption import Interruption
+from upperson.train.loop import Job, Training
+from upperson.train.run_folder import BEST
 
 DIVERGED = "diverged.json"
 EVALUATED = 128  # captions, with their images, that are embedded to see how long that takes
@@ -52,14 +52,14 @@ class Runs:
         self.settings = settings
         self.jobs = jobs
 
-    def place(self, config: Config) -> Path:
+    def folder_of(self, config: Config) -> Path:
         """The folder of a run: another for every configuration, data folder and precision."""
         values: dict[str, Any] = {}
         for section in (config.model, config.model.method, config.train):
             values |= fields_that_matter(section)
         del values["seed"]
         values |= self.identity(config.data) | {"method": config.model.method.name}
-        values["precision"] = resources(config.replace(**self.settings).train)[1]
+        values["precision"] = precision_of(config.replace(**self.settings))
         words = re.sub(r"[^a-z0-9]+", "-", config.model.method.title.lower()).strip("-")
         return self.folder / config.data.dataset / f"{words}-{digest(values)}" / f"seed-{config.train.seed}"
 
@@ -70,7 +70,7 @@ class Runs:
         return values if data.is_drawn else values | {"data_root": str(data.data_root.expanduser().resolve())}
 
     def is_done(self, config: Config) -> bool:
-        place = self.place(config)
+        place = self.folder_of(config)
         return (place / RESULTS).exists() or (place / DIVERGED).exists()
 
     def processes(self) -> ProcessPoolExecutor:
@@ -98,7 +98,7 @@ class Runs:
         A run whose loss is no number any more is a result, and recorded as one.
         """
         begun = time.monotonic()
-        place = self.place(config)
+        place = self.folder_of(config)
         place.parent.mkdir(parents=True, exist_ok=True)
         config = config.replace(**self.settings, run_dir=place, resume=(place / CONFIG).exists())
         try:
@@ -112,30 +112,26 @@ class Runs:
             write_atomically(place / DIVERGED, json.dumps({"error": str(error)}).encode())
         return time.monotonic() - begun
 
-    def measured(self, row: Row, config: Config, both_directions: bool) -> dict[str, Any] | None:
-        """What results.json of the run holds, or of its evaluation elsewhere or in both directions; None: diverged.
-
-        The numbers are under "text_to_image" and, with `both_directions`, "image_to_text".
-        """
-        place = self.place(config)
-        if (place / DIVERGED).exists():
+    def results(self, row: Row, config: Config, both_directions: bool) -> Results | None:
+        """The results of a run, or of its evaluation on another data set or in both directions; None: diverged."""
+        folder = self.folder_of(config)
+        if (folder / DIVERGED).exists():
             return None
-        results = read_results(place / RESULTS)
+        results = Results.read(folder / RESULTS)
         if row.tested_on is None and not both_directions:
-            return results | {"text_to_image": results["adapted"]}
+            return results
         tested = (row.tested_on or config).data
-        output = place / f"on-{tested.dataset}-{digest(self.identity(tested))}"
+        output = folder / f"on-{tested.dataset}-{digest(self.identity(tested))}"
         if not (output / RESULTS).exists():
-            with open(place.with_suffix(".log"), "a", encoding="utf-8") as log, redirect_stdout(log):
+            with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log, redirect_stdout(log):
                 evaluate_checkpoint(
-                    load_checkpoint(place / BEST),
+                    load_checkpoint(folder / BEST),
                     dataclasses.replace(config, data=tested).replace(**self.settings),
-                    place / BEST,
                     "test",
                     output,
                 )
-        found = read_results(output / RESULTS)
-        return results | {direction: found[direction] for direction in ("text_to_image", "image_to_text")}
+        found = Results.read(output / RESULTS)
+        return results.replace(text_to_image=found.text_to_image, image_to_text=found.image_to_text)
 
 
 def begin_process(threads: int) -> None:
@@ -158,11 +154,11 @@ def seconds_of(config: Config) -> float:
 def seconds_of_training(config: Config, splits: dict[str, list[Sample]]) -> float:
     """The same of one stage, from a few batches of its training and some of its evaluation."""
     device, precision = device_and_precision(config.train.device, config.train.precision)
-    model = AdaptedCLIP(config.model).to(device)
-    model.freeze(config.train.freeze)
+    model = build_model(config).to(device)
     watched = splits.get("val", splits["test"])
     with TemporaryDirectory() as folder:
-        training = Training(config, model, splits, Path(folder), device, precision, Interruption())
+        job = Job(Path(folder), ALONE, device, precision, splits, None, Interruption())
+        training = Training(config, model, job, Path(folder))
         batches, seconds = iter(training.batches), []
         for _ in range(min(3, len(training.loader))):  # the first pays for what is done once
             started = time.monotonic()
@@ -177,6 +173,10 @@ def seconds_of_training(config: Config, splits: dict[str, list[Sample]]) -> floa
     item = (time.monotonic() - started) / len(watched[:EVALUATED])
     epochs = config.train.epochs
     return epochs * len(splits["train"]) * step + item * ((epochs + 1) * len(watched) + 2 * len(splits["test"]))
+
+
+def precision_of(config: Config) -> str:
+    return device_and_precision(config.train.device, config.train.precision)[1]
 
 
 def fields_that_matter(section: Any) -> dict[str, Any]:
@@ -195,4 +195,4 @@ def digest(values: dict[str, Any]) -> str:
 
 def distinct(configs: Iterable[Config], runs: Runs) -> list[Config]:
     """One configuration a run folder, in order."""
-    return list({runs.place(config): config for config in configs}.values())
+    return list({runs.folder_of(config): config for config in configs}.values())

@@ -1,137 +1,125 @@
-"""The whole job: read, check, build, measure zero-shot, train, select, test, report. It can be killed and resumed."""
+"""The whole job: settle the configuration, read the data, build the model, train each stage, report."""
 
-import functools
 import itertools
-from collections.abc import Callable
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from upperson.errors import DataError, RunError
-from upperson_kernels.backend import resolve
-from upperson.model.checkpoint import parameters_to_start_from
 from upperson.config import Config
-from upperson.data import ImageCache, Sample, check_images
-from upperson.machine import Group, contact, process_group
-from upperson.train.interruption import Interruption
+from upperson.data import ImageCache, Sample, check_images, read_splits
+from upperson.errors import DataError, RunError, RunInterrupted
+from upperson.evaluate.embed import evaluate
+from upperson.evaluate.evaluation import name_of
+from upperson.evaluate.pictures import curve, shown_queries, top_ten
+from upperson.evaluate.results import RESULTS, Results
+from upperson.evaluate.tables import short, text
+from upperson.files import write_atomically
+from upperson.machine import Group, contact, device_and_precision, process_group
+from upperson.methods import Stage
 from upperson.model import AdaptedCLIP
-from upperson.machine import device_and_precision
-from upperson.train.results import RunResult, announce, count, results_of, write_results
-from upperson.evaluate.embed import search
+from upperson.model.adapted_clip import nothing_to_train, require_backend
+from upperson.model.checkpoint import parameters_to_start_from, save_checkpoint
+from upperson.train.interruption import Interruption
+from upperson.train.log import METRICS_FILE, history_of
+from upperson.train.loop import SHOWN_QUERIES, Job, Training, conclude
+from upperson.train.resume import load_state
 from upperson.train.run_folder import (
+    BEST,
+    CONFIG,
+    CURVE,
+    TOP_TEN,
     claim_folder,
-    refuse_used_folder,
+    refuse_used,
     require_same_run,
     require_same_stage,
-    saved_state,
+    write_configuration,
 )
-from upperson.data.splits import read_splits
-from upperson.train.stages import stages_of, train_stages
-from upperson.train.loop import Training, build_objective
-
-
-def fit(config: Config) -> RunResult:
-    """Trains, selects and tests a method as `config` says, in its stages, and writes everything to one run folder.
-
-    Started by torchrun, all processes call it alike; each trains on its share of every batch, the results are those of
-    one process, and the first of them writes. The run folder must be one that all of them see.
-
-    Raises DataError, BackboneError, MethodError, CheckpointError or RunError for what the user can mend, OSError where
-    nothing can be written, RunInterrupted after Ctrl-C. A run that was stopped in any way, by SIGKILL too, continues
-    with `resume=True` and ends with the numbers of a run that was not.
-    """
-    config, method = config.settled(), config.model.method
-    if method.continues and config.train.start_from is None:
-        raise RunError(
-            f"start_from: with these options --method {method.name} goes on from an earlier training; "
-            "expected a checkpoint of that, --start-from RUN_DIR/best.safetensors"
-        )
-    group = Group.of_environment()
-    device, precision = device_and_precision(config.train.device, config.train.precision, group)
-    try:
-        resolve(None if config.model.backend == "auto" else config.model.backend, torch.empty(0, device=device))
-    except RuntimeError as error:
-        raise RunError(f"backend: {error}") from error
-    if config.train.batch_size < group.world_size:
-        raise RunError(
-            f"batch_size: {config.train.batch_size} pairs leave some of {group.world_size} processes "
-            "without any; raise --batch-size or start fewer processes"
-        )
-    with contact(lambda: "before anything was saved; its own message says why it ended"), process_group(group, device):
-        return _fit(config, group, device, precision)
 
 
 @dataclass(frozen=True)
-class Job:
-    """Where a training takes place and what it reads: the same in all its stages."""
+class Run:
+    """A finished run."""
 
-    group: Group
-    device: torch.device
-    precision: str
-    splits: dict[str, list[Sample]]
-    images: Callable[[], ImageCache | None]  # checks them all when it is called first
-    interruption: Interruption
+    run_dir: Path
+    results: Results
 
 
-def _fit(config: Config, group: Group, device: torch.device, precision: str) -> RunResult:
-    run_dir, stages = config.train.run_dir, stages_of(config)
-    if config.train.resume:
-        require_same_run(config)
-        for stage, of_stage in stages:
-            require_same_stage(of_stage, run_dir / stage.name)
-    elif run_dir is not None and group.is_main:
-        for place in (run_dir, *(run_dir / stage.name for stage, _ in stages)):
-            refuse_used_folder(place)
-    splits = read_splits(config.data)
-    samples = list(itertools.chain.from_iterable(splits.values()))
-    images = functools.cache(lambda: read_images(config, samples, group))
-    job = Job(group, device, precision, splits, images, Interruption(group))
-    if not stages:
-        return train(config, job)
-    trained_parameters = trained_in_stages(config, splits)
-    images()
-    run_dir = own_folder(config, group)
-    return train_stages(
-        config,
-        run_dir,
-        lambda of_stage: train(of_stage, job, whole=run_dir),
-        trained_parameters,
-        group,
-        job.interruption,
-    )
+def fit(config: Config) -> Run:
+    """Trains, selects and tests a method as `config` says, in its stages, and writes everything to one run folder.
 
+    A method without stages has one, whose folder is the run folder. Processes that torchrun started all call this
+    alike: each trains on its share of every batch, the results are those of one process, and the first of them writes.
+    The run folder must be one that all of them see.
 
-def trained_in_stages(config: Config, splits: dict[str, list[Sample]]) -> int:
-    """How many parameters are trained in one stage or another. Each is built for that before the first is trained, so
-    that what cannot be built is known at once.
+    Raises DataError, BackboneError, MethodError, CheckpointError or RunError for what the user can mend, OSError where
+    nothing can be written, RunInterrupted after Ctrl-C. A run that was stopped in any way, also by SIGKILL, continues
+    with `resume=True` and ends with the numbers of a run that was not stopped.
     """
-    sizes: dict[str, int] = {}
-    for number, (_, of_stage) in enumerate(stages_of(config)):
-        model = build_model(of_stage)
-        if number == 0 and not config.train.resume:
-            start_of(of_stage, model)
-        parameters = model.trained_parameters() | build_objective(of_stage, model, splits).trained_parameters()
-        sizes |= {name: parameter.numel() for name, parameter in parameters.items()}
-    return sum(sizes.values())
+    config = config.settled()
+    group = Group.of_environment()
+    device, precision = device_and_precision(config.train.device, config.train.precision, group)
+    require_settings(config, group, device)
+    with contact(lambda: "before anything was saved; its own message says why it ended"), process_group(group, device):
+        stages, resume = config.stages(), config.train.resume
+        require_folders(config, stages, group)
+        splits = read_splits(config.data)
+        # What cannot be built is known before images are read and a folder is claimed.
+        first = None if resume else build_first(stages, device)
+        cache = read_images(config, list(itertools.chain.from_iterable(splits.values())), group)
+        run_dir = config.train.run_dir if resume else group.broadcast(claim_folder(config) if group.is_main else None)
+        assert run_dir is not None  # require_folders has seen to it
+        if group.is_main and not resume:
+            write_configuration(run_dir, config)
+        job = Job(run_dir, group, device, precision, splits, cache, Interruption(group))
+
+        finished: list[Results] = []
+        for number, (stage, own) in enumerate(stages, 1):
+            folder = run_dir / stage.name
+            title = f"stage {number} of {len(stages)}: {stage.title}" if len(stages) > 1 else f"{run_dir}"
+            begun, done = group.broadcast([(folder / name).exists() for name in (CONFIG, RESULTS)])
+            if done:
+                results = Results.read(folder / RESULTS)
+                group.say(f"{title}, is finished; test {short(results.text_to_image)}")
+            else:
+                if job.interruption.agreed:
+                    raise RunInterrupted(f"stopped before {title}; continue with --resume {run_dir}")
+                if len(stages) > 1:
+                    group.say(f"\n{title}")
+                    start_from = run_dir / stages[number - 2][0].name / BEST if number > 1 else config.train.start_from
+                    own = own.replace(start_from=start_from, run_dir=folder, resume=begun)
+                model = first if number == 1 and first is not None else build_model(own).to(device)
+                results = train(own, model, job, folder)
+            finished.append(results.replace(stage=stage.name, title=stage.title) if stage.name else results)
+
+        results = finished[0]
+        if len(stages) > 1:
+            results = combine(config, finished)
+            if group.is_main:
+                write_combined(job, [stage for stage, _ in stages], results)
+        elif done and group.is_main:
+            print(text(results), flush=True)
+        group.wait()
+        return Run(run_dir, results)
 
 
-def train(config: Config, job: Job, whole: Path | None = None) -> RunResult:
-    """One run. `whole`: the folder to resume, where the run is a stage of what that holds."""
-    group, splits = job.group, job.splits
-    saved = saved_state(config.train.run_dir) if config.train.resume else None
-    model = build_model(config).to(job.device)
-    start = start_of(config, model) if saved is None else {}
-    cache = job.images()
-    run_dir = own_folder(config, group)
-    announce(config, model, splits, run_dir, job.device, job.precision, group, start)
-
+def train(config: Config, model: AdaptedCLIP, job: Job, folder: Path) -> Results:
+    """One stage: from its start, or from where it was stopped."""
+    saved = load_state(folder) if config.train.resume else None
+    start: dict[str, Tensor] = {}
+    if saved is None and config.train.start_from is not None:
+        start = parameters_to_start_from(config.train.start_from, config, model)
+    if job.group.is_main and folder != job.run_dir:
+        write_configuration(folder, config)
+    job.group.wait()
+    announce(config, model, job, folder, start)
     if not config.model.method.trains:
-        return measure(config, model, splits["test"], run_dir, job.precision, group, cache)
-    training = Training(
-        config, model, splits, run_dir, job.device, job.precision, job.interruption, group, cache, whole=whole
-    )
+        return evaluate_zero_shot(config, model, job, folder)
+    training = Training(config, model, job, folder)
     with contact(training.position):
         with job.interruption:
             if saved is None:
@@ -145,37 +133,63 @@ def train(config: Config, job: Job, whole: Path | None = None) -> RunResult:
         return training.finish()
 
 
+def require_settings(config: Config, group: Group, device: torch.device) -> None:
+    """Raises RunError for a configuration that cannot be trained on this machine."""
+    method = config.model.method
+    if method.continues and config.train.start_from is None:
+        raise RunError(
+            f"start_from: with these options --method {method.name} continues an earlier training; expected a "
+            "checkpoint of that, --start-from RUN_DIR/best.safetensors"
+        )
+    require_backend(config.model.backend, device)
+    if config.train.tensorboard and find_spec("tensorboard") is None:
+        raise RunError("tensorboard: the package is not installed; pip install 'upperson[tensorboard]'")
+    if config.train.batch_size < group.world_size:
+        raise RunError(
+            f"batch_size: {config.train.batch_size} pairs leave some of {group.world_size} processes without any; "
+            "raise --batch-size or start fewer processes"
+        )
+
+
+def require_folders(config: Config, stages: Sequence[tuple[Stage, Config]], group: Group) -> None:
+    """Raises RunError for a used run folder, or where there is no run of this configuration to resume."""
+    run_dir = config.train.run_dir
+    if config.train.resume:
+        if run_dir is None:
+            raise RunError("run_dir: a run can only be resumed by name")
+        require_same_run(config, run_dir)
+        for stage, own in stages:
+            require_same_stage(own, run_dir / stage.name)
+    elif run_dir is not None and group.is_main:
+        refuse_used([run_dir, *(run_dir / stage.name for stage, _ in stages)])
+
+
 def build_model(config: Config) -> AdaptedCLIP:
-    """The model with its initial values, which the seed decides, and what is frozen in it. It has something to train,
-    unless the method is none that does.
+    """The model with its initial values, which the seed decides, and with its frozen parameters.
+
+    Raises RunError where nothing is left to train.
     """
     torch.manual_seed(config.train.seed)
     model = AdaptedCLIP(config.model)
     model.freeze(config.train.freeze)
-    method = config.model.method
-    if method.trains and not model.trained_parameters():
-        raise RunError(
-            f"nothing to train: the options of --method {method.name}"
-            f"{' and --freeze' if config.train.freeze else ''} leave no parameter"
-        )
+    if config.model.method.trains and not model.trained_parameters():
+        raise RunError(nothing_to_train(config.model, config.train.freeze))
     return model
 
 
-def start_of(config: Config, model: AdaptedCLIP) -> dict[str, Tensor]:
-    """The parameters of the checkpoint that a training starts from; none, where there is no checkpoint."""
-    path = config.train.start_from
-    return {} if path is None else parameters_to_start_from(path, config, model)
-
-
-def own_folder(config: Config, group: Group) -> Path:
-    """The run folder: that of the run that is resumed, or a new one."""
-    if config.train.resume:
-        return config.train.run_dir
-    return group.broadcast(claim_folder(config) if group.is_main else None)
+def build_first(stages: Sequence[tuple[Stage, Config]], device: torch.device) -> AdaptedCLIP:
+    """The model of the first stage, after checks of its start and of the later stages on the same backbone."""
+    (_, config), *later = stages
+    model = build_model(config)
+    if config.train.start_from is not None:
+        parameters_to_start_from(config.train.start_from, config, model)
+    for _, other in later:
+        model.require_trainable(other.model, other.train.freeze)
+    return model.to(device)
 
 
 def read_images(config: Config, samples: list[Sample], group: Group) -> ImageCache | None:
-    """Makes or opens the cache of the images, where one is wanted; else opens each image once, where that is."""
+    """Makes or opens the image cache, where one is wanted; otherwise opens each image once, where that is wanted."""
     if config.data.is_drawn:
         return None
     if config.data.image_cache is None:
@@ -196,28 +210,85 @@ def read_images(config: Config, samples: list[Sample], group: Group) -> ImageCac
     return cache
 
 
-def measure(
-    config: Config,
-    model: AdaptedCLIP,
-    test: list[Sample],
-    run_dir: Path,
-    precision: str,
-    group: Group,
-    cache: ImageCache | None,
-) -> RunResult:
+def announce(config: Config, model: AdaptedCLIP, job: Job, folder: Path, start: Mapping[str, Tensor]) -> None:
+    """Prints what is about to be trained, and on which data; `start`: the parameters that training starts from."""
+    group = job.group
+    processes = f", one of {group.world_size} processes" if group.world_size > 1 else ""
+    group.say(f"run     {folder}, on {job.device}{processes} in {job.precision}")
+    for split, samples in job.splits.items():
+        group.say(
+            f"{split:<7} {len(samples):,} captions of {len({s.image_id for s in samples}):,} images of "
+            f"{len({s.person_id for s in samples}):,} identities"
+        )
+    trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    group.say(
+        f"model   {config.model.model}; {trained:,} of {everything:,} parameters are trained "
+        f"({100 * trained / everything:.1f} %)"
+    )
+    if start:
+        others = len(model.adaptation()) - len(start)
+        group.say(
+            f"start   {config.train.start_from}, {len(start)} parameter tensors"
+            + (f"; the other {others} start as without it" if others else "")
+        )
+
+
+def evaluate_zero_shot(config: Config, model: AdaptedCLIP, job: Job, folder: Path) -> Results:
     """The results of a model that is not trained, and a checkpoint that says so."""
-    retrieval = search(config, model, test, precision, group, cache)
-    results = results_of(
-        config,
-        test,
-        retrieval.metrics,
-        retrieval.metrics,
+    test = job.splits["test"]
+    retrieval = evaluate(model, test, **job.evaluation(config))
+    results = Results(
+        method=config.model.method.title,
+        model=config.model.model,
+        trained_on=name_of(config.data),
+        evaluated_on=name_of(config.data),
+        split="test",
+        captions=len(test),
+        images=len({sample.image_id for sample in test}),
+        text_to_image=retrieval.metrics,
         selection="none",
         epoch=0,
-        trained_parameters=0,
-        all_parameters=count(model.parameters()),
+        epochs=0,
+        all_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        zero_shot=retrieval.metrics,
+        precision=job.precision,
     )
-    if group.is_main:
-        write_results(run_dir, config, {}, results, test, retrieval)
-    group.wait()
-    return RunResult(run_dir, results)
+    if job.group.is_main:
+        queries = shown_queries(test, SHOWN_QUERIES)
+        picture = top_ten(test, queries, {results.method: retrieval.top[queries].tolist()})
+        save_checkpoint(folder / BEST, {}, config, results.to_dict())
+        write_atomically(folder / TOP_TEN, picture)
+        conclude(folder, results)
+    job.group.wait()
+    return results
+
+
+def combine(config: Config, stages: Sequence[Results]) -> Results:
+    """The results of a training in stages: those of the last stage, with what was there before the first."""
+    trained = {kind: stage.trained[kind] for stage in stages for kind in stage.trained}
+    return stages[-1].replace(
+        method=config.model.method.title,
+        zero_shot=stages[0].zero_shot,
+        start=stages[0].start,
+        trained=trained,
+        stage=None,
+        title=None,
+        stages=tuple(stages),
+    )
+
+
+def write_combined(job: Job, stages: Sequence[Stage], results: Results) -> None:
+    """The files that any run leaves: checkpoint and picture of the last stage; log, curve and results of all stages."""
+    run_dir = job.run_dir
+    histories = [history_of(run_dir / stage.name) for stage in stages]
+    write_atomically(run_dir / CURVE, curve(histories, histories[0][0]["split"], results))
+    lines = [
+        {"kind": "stage", "step": number, "name": stage.stage, "title": stage.title, "split": "test"}
+        | stage.text_to_image
+        for number, stage in enumerate(results.stages, 1)
+    ]
+    write_atomically(run_dir / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    for name in (BEST, TOP_TEN):
+        write_atomically(run_dir / name, (run_dir / stages[-1].name / name).read_bytes())
+    conclude(run_dir, results)

@@ -1,77 +1,99 @@
-"""A training on its way: steps, epochs and evaluations, and how they are logged, saved and taken up again."""
+"""A training: steps, epochs and evaluations, and how they are logged, saved and resumed."""
 
 import functools
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from upperson.errors import Diverged, RunError, RunInterrupted
-from upperson.files import write_atomically
-from upperson.evaluate import pictures as report
-from upperson.train import run_folder
-from upperson.model.checkpoint import copy_parameters, save_checkpoint, save_resume_state
 from upperson.config import Config
 from upperson.data import DeviceBatches, ImageCache, Sample, batches_per_epoch, train_loader
-from upperson.machine import ALONE, Group, data_parallel
-from upperson.train.interruption import Interruption
+from upperson.errors import Diverged, RunInterrupted
+from upperson.evaluate.embed import evaluate
+from upperson.evaluate.evaluation import name_of
 from upperson.evaluate.metrics import Retrieval
-from upperson.model import AdaptedCLIP
+from upperson.evaluate.pictures import curve, shown_queries, top_ten
+from upperson.evaluate.results import METRICS, RESULTS, TABLE, Metrics, Results
+from upperson.evaluate.tables import markdown, short, text
+from upperson.files import write_atomically
 from upperson.losses.objective import LossesOfModel, Objective
+from upperson.machine import ALONE, Group, autocast, data_parallel
+from upperson.model import AdaptedCLIP
+from upperson.model.checkpoint import copy_parameters, save_checkpoint
+from upperson.train.interruption import Interruption
+from upperson.train.log import MetricsLog
 from upperson.train.optimizer import build_optimizer, build_schedule
 from upperson.train.progress import Clock, Progress
-from upperson.train.resume import random_states, set_random_states
-from upperson.train.results import RunResult, count, results_of, short, write_results
-from upperson.evaluate.embed import autocast, search
-from upperson.train.run_folder import MetricsLog
+from upperson.train.resume import RESUME, random_states, save_state, set_random_states
+from upperson.train.run_folder import BEST, CURVE, LAST, SHOWN, TOP_TEN
+
+SHOWN_QUERIES = 2  # in the picture, each with the images of zero-shot CLIP above those of the trained model
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where a training takes place and what it reads; all its stages share it."""
+
+    run_dir: Path  # the folder to resume
+    group: Group
+    device: torch.device
+    precision: str
+    splits: dict[str, list[Sample]]
+    cache: ImageCache | None
+    interruption: Interruption
+
+    def evaluation(self, config: Config) -> dict[str, Any]:
+        """The options of upperson.evaluate.embed.evaluate."""
+        return {
+            "batch_size": config.train.evaluate_batch_size,
+            "workers": config.data.workers,
+            "precision": self.job.precision,
+            "group": self.group,
+            "cache": self.cache,
+        }
 
 
 class Training:
-    """Model, optimizer and position of a run, and how they move, are saved and come back."""
+    """Model, optimizer and position of a run; trains, evaluates, saves and resumes them.
 
-    def __init__(
-        self,
-        config: Config,
-        model: AdaptedCLIP,
-        splits: dict[str, list[Sample]],
-        run_dir: Path,
-        device: torch.device,
-        precision: str,
-        interruption: Interruption,
-        group: Group = ALONE,
-        cache: ImageCache | None = None,
-        whole: Path | None = None,
-    ):
-        """`whole`: the folder to resume, where `run_dir` is that of a stage in it."""
-        self.whole = whole or run_dir
-        self.config, self.model, self.splits, self.run_dir, self.cache = config, model, splits, run_dir, cache
-        self.device, self.precision, self.interruption, self.group = device, precision, interruption, group
-        self.objective = build_objective(config, model, splits, group).to(device)
+    Args:
+        config: of the run, or of one of its stages.
+        model: on the device of the job.
+        job: where, and on which data.
+        folder: for everything that is written.
+    """
+
+    def __init__(self, config: Config, model: AdaptedCLIP, job: Job, folder: Path):
+        self.config, self.model, self.job, self.folder = config, model, job, folder
+        self.group, self.interruption = job.group, job.interruption
+        self.objective = build_objective(config, model, job.splits["train"], job.group).to(job.device)
         if config.train.compile:
             model.compile_blocks()
-        self.losses = data_parallel(LossesOfModel(self.objective, model), group)
-        self.adaptation = model.adaptation()  # what checkpoints hold
-        self.state = self.adaptation | self.objective.trained_parameters()  # what the run needs to go on
+        self.losses = data_parallel(LossesOfModel(self.objective, model), job.group)
+        self.adaptation = model.adaptation()  # the content of checkpoints
+        self.state = self.adaptation | self.objective.trained_parameters()  # the parameters that a resumed run needs
         self.parameters = {name: parameter for name, parameter in self.state.items() if parameter.requires_grad}
-        self.optimizer = build_optimizer(self.parameters, config.train)
+        prefixes = model.parameters_by_kind().get("prefix", {})
+        self.optimizer = build_optimizer(self.parameters, config.train, prefixes)
         self.schedule = build_schedule(self.optimizer, config.train)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.precision == "fp16")
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
-        self.selection = config.train.selection
-        if self.selection == "val" and "val" not in splits:
+        self.selection: Literal["val", "best-on-test", "last"] = config.train.selection
+        if self.selection == "val" and "val" not in job.splits:
             self.selection = "last"
-        self.watched = "val" if self.selection == "val" else "test"  # the split that is evaluated every epoch
+        self.watched = "val" if self.selection == "val" else "test"  # the split that is evaluated after every epoch
         self.loader = train_loader(
-            splits["train"],
-            # Cut to the room beside prompts here, so that mlm asks for no word that is cut off later.
+            job.splits["train"],
+            # Captions are cut to the room beside prompts here, so that mlm predicts no word that is cut off later.
             tokenizer=functools.partial(model.tokenizer, context_length=model.caption_length),
+            pack=model.caption_packer(),
             image_size=config.model.image_size,
             batch_size=config.train.batch_size,
             seed=config.train.seed,
@@ -79,39 +101,41 @@ class Training:
             mask_labels=self.objective.mlm is not None,
             workers=config.data.workers,
             epoch=1,
-            rank=group.rank,
-            world_size=group.world_size,
-            cache=cache,
+            rank=job.group.rank,
+            world_size=job.group.world_size,
+            cache=job.cache,
         )
-        self.batches = DeviceBatches(self.loader, device, model.image_mean, model.image_std, model.pack_captions)
-        self.log = MetricsLog(run_dir, config.train.tensorboard, writes=group.is_main)
+        self.batches = DeviceBatches(self.loader, job.device, model.preprocess.mean, model.preprocess.std)
+        self.log = MetricsLog(folder, config.train.tensorboard, writes=job.group.is_main)
 
     def begin(self, start: Mapping[str, Tensor]) -> None:
-        """Measures the backbone alone; then takes the parameters `start`, if there are any, and measures those, too."""
+        """Evaluates the backbone alone. Then the parameters `start` are taken and evaluated too, if there are any."""
         self.log.start(after=0)
         with self.model.zero_shot():
-            measured = self.measure("zero_shot", "zero-shot CLIP")
-        self.progress.zero_shot = measured["test"]
+            found = self.evaluate_before("zero_shot", "zero-shot CLIP")
+        self.progress.zero_shot = found["test"].metrics
+        queries = shown_queries(self.job.splits["test"], SHOWN_QUERIES)
+        self.progress.zero_shot_top = found["test"].top[queries].tolist()
         if start:
             copy_parameters(start, {name: self.adaptation[name] for name in start}, str(self.config.train.start_from))
-            measured = self.measure("start", "start")
-            self.progress.start = measured["test"]
-        self.progress.history.append({"epoch": 0, **measured[self.watched]})
+            found = self.evaluate_before("start", "start")
+            self.progress.start = found["test"].metrics
+        self.progress.history.append({"epoch": 0, **found[self.watched].metrics})
         self.save_state()
 
-    def measure(self, kind: str, name: str) -> dict[str, dict[str, float]]:
-        """The metrics before the first epoch on the test split and on the split that is watched, logged and said."""
-        measured = {split: self.evaluate(split).metrics for split in dict.fromkeys(("test", self.watched))}
-        for split, metrics in measured.items():
-            self.log.write(kind, 0, split=split, **metrics)
-        self.group.say(f"{name:<14}   {self.watched} {short(measured[self.watched])}")
-        return measured
+    def evaluate_before(self, kind: str, name: str) -> dict[str, Retrieval]:
+        """The retrieval before the first epoch on the test split and on the split that is watched, logged and shown."""
+        found = {split: self.evaluate(split) for split in dict.fromkeys(("test", self.watched))}
+        for split, retrieval in found.items():
+            self.log.write(kind, 0, split=split, **retrieval.metrics)
+        self.group.say(f"{name:<14}   {self.watched} {short(found[self.watched].metrics)}")
+        return found
 
     def train_epoch(self) -> None:
         """The batches of this epoch that are still to do."""
         progress, settings = self.progress, self.config.train
-        batches = batches_per_epoch(len(self.splits["train"]), settings.batch_size)
-        images = min(len(self.splits["train"]), batches * settings.batch_size)
+        batches = batches_per_epoch(len(self.job.splits["train"]), settings.batch_size)
+        images = min(len(self.job.splits["train"]), batches * settings.batch_size)
         images_before = progress.batch * settings.batch_size
         self.loader.batch_sampler.set_epoch(progress.epoch, progress.batch)
         started = time.monotonic()
@@ -124,7 +148,7 @@ class Training:
             disable=None if self.group.is_main else True,
         ) as bar:
             for batch in self.interruption.pass_on(self.batches):
-                pairs = min(settings.batch_size, len(self.splits["train"]) - progress.batch * settings.batch_size)
+                pairs = min(settings.batch_size, len(self.job.splits["train"]) - progress.batch * settings.batch_size)
                 measured = self.step(batch, pairs)
                 progress.batch += 1
                 progress.step += 1
@@ -158,7 +182,7 @@ class Training:
 
         `batch` is this process's share, from `self.batches`, of `pairs` in all; None: it is the whole.
         """
-        with autocast(self.device, self.precision):
+        with autocast(self.job.device, self.job.precision):
             loss, parts = self.losses(batch, pairs)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
@@ -167,7 +191,7 @@ class Training:
         tensors = {"loss": loss, "gradient_norm": nn.utils.get_total_norm(gradients)}
         if len(parts) > 1:
             tensors |= {f"loss_{name}": part for name, part in parts.items()}
-        tensors["stop"] = self.interruption.asked(self.device)
+        tensors["stop"] = self.interruption.asked(self.job.device)
         # One transfer for all.
         measured = dict(zip(tensors, torch.stack([t.detach().float() for t in tensors.values()]).tolist(), strict=True))
         self.interruption.agreed = measured.pop("stop") > 0
@@ -178,7 +202,7 @@ class Training:
             if not math.isfinite(measured[name]):
                 raise Diverged(
                     f"epoch {self.progress.epoch}, step {self.progress.step + 1}: the {words} is {measured[name]}, and "
-                    f"the step was not taken. What was saved in {self.run_dir} before is good and stays. A lower "
+                    f"the step was not taken. What was saved in {self.folder} before is good and stays. A lower "
                     "learning rate, a longer warm-up or --precision fp32 may help"
                 )
         self.scaler.step(self.optimizer)
@@ -205,43 +229,71 @@ class Training:
         progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
         self.save_state()
         self.save_checkpoints()
-        self.interruption.agreed = self.interruption.asked(self.device).item() > 0
+        self.interruption.agreed = self.interruption.asked(self.job.device).item() > 0
         if self.interruption.agreed and progress.epoch <= epochs:
             self.stop()
 
-    def finish(self) -> RunResult:
-        """Tests the selected epoch and writes the results, the curve and the picture."""
-        progress = self.progress
-        copy_parameters(self.best, self.adaptation, run_folder.RESUME)
+    def finish(self) -> Results:
+        """Tests the selected epoch, and writes the results, the curve and the picture."""
+        progress, test = self.progress, self.job.splits["test"]
+        copy_parameters(self.best, self.adaptation, RESUME)
         retrieval = self.evaluate("test")
-        results = results_of(
-            self.config,
-            self.splits["test"],
-            progress.zero_shot,
-            retrieval.metrics,
-            start=progress.start,
-            selection=self.selection,
-            epoch=progress.best_epoch,
-            trained_parameters=count(self.parameters.values()),
-            all_parameters=count(self.model.parameters()) + count(self.objective.parameters()),
-        )
+        results = self.results(progress.best_epoch, "test", retrieval.metrics)
+        results = results.replace(zero_shot=progress.zero_shot, start=progress.start)
         self.log.write("result", progress.step, epoch=progress.best_epoch, split="test", **retrieval.metrics)
         if self.group.is_main:
-            write_atomically(self.run_dir / run_folder.CURVE, report.curve([progress.history], self.watched, results))
-            write_results(self.run_dir, self.config, self.best, results, self.splits["test"], retrieval)
+            queries = shown_queries(test, SHOWN_QUERIES)
+            tops = {results.method: retrieval.top[queries].tolist()}
+            if progress.zero_shot_top:
+                tops = {"zero-shot CLIP": progress.zero_shot_top} | tops
+            picture = top_ten(test, queries, tops)
+            self.log.conclude(progress.step, self.config.values(), retrieval.metrics, picture)
+            save_checkpoint(self.folder / BEST, self.best, self.config, results.to_dict())
+            write_atomically(self.folder / TOP_TEN, picture)
+            write_atomically(self.folder / CURVE, curve([progress.history], self.watched, results))
+            conclude(self.folder, results)
         self.log.close()
         self.group.wait()
-        return RunResult(self.run_dir, results)
+        return results
+
+    def results(self, epoch: int, split: str, metrics: Metrics) -> Results:
+        """The results of an epoch on a split."""
+        config, samples = self.config, self.job.splits[split]
+        kinds = self.model.parameters_by_kind() | self.objective.heads()
+        trained = {
+            kind: sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
+            for kind, parameters in kinds.items()
+        }
+        everything = (*self.model.parameters(), *self.objective.parameters())
+        return Results(
+            method=config.model.method.title,
+            model=config.model.model,
+            trained_on=name_of(config.data),
+            evaluated_on=name_of(config.data),
+            split=split,
+            captions=len(samples),
+            images=len({sample.image_id for sample in samples}),
+            text_to_image=metrics,
+            selection=self.selection,
+            epoch=epoch,
+            epochs=config.train.epochs,
+            loss=self.progress.history[epoch].get("loss"),
+            losses=config.train.losses,
+            seed=config.train.seed,
+            trained={kind: number for kind, number in trained.items() if number},
+            all_parameters=sum(parameter.numel() for parameter in everything),
+            precision=self.job.precision,
+        )
 
     def evaluate(self, split: str) -> Retrieval:
-        return search(self.config, self.model, self.splits[split], self.precision, self.group, self.cache)
+        return evaluate(self.model, self.job.splits[split], **self.job.evaluation(self.config))
 
     def start_clock(self) -> None:
         """From here on, time is measured for what is said to be left."""
         self.clock = Clock(self.epochs_done())
 
     def epochs_done(self) -> float:
-        batches = batches_per_epoch(len(self.splits["train"]), self.config.train.batch_size)
+        batches = batches_per_epoch(len(self.job.splits["train"]), self.config.train.batch_size)
         return self.progress.epoch - 1 + self.progress.batch / batches
 
     @property
@@ -252,7 +304,7 @@ class Training:
         """Where the run stands, and what becomes of it if it ends here."""
         return (
             f"in epoch {self.progress.epoch}, after step {self.progress.step}; see its message; what was saved in "
-            f"{self.run_dir} is good, continue with --resume {self.whole}"
+            f"{self.folder} is good, continue with --resume {self.job.run_dir}"
         )
 
     def stop(self) -> None:
@@ -261,7 +313,7 @@ class Training:
         self.group.wait()
         raise RunInterrupted(
             f"stopped in epoch {self.progress.epoch} after step {self.progress.step}, all is saved; "
-            f"continue with --resume {self.whole}"
+            f"continue with --resume {self.job.run_dir}"
         )
 
     def save_state(self) -> None:
@@ -281,12 +333,12 @@ class Training:
             "scaler": self.scaler.state_dict(),
             "random": random_states(),
         }
-        save_resume_state(self.run_dir / run_folder.RESUME, state, self.config)
+        save_state(self.folder, state, self.config)
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.progress = Progress(**state["progress"])
         self.log.start(self.progress.log_bytes, self.progress.step)
-        copy_parameters(state["parameters"], self.state, str(self.run_dir / run_folder.RESUME))
+        copy_parameters(state["parameters"], self.state, str(self.folder / RESUME))
         self.best = state["best"]
         for saved, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
             saved["fused"] = own["fused"]  # of this device, which need not be the one where the state was saved
@@ -300,22 +352,33 @@ class Training:
         """The parameters of the epoch that has just ended, and of the best so far."""
         if not self.group.is_main:
             return
-        history = self.progress.history
-        best = {"selection": self.selection, "split": self.watched, **history[self.progress.best_epoch]}
-        save_checkpoint(self.run_dir / run_folder.BEST, self.best, self.config, best)
-        last = {"selection": "last", "split": self.watched, **history[-1]}
-        save_checkpoint(self.run_dir / run_folder.LAST, self.adaptation, self.config, last)
+        best = self.results_so_far(self.progress.best_epoch)
+        save_checkpoint(self.folder / BEST, self.best, self.config, best.to_dict())
+        last = self.results_so_far(self.progress.epoch - 1).replace(selection="last")
+        save_checkpoint(self.folder / LAST, self.adaptation, self.config, last.to_dict())
+
+    def results_so_far(self, epoch: int) -> Results:
+        """The results of an epoch on the split that is watched."""
+        entry = self.progress.history[epoch]
+        return self.results(epoch, self.watched, {name: entry[name] for name in METRICS})
 
 
-def build_objective(
-    config: Config, model: AdaptedCLIP, splits: dict[str, list[Sample]], group: Group = ALONE
-) -> Objective:
+def build_objective(config: Config, model: AdaptedCLIP, samples: list[Sample], group: Group = ALONE) -> Objective:
+    """The losses that `config` names; `samples`: the training split, whose people the id loss knows."""
     return Objective(
         config.train.losses,
         temperature=config.train.temperature,
         width=model.embedding_width,
         vocabulary=model.tokenizer.vocab_size,
-        person_ids=(sample.person_id for sample in splits["train"]),
+        person_ids=(sample.person_id for sample in samples),
         mask_captions=config.data.mask_captions,
         group=group,
     )
+
+
+def conclude(run_dir: Path, results: Results) -> None:
+    """Writes and prints the table. The results are written last: a run that has them has everything."""
+    write_atomically(run_dir / TABLE, markdown(results).encode())
+    results.write(run_dir / RESULTS)
+    written = [name for name in SHOWN if (run_dir / name).exists()]
+    print(f"\n{text(results)}\n\nin {run_dir}: {', '.join(written)}", flush=True)

@@ -1,24 +1,31 @@
 """The optimizer and the learning rate of a training (arXiv 2504.10084, Sec. IV-B, and the released code)."""
 
+from collections.abc import Container
+
 from torch import nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from upperson.errors import MethodError
 from upperson.config import TrainConfig
+from upperson.errors import MethodError
 
 
-def build_optimizer(parameters: dict[str, nn.Parameter], settings: TrainConfig) -> Adam:
-    """Adam with coupled weight decay, none on biases; biases and prefixes may have a learning rate of their own.
+def build_optimizer(parameters: dict[str, nn.Parameter], settings: TrainConfig, prefixes: Container[str] = ()) -> Adam:
+    """Adam with coupled weight decay, without decay of biases.
+
+    Args:
+        parameters: all that is trained, by name.
+        settings: learning rates, also those of biases and prefixes, decay and ε.
+        prefixes: the names of the parameters of prefixes.
 
     On a GPU a step is one kernel for many parameters. Raises MethodError for the rate of prefixes where there are none.
     """
-    if settings.prefix_learning_rate is not None and not any(".prefix." in name for name in parameters):
+    if settings.prefix_learning_rate is not None and not any(name in prefixes for name in parameters):
         raise MethodError("prefix_learning_rate: there is no prefix to train")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         rate = settings.learning_rate
-        if ".prefix." in name and settings.prefix_learning_rate is not None:
+        if name in prefixes and settings.prefix_learning_rate is not None:
             rate = settings.prefix_learning_rate
         is_bias = name.endswith("bias")
         if is_bias and settings.bias_learning_rate is not None:

@@ -15,6 +15,7 @@ class Progress:
     loss_sum: float = 0.0  # over the batches of this epoch
     zero_shot: dict[str, float] = field(default_factory=dict)  # on the test split
     start: dict[str, float] | None = None  # on the test split, of the checkpoint that the training started from
+    zero_shot_top: list[list[int]] = field(default_factory=list)  # images that the queries of the picture find
     best_epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # one evaluation an epoch, 0: before the first
     log_bytes: int = 0  # length of metrics.jsonl

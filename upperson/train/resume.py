@@ -1,13 +1,37 @@
-"""The state that a stopped run continues from."""
+"""The state that a stopped run continues from, in one file."""
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from upperson.config import Config
+from upperson.model.tensor_files import RESUME_STATE, plain, read_tensors, write_tensors
+
+RESUME = "resume.safetensors"
+
+
+def save_state(run_dir: Path, state: dict[str, Any], config: Config) -> None:
+    """Writes any nest of dict, list, tuple, tensor, number, string, bool and None."""
+    tensors: dict[str, Tensor] = {}
+    structure = json.dumps(_take_apart(state, tensors))
+    write_tensors(run_dir / RESUME, RESUME_STATE, tensors, config, {"structure": structure})
+
+
+def load_state(run_dir: Path) -> dict[str, Any] | None:
+    """The state, tensors on the CPU; None for a run that ended before it saved one. Raises CheckpointError."""
+    if not (run_dir / RESUME).exists():
+        return None
+    tensors, _, metadata = read_tensors(run_dir / RESUME, RESUME_STATE)
+    return _put_together(json.loads(metadata["structure"]), tensors)
 
 
 def random_states() -> dict[str, Any]:
+    """The states of all random generators of this process."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -18,8 +42,35 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
+    """Puts back what random_states gave."""
     torch.set_rng_state(states["torch"])
     for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(state, device)
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
+
+
+def _take_apart(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """The structure of a nest as JSON can hold it; its tensors go to `tensors`, by number."""
+    if isinstance(tree, Tensor):
+        key = str(len(tensors))
+        tensors[key] = plain(tree)
+        return {"tensor": key}
+    if isinstance(tree, dict):
+        return {"dict": [[key, _take_apart(value, tensors)] for key, value in tree.items()]}
+    if isinstance(tree, list | tuple):
+        return {type(tree).__name__: [_take_apart(value, tensors) for value in tree]}
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise TypeError(f"a resume state cannot hold a {type(tree).__name__}")
+
+
+def _put_together(structure: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(structure, dict):
+        return structure
+    ((kind, content),) = structure.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _put_together(value, tensors) for key, value in content}
+    return {"list": list, "tuple": tuple}[kind](_put_together(value, tensors) for value in content)

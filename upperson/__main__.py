@@ -1,0 +1,41 @@
+"""The command `upperson`: one word for each thing that it does."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": ("upperson.train.__main__", "train, select and test a method; the same as python train.py"),
+    "evaluate": ("upperson.evaluate.__main__", "evaluate a checkpoint on any data set, in both directions"),
+    "merge": ("upperson.deploy.merge", "fold a checkpoint into the weights of a plain CLIP"),
+    "tables": ("upperson.tables.__main__", "train and print the tables of the paper"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status of the command that the first argument names; 2 where it names none."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    first = arguments[0] if arguments else "--help"
+    if first in COMMANDS:
+        return importlib.import_module(COMMANDS[first][0]).main(arguments[1:])
+    if first == "--version":
+        import upperson
+
+        print(f"upperson {upperson.__version__}")
+        return 0
+    if first in ("-h", "--help"):
+        print(usage())
+        return 0
+    print(f"upperson: unknown command {first!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+    return 2
+
+
+def usage() -> str:
+    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: upperson COMMAND ...", "", *lines, "", "upperson COMMAND --help shows its options; upperson --version"]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

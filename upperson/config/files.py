@@ -1,0 +1,42 @@
+"""Configurations in files: the one that every run leaves, and those that a user writes, JSON or TOML."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from upperson.config.configuration import Config, fields_in
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CONFIG = "config.json"  # in a run folder
+
+
+def read_configuration(path: Path) -> Config:
+    """The whole configuration of a run. Raises OSError, and ValueError that names the file and what is wrong in it."""
+    try:
+        return Config.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_changes(path: Path) -> dict[str, Any]:
+    """The fields of a JSON or TOML file by name: all of a run's config.json, or some in the same sections.
+
+    The method is under "method", by its name. Raises OSError, and ValueError that names the file and what is wrong.
+    """
+    if path.suffix not in (".json", ".toml"):
+        raise ValueError(f"{path}: expected a file whose name ends in .json or .toml")
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        return fields_in(content)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

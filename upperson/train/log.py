@@ -1,0 +1,124 @@
+"""The log of a run: metrics.jsonl, one object a line, and TensorBoard where that is wanted."""
+
+import errno
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+
+from upperson.errors import RunError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """The log of a run. While it is open, the run folder is locked.
+
+    In processes that train along with the one that writes, `writes` is False, and nothing is opened or written.
+    """
+
+    def __init__(self, run_dir: Path, tensorboard: bool, writes: bool = True):
+        self.path = run_dir / METRICS_FILE
+        self.file: IO[bytes] | None = None
+        if writes:
+            self.file = open(self.path, "ab")  # noqa: SIM115 (open as long as the run)
+            _lock(self.file, run_dir)
+        self.tensorboard_dir = run_dir / "tensorboard" if tensorboard else None
+        self.writer = None
+
+    def start(self, after: int, step: int = 0) -> None:
+        """Continues after the first `after` bytes; lines that were written after the state was saved are dropped."""
+        if self.file is None:
+            return
+        if os.path.getsize(self.path) < after:
+            raise RunError(f"{self.path} is shorter than when the run was saved ({after} bytes); it was changed since")
+        self.file.truncate(after)
+        if self.tensorboard_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter  # an optional dependency
+
+            self.writer = SummaryWriter(str(self.tensorboard_dir), purge_step=step + 1 if after else None)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Adds a line. TensorBoard shows zero-shot CLIP, at step 0, in the charts of the evaluations."""
+        if self.file is None:
+            return
+        record = {"kind": kind, "step": step, **values}
+        finite = {
+            name: value if not isinstance(value, float) or math.isfinite(value) else None
+            for name, value in record.items()
+        }  # an fp16 gradient may overflow, and JSON has no infinity
+        try:
+            self.file.write((json.dumps(finite) + "\n").encode())
+            self.file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"{self.path} could not be written ({error.strerror})") from error
+        if self.writer is not None:
+            chart = "evaluation" if kind == "zero_shot" else kind
+            chart = f"{chart}/{values['split']}" if "split" in values else chart
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self.writer.add_scalar(f"{chart}/{name}", value, step)
+
+    def conclude(self, step: int, settings: dict[str, Any], metrics: dict[str, float], picture: bytes) -> None:
+        """Gives TensorBoard the hyper-parameters with the test metrics, and the picture of the top ten (PNG)."""
+        if self.writer is None:
+            return
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in settings.items()
+        }
+        tagged = {f"test/{name}": value for name, value in metrics.items()}
+        self.writer.add_hparams(plain, tagged, run_name=".")
+        pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+        self.writer.add_image("top ten", pixels, step, dataformats="HWC")
+
+    def sync(self) -> int:
+        """Makes all lines durable; the length of the file."""
+        if self.file is None:
+            return 0
+        os.fsync(self.file.fileno())
+        return os.fstat(self.file.fileno()).st_size
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def history_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The result of each epoch of a run, read from its log: epoch, loss and metrics; epoch 0, without loss, first."""
+    with open(run_dir / METRICS_FILE, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    losses = {line["epoch"]: line["loss"] for line in lines if line["kind"] == "epoch"}
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    before = [
+        line for line in lines if line["kind"] in ("zero_shot", "start") and line["split"] == evaluations[0]["split"]
+    ]
+    return [before[-1] | {"epoch": 0}, *(line | {"loss": losses[line["epoch"]]} for line in evaluations)]
+
+
+def _lock(file: IO[bytes], run_dir: Path) -> None:
+    """Keeps other processes from training in `run_dir` until `file` is closed or this process ends, even by SIGKILL.
+
+    Raises RunError if another process trains there.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, it does not outlive us in a child process
+    except (BlockingIOError, PermissionError):
+        raise RunError(f"{run_dir} is being trained by another process; wait for it, or stop it") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+            raise
