@@ -53,7 +53,7 @@ class Job:
         return {
             "batch_size": config.train.evaluate_batch_size,
             "workers": config.data.workers,
-            "precision": self.job.precision,
+            "precision": self.precision,
             "group": self.group,
             "cache": self.cache,
         }
