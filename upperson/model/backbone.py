@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from upperson.config import ModelConfig
 from upperson.embedded.weights import CLIP_CONFIG, EmbeddedWeightsError, load_embedded_clip
 from upperson.errors import BackboneError
+from upperson.model.download import load_published
 from upperson.model.weights import ACCEPTED, mismatch, read_weights
 
 CLIP_VOCABULARY = 49408
@@ -34,13 +35,7 @@ def build_clip(config: ModelConfig) -> nn.Module:
             raise BackboneError(str(error)) from error
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained in tags:
-        try:
-            return open_clip.create_model(model, pretrained=pretrained)
-        except Exception as error:
-            raise BackboneError(
-                f"could not download or load the weights {pretrained!r} of {model}: {error}; "
-                "without a network give --pretrained the path of a checkpoint file"
-            ) from error
+        return load_published(model, pretrained)
     clip = random_clip(model)
     if pretrained == "none":
         return clip
