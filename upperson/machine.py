@@ -18,15 +18,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn.parallel import DistributedDataParallel
 
 from upperson.errors import RunError
 
-# One process may decode a data set for the others. That one of them has died is noticed much earlier: by gloo, or by
+# One process may decode a data set for the others. A process that has died is noticed much earlier: by gloo, or by
 # torchrun, which then ends all.
 TIMEOUT = timedelta(minutes=30)
-# What PyTorch's errors say where another process has ended or does not answer.
+# PyTorch's errors where another process has ended or does not answer.
 LOST_CONTACT = re.compile(r"gloo|NCCL|TCPStore|Connection (closed|reset) by peer|Broken pipe")
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -36,10 +35,10 @@ Value = TypeVar("Value")
 
 
 def share_of(total: int, rank: int, world_size: int) -> range:
-    """Which of `total` things process `rank` of `world_size` has: a run of them, as torch.tensor_split cuts.
+    """The share of process `rank` in `total` things: consecutive ones, as torch.tensor_split cuts.
 
-    The runs follow each other and differ in length by one at most, the longer ones first. Raises ValueError for a
-    rank that is not there.
+    The shares differ in length by one at most, the longer ones first. Raises ValueError for a rank that is not below
+    `world_size`.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected 0 to {world_size - 1}, as world_size is {world_size}, found {rank}")
@@ -58,16 +57,18 @@ class Group:
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> "Group":
-        """What torchrun says in the environment; without it, this process alone. RunError if half of it is there."""
+        """The group that torchrun describes in the environment; without torchrun, this process alone.
+
+        Raises RunError where torchrun's variables are incomplete.
+        """
         if environment.get("WORLD_SIZE", "1") == "1":
             return cls()
         wrong = [name for name in TORCHRUN if name not in environment]
         wrong += [name for name in TORCHRUN[:3] if not environment.get(name, "0").isdecimal()]
         if wrong:
             raise RunError(
-                f"WORLD_SIZE is {environment['WORLD_SIZE']} in the environment, but missing there or no "
-                f"number: {', '.join(wrong)}; start with torchrun --nproc-per-node N train.py, or unset "
-                "WORLD_SIZE"
+                f"WORLD_SIZE is {environment['WORLD_SIZE']} in the environment, but missing there or not a number: "
+                f"{', '.join(wrong)}; start with torchrun --nproc-per-node N train.py, or unset WORLD_SIZE"
             )
         return cls(*(int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
@@ -77,7 +78,7 @@ class Group:
         return self.rank == 0
 
     def share_of(self, total: int) -> range:
-        """Which of `total` things are this process's: shares differ by at most one, and the first are larger."""
+        """This process's share of `total` things; see share_of."""
         return share_of(total, self.rank, self.world_size)
 
     def own(self, things: Sequence[Value]) -> Sequence[Value]:
@@ -88,31 +89,30 @@ class Group:
     def gather(self, x: Tensor, total: int) -> Tensor:
         """The rows of all processes, (total, …), in the order of their ranks, on every process.
 
-        `x` holds this process's share of `total` rows first; what follows is cut off. Every process must go on to
-        compute the same from the result: its gradient, the same on all, is then that of the whole, and each process
-        takes the rows that are its own. They come back times W, since DistributedDataParallel averages over W
-        processes what has to be the sum of their parts.
+        `x` begins with this process's share of `total` rows; further rows are cut off. Every process must compute the
+        same from the result. The gradient is then the same on all processes, and each process takes its own rows of it.
+        They are multiplied by W, since DistributedDataParallel averages the parts of W processes, whose sum is needed.
         """
         return x if self.world_size == 1 else _Gather.apply(x[: len(self.share_of(total))], total, self)
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of `x` over the processes, on all of them; its gradient comes back times W, see `gather`."""
+        """The sum of `x` over the processes, on all of them; its gradient is multiplied by W, see `gather`."""
         return x if self.world_size == 1 else _Total.apply(x, self)
 
     def largest(self, x: Tensor) -> Tensor:
-        """The largest `x` of all processes, elementwise, on all of them; no gradient. It does not wait for a GPU."""
+        """The largest `x` of all processes, elementwise, on all of them; no gradient. The GPU is not waited for."""
         if self.world_size > 1:
             x = x.detach().clone()
             dist.all_reduce(x, dist.ReduceOp.MAX)
         return x
 
     def say(self, text: str) -> None:
-        """Prints, if this is the main process."""
+        """Prints `text` in the main process alone."""
         if self.is_main:
             print(text, flush=True)
 
     def broadcast(self, value: Value) -> Value:
-        """The value of the main process, which may be anything that can be pickled, on all of them."""
+        """The value of the main process, on all processes; any value that can be pickled."""
         if self.world_size == 1:
             return value
         values: list[Any] = [value]
@@ -120,7 +120,7 @@ class Group:
         return values[0]
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Waits until all processes have called this."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -139,7 +139,7 @@ def device_and_precision(device: str, precision: str, group: Group = ALONE) -> t
         if found.index is not None:
             raise RunError(
                 f"device: {device} is one GPU for {group.world_size} processes; --device cuda gives each its own, and "
-                "CUDA_VISIBLE_DEVICES says which there are"
+                "CUDA_VISIBLE_DEVICES chooses them"
             )
         found = torch.device("cuda", group.local_rank)
     if found.type == "cuda" and (not available or (found.index or 0) >= torch.cuda.device_count()):
@@ -160,7 +160,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 @contextmanager
 def process_group(group: Group, device: torch.device) -> Iterator[None]:
-    """Within it the processes of `group` can talk to each other: by NCCL if `device` is a GPU, else by gloo."""
+    """A context in which the processes of `group` communicate: by NCCL if `device` is a CUDA GPU, else by gloo."""
     if group.world_size == 1:
         yield
         return
@@ -176,7 +176,7 @@ def process_group(group: Group, device: torch.device) -> Iterator[None]:
 
 
 def data_parallel(module: nn.Module, group: Group) -> nn.Module:
-    """`module`, whose parameters get the averaged gradients of all processes in backward."""
+    """The module, wrapped so that its parameters get the averaged gradients of all processes in backward."""
     if group.world_size == 1:
         return module
     with warnings.catch_warnings():
@@ -186,7 +186,7 @@ def data_parallel(module: nn.Module, group: Group) -> nn.Module:
 
 @contextmanager
 def contact(where: Callable[[], str]) -> Iterator[None]:
-    """Within it the error that another process's end leads to says so, and `where` this one stood."""
+    """A context in which the loss of another process becomes a RunError, with `where` this process was."""
     try:
         yield
     except RuntimeError as error:
@@ -200,11 +200,11 @@ def contact(where: Callable[[], str]) -> Iterator[None]:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, total: int, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, total: int, group: Group) -> Tensor:
         ctx.group, ctx.total = group, total
         shares = [share_of(total, rank, group.world_size) for rank in range(group.world_size)]
         longest = len(shares[0])
-        padded = x.new_zeros(longest, *x.shape[1:])  # all must send equally much
+        padded = x.new_zeros(longest, *x.shape[1:])  # all processes must send equally many rows
         padded[: len(x)] = x
         gathered = x.new_empty(group.world_size * longest, *x.shape[1:])
         dist.all_gather_into_tensor(gathered, padded)
@@ -214,19 +214,19 @@ class _Gather(torch.autograd.Function):
         return torch.cat([part[: len(share)] for part, share in parts])
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         own = ctx.group.share_of(ctx.total)
         return gradient[own.start : own.stop] * ctx.group.world_size, None, None
 
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         x = x.clone()
         dist.all_reduce(x)
         return x
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.group.world_size, None

@@ -15,7 +15,7 @@ from upperson.config.presets import PRESETS, preset
 from upperson.fields import fields_of
 from upperson.methods import METHODS
 
-CHOOSERS = ("method", "resume")  # fields that are asked for before the others
+CHOOSERS = ("method", "resume")  # fields that decide which other flags there are
 
 
 def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argparse.ArgumentParser] = ()) -> Config:
@@ -30,7 +30,8 @@ def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argpars
     _add_choosers(chooser)
     choice, _ = chooser.parse_known_args(argv)
     changes = {} if choice.config is None else _changes_of_file(choice, chooser)
-    base, resume = preset(choice.preset or "embedded", choice.method or changes.pop("method", None)), {}
+    base = preset(choice.preset or "embedded", choice.method or changes.pop("method", None))
+    resume: dict[str, Any] = {}
     if choice.resume is not None:
         resume = {"resume": True}
         if choice.resume:
@@ -104,7 +105,7 @@ def _changes_of_file(choice: argparse.Namespace, chooser: argparse.ArgumentParse
 
 
 def _unknown(arguments: Sequence[str], method: str) -> str:
-    """What is wrong with arguments that are no flags; those of another method are the likely mistake."""
+    """The error for unknown arguments; a flag of another method is the likely mistake."""
     for argument in arguments:
         field = argument.split("=")[0].removeprefix("--").replace("-", "_")
         owners = [
@@ -129,11 +130,15 @@ def _parser(**settings: Any) -> argparse.ArgumentParser:
 
 
 def _add_choosers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", choices=list(PRESETS), help="where all other values come from (default: embedded)")
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        help="a configuration for a data set, which gives all other values (default: embedded)",
+    )
     parser.add_argument(
         "--method",
         choices=list(METHODS),
-        help="what is trained; brings its own options, below, and its recipe (default: the preset's)",
+        help="the method; it brings its own options, below, and its recipe (default: the preset's)",
     )
     parser.add_argument(
         "--config",
@@ -183,7 +188,7 @@ def _add_flag(group: argparse._ArgumentGroup, spec: dataclasses.Field, hint: Any
 
 
 class _StoreTuple(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, tuple(values))
 
 

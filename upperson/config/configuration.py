@@ -1,7 +1,7 @@
 """The configuration of a run: three dataclasses, the method's options in one of them, and JSON.
 
-Every field's type, bounds and help stand here or, if only one method has it, in that method's file; command_line.py
-makes flags of them.
+Every field has its type, bounds and help text here, or in the file of the method whose option it is. command_line.py
+makes a flag of each.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ SELECTIONS = {
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    """The backbone, what is added to it, and how it is computed."""
+    """The backbone, the method that adapts it, and how both are computed."""
 
     model: str = option(
         "embedded",
@@ -40,9 +40,7 @@ class ModelConfig(Checked):
     image_size: tuple[int, int] = option(
         (192, 64), "height and width in pixels", at_least=1, metavar=("HEIGHT", "WIDTH")
     )
-    method: Method = option(
-        METHODS[DEFAULT](), "what is trained, and how; each method has options of its own", added=True
-    )
+    method: Method = option(METHODS[DEFAULT](), "the method, with its own options", added=True)
     backend: Literal["auto", "triton", "torch"] = option(
         "auto", "fused kernels or plain PyTorch; auto: kernels on a GPU, PyTorch elsewhere", changes_results=False
     )
@@ -50,7 +48,7 @@ class ModelConfig(Checked):
         True, "in the last block compute only the token that becomes the embedding", changes_results=False, added=True
     )
     pack_captions: bool = option(
-        True, "run captions one behind the other, without padding", changes_results=False, added=True
+        True, "run captions without padding, packed one after the other", changes_results=False, added=True
     )
     low_rank_gradients: bool = option(
         True, "gradients of LoRA's factors without that of the whole weight", changes_results=False, added=True
@@ -65,7 +63,7 @@ class ModelConfig(Checked):
             )
 
     def replace(self, **changes: Any) -> "ModelConfig":
-        """A copy with single fields changed, the model's or its method's; `method` by name starts from its defaults."""
+        """A copy with some fields changed, the model's or its method's; `method` by name starts from its defaults."""
         own = {spec.name for spec in dataclasses.fields(self)}
         method = changes.pop("method", self.method)
         if isinstance(method, str):
@@ -78,7 +76,7 @@ class ModelConfig(Checked):
 
 
 def method_named(name: str) -> Method:
-    """The method with its default options. ValueError lists the names where it is none of them."""
+    """The method with its default options. Raises ValueError, which lists the names, for an unknown one."""
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method: {name!r} is not allowed; expected one of {', '.join(METHODS)}")
     return METHODS[name]()
@@ -90,43 +88,41 @@ Dataset = Literal[EmbeddedDataset, "cuhk-pedes", "icfg-pedes", "rstpreid", "flic
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
-    """What is read, and how a training pair is made of it."""
+    """The data set, and how training pairs are made from it."""
 
-    dataset: Dataset = option(
-        "embedded", "which data set; the embedded ones are drawn at run time; 'folder' is one of your own"
-    )
+    dataset: Dataset = option("embedded", "the data set; the embedded ones are drawn at run time; 'folder' is your own")
     data_root: Path | None = option(
         None,
         "folder of the data set, or the CSV or JSON-lines file of 'folder' (not needed for the embedded ones)",
         changes_results=False,
     )
     embedded_identities: tuple[int, int, int] = option(
-        (600, 100, 200), "people, or scenes, in each split of an embedded set", at_least=1,
+        (600, 100, 200), "people, or scenes, in each split of an embedded data set", at_least=1,
         metavar=("TRAIN", "VAL", "TEST"),
     )  # fmt: skip
-    embedded_views: int = option(4, "images of each of these people, with two captions each", at_least=1)
-    embedded_seed: int = option(0, "seed that an embedded set is drawn from", at_least=0)
+    embedded_views: int = option(4, "images of each of these people, each with two captions", at_least=1)
+    embedded_seed: int = option(0, "seed of an embedded data set", at_least=0)
     mask_captions: bool = option(True, "mask 15 % of the caption tokens in training")
     check_images: bool = option(True, "open every image once before training", changes_results=False)
     image_cache: Path | None = option(
         None,
-        "folder for decoded and resized images, as uint8; made once, read by every later run; none: decode each time",
+        "folder for decoded and resized images, as uint8; made once, read by later runs; none: decode each time",
         changes_results=False,
         added=True,
     )
     workers: int = option(
-        4, "processes that load images; 0: none besides the main one", at_least=0, changes_results=False
+        4, "processes that load images; 0: the main process loads them", at_least=0, changes_results=False
     )
 
     @property
     def is_drawn(self) -> bool:
-        """Whether the images are drawn at run time, not read from files."""
+        """Whether the images are synthetic: drawn at run time, not read from files."""
         return self.dataset in typing.get_args(EmbeddedDataset)
 
 
 @dataclass(frozen=True)
 class TrainConfig(Checked):
-    """Optimisation, evaluation, and where the results go."""
+    """Optimisation, evaluation, and the run folder."""
 
     epochs: int = option(60, "passes over the training split", at_least=1)
     batch_size: int = option(128, "pairs in a batch; the loss needs at least two", at_least=2)
@@ -144,11 +140,11 @@ class TrainConfig(Checked):
     losses: str = option("sdm", "sdm, itc, cmpm, id, mlm, or a weighted sum of them such as sdm+0.5*itc", added=True)
     temperature: float = option(0.02, "temperature of the SDM and ITC losses", above=0)
     freeze: str | None = option(
-        None, "kinds of parameters to leave as they are: those that the method trains of prefix, lora, adapter_attn, "
-        "adapter_mlp, prompt, clip, joined by +; none: train all", added=True
+        None, "kinds of parameters that are not trained, joined by +: those of prefix, lora, adapter_attn, adapter_mlp, "
+        "prompt and clip that the method has; none: train all", added=True
     )  # fmt: skip
     start_from: Path | None = option(
-        None, "checkpoint whose parameters the training starts from; none: initial values", added=True
+        None, "checkpoint from whose parameters training starts; none: initial values", added=True
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "autocast; parameters stay float32; auto: bf16 on a GPU, fp32 on a CPU"
@@ -162,8 +158,8 @@ class TrainConfig(Checked):
     seed: int = option(1, "seed of initial values, data order, augmentation", at_least=0, below=2**63)
     selection: Literal["val", "best-on-test"] = option(
         "val",
-        "which epoch is reported: best on the validation split (last epoch where there is none), or best "
-        "on the test split",
+        "the epoch that is reported: the best on the validation split (the last one where there is no such split), or "
+        "the best on the test split",
     )
     evaluate_batch_size: int = option(
         256, "images or captions embedded at once in evaluation", at_least=1, changes_results=False
@@ -173,15 +169,13 @@ class TrainConfig(Checked):
     )
     save_every: int = option(
         500,
-        "steps between two resume states within an epoch; 0: at epoch ends alone",
+        "steps between two resume states within an epoch; 0: only at the end of an epoch",
         at_least=0,
         changes_results=False,
     )
     log_every: int = option(10, "steps between two loss lines in metrics.jsonl", at_least=1)
     tensorboard: bool = option(False, "also log to TensorBoard (needs the extra 'tensorboard')", changes_results=False)
-    resume: bool = option(
-        False, "continue the run in RUN_DIR, or in --run-dir where none is given", changes_results=False
-    )
+    resume: bool = option(False, "continue the run in RUN_DIR, or in --run-dir", changes_results=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,7 +193,7 @@ class TrainConfig(Checked):
 
 @dataclass(frozen=True)
 class Config:
-    """All of a run. `to_json` and `from_json` are exact inverses."""
+    """The whole configuration of a run. `to_json` and `from_json` are exact inverses."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -217,11 +211,11 @@ class Config:
             raise ValueError(f"method {self.model.method.name}: its option {taken.pop()} has the name of another field")
 
     def sections(self) -> dict[str, Any]:
-        """The parts that hold fields, by name; the method is a part of the model."""
+        """The sections that hold fields, by name; the method is a part of the model."""
         return {"model": self.model, "method": self.model.method, "data": self.data, "train": self.train}
 
     def values(self) -> dict[str, Any]:
-        """Every field by name, wherever it stands; the method by its name."""
+        """All fields by name; the method by its name."""
         found = {
             spec.name: getattr(section, spec.name)
             for section in self.sections().values()
@@ -230,10 +224,10 @@ class Config:
         return found | {"method": self.model.method.name}
 
     def replace(self, **changes: Any) -> "Config":
-        """A copy with single fields changed, wherever they stand: `config.replace(epochs=3, prefix_length=4)`.
+        """A copy with some fields of any section changed: `config.replace(epochs=3, prefix_length=4)`.
 
-        Another `method`, by name, starts from its default options, and the rest stays; `upperson.config.preset`
-        also gives the recipe that a method is trained with.
+        Another `method`, by name, starts from its default options, and the other fields stay; `upperson.config.preset`
+        also applies the recipe of a method.
         """
         parts = {}
         for name in ("data", "train"):
@@ -297,7 +291,7 @@ def fields_in(content: Any) -> dict[str, Any]:
         _known_keys(values, hints, name)
         method = values.get("method")
         if isinstance(method, dict):
-            own = {spec.name: hint for spec, hint in fields_of(type(method_named(method.get("name"))))}
+            own = {spec.name: hint for spec, hint in fields_of(type(method_named(method.get("name", ""))))}
             _known_keys(method, own | {"name": str}, f"method {method['name']}")
             found |= {key: _from_plain(value, own[key]) for key, value in method.items() if key != "name"}
             values = values | {"method": method["name"]}
@@ -311,7 +305,7 @@ SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": 
 
 
 def _section(section: type, content: Any, where: str) -> Any:
-    """A part of the configuration from its JSON object."""
+    """A section of the configuration from its JSON object."""
     hints = {spec.name: hint for spec, hint in fields_of(section)}
     added = {spec.name for spec, _ in fields_of(section) if spec.metadata["added"]}
     _same_keys(content, hints, where, added)
@@ -319,16 +313,16 @@ def _section(section: type, content: Any, where: str) -> Any:
 
 
 def _with_method(model: Any) -> Any:
-    """A model's JSON object with its method built from the object in it.
+    """A model's JSON object with the method built from its own object.
 
-    In files from before there was one, the options of the default method stand among the model's own.
+    In older files there is no such object: the options of the default method are among the model's own.
     """
     if not isinstance(model, dict):
         return model
     content = model.get("method", DEFAULT)
     if isinstance(content, dict):
         content = dict(content)
-        method = type(method_named(content.pop("name", None)))
+        method = type(method_named(content.pop("name", "")))
     else:
         method, older = type(method_named(content)), {spec.name for spec in dataclasses.fields(METHODS[DEFAULT])}
         own = {spec.name for spec in dataclasses.fields(method)}
@@ -338,7 +332,7 @@ def _with_method(model: Any) -> Any:
 
 
 def _from_plain(value: Any, hint: Any) -> Any:
-    """A JSON value as the field holds it: lists become tuples, strings paths."""
+    """A JSON value as the field holds it: lists become tuples, strings become paths."""
     if isinstance(value, list):
         return tuple(value)
     if isinstance(value, str) and Path in typing.get_args(hint):

@@ -1,20 +1,26 @@
 """The presets: a configuration for every data set, and for every method on it.
 
-Those of the paper's data sets are UP-Person's (arXiv 2504.10084); another method keeps the data and the backbone of a
-preset, and brings its own recipe.
+The presets of the paper's data sets are UP-Person's (arXiv 2504.10084). Another method keeps the data and the backbone
+of a preset, and brings its own recipe.
 """
 
 from upperson.config.configuration import Config, DataConfig, ModelConfig, TrainConfig, method_named
 from upperson.methods import DEFAULT
 from upperson.methods.up_person import UPPerson
 
-_BACKBONE = {"model": "ViT-B-16-quickgelu", "pretrained": "openai", "image_size": (384, 128)}
-_GENERAL = _BACKBONE | {"image_size": (224, 224)}
+
+def _vit(method: UPPerson | None = None, image_size: tuple[int, int] = (384, 128)) -> ModelConfig:
+    """The paper's backbone."""
+    return ModelConfig(
+        model="ViT-B-16-quickgelu", pretrained="openai", image_size=image_size, method=method or UPPerson()
+    )
+
+
 _PAPER: dict[str, Config] = {
-    "cuhk-pedes": Config(ModelConfig(**_BACKBONE), DataConfig(dataset="cuhk-pedes")),
-    "icfg-pedes": Config(ModelConfig(**_BACKBONE, method=UPPerson(prefix_length=14)), DataConfig(dataset="icfg-pedes")),
+    "cuhk-pedes": Config(_vit(), DataConfig(dataset="cuhk-pedes")),
+    "icfg-pedes": Config(_vit(UPPerson(prefix_length=14)), DataConfig(dataset="icfg-pedes")),
     "rstpreid": Config(
-        ModelConfig(**_BACKBONE, method=UPPerson(prefix_length=2, lora_rank=16)),
+        _vit(UPPerson(prefix_length=2, lora_rank=16)),
         DataConfig(dataset="rstpreid"),
         TrainConfig(learning_rate=1e-4),
     ),
@@ -26,23 +32,23 @@ PRESETS: dict[str, Config] = {
         TrainConfig(epochs=8, batch_size=64, warmup_epochs=1, learning_rate=3e-3, adam_epsilon=1e-8),
     ),
     **_PAPER,
-    # Where the released code differs from the paper: λ starts at 100, the reported epoch is the best on the test split.
+    # The released code differs from the paper: λ starts at 100, and the best epoch on the test split is reported.
     **{f"{name}-released": config.replace(prefix_scale=100.0, selection="best-on-test")
        for name, config in _PAPER.items()},
-    "flickr30k": Config(ModelConfig(**_GENERAL), DataConfig(dataset="flickr30k")),
-    "mscoco": Config(ModelConfig(**_GENERAL), DataConfig(dataset="mscoco")),
+    "flickr30k": Config(_vit(image_size=(224, 224)), DataConfig(dataset="flickr30k")),
+    "mscoco": Config(_vit(image_size=(224, 224)), DataConfig(dataset="mscoco")),
 }  # fmt: skip
 
 
 def preset(name: str, method: str | None = None) -> Config:
-    """A preset, with another method than its own if one is named."""
+    """A preset; `method` names another method than its own."""
     return with_method(PRESETS[name], method)
 
 
 def with_method(config: Config, method: str | None) -> Config:
-    """A configuration with another method and that one's recipe; None and its own leave it as it is.
+    """A configuration with another method and its recipe; None and the configuration's own method change nothing.
 
-    Recipes are told by how they differ from UP-Person's, so ValueError for a configuration of a third method.
+    A recipe lists the differences from UP-Person's. Raises ValueError for a configuration of a third method.
     """
     if method in (None, config.model.method.name):
         return config

@@ -1,4 +1,4 @@
-"""Using what was trained.
+"""Use of trained models.
 
 merge.py      folds a checkpoint into the weights of a plain CLIP; the command: upperson merge
 switching.py  several adaptations of one backbone, switched at run time

@@ -3,11 +3,11 @@
     upperson merge CHECKPOINT OUTPUT.safetensors
     upperson merge CHECKPOINT OUTPUT.safetensors --rest REST.safetensors
 
-LoRA, DoRA and WoRA fold into the weights of keys and values, LN-tuning into LayerNorm's gain and bias; CLIP's own
-weights, where a method trains them, are such already. Others do not fold. A prefix is columns of keys and values of its
-own, some of whose attention weights λ scales, prompts are tokens of their own, and open_clip's towers have neither. A
-bottleneck adapter is not linear, and no layer of CLIP computes it. `--rest` writes those to a second checkpoint, whose
-backbone is OUTPUT: load_model gives the same features, and merges no weights at every step.
+LoRA, DoRA and WoRA fold into the weights of keys and values. LN-tuning folds into LayerNorm's gain and bias. CLIP's own
+weights, where a method trains them, need no folding. The other modules do not fold. A prefix adds columns of keys and
+values, whose attention weights λ scales; prompts add tokens; open_clip's towers have neither. A bottleneck adapter is
+not linear, and no layer of CLIP computes it. `--rest` writes these modules to a second checkpoint, whose backbone is
+OUTPUT: load_model gives the same features, and merges no weights at every step.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import open_clip
 import torch
@@ -118,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rest",
         type=Path,
         metavar="REST",
-        help="a checkpoint for what does not fold, a .safetensors file; its backbone is OUTPUT, by the path given here",
+        help="a second checkpoint, .safetensors, for the modules that do not fold; its backbone is OUTPUT",
     )
     parser.add_argument("--pretrained", metavar="FILE", help="the backbone's weights, where they have moved")
     return parser
@@ -150,11 +151,11 @@ def _how_to_load(config: ModelConfig, output: Path, rest: Path | None = None) ->
 
 
 def merge_checkpoint(checkpoint: Checkpoint, output: Path, rest: Path | None = None) -> float:
-    """Writes the merged weights of a checkpoint to `output`, and what does not fold to `rest`.
+    """Writes the merged weights of a checkpoint to `output`, and the modules that do not fold to `rest`.
 
-    Returns the largest relative difference of features between what was written and the checkpoint. Where it is above
-    TOLERANCE, or anything else fails, nothing is written and nothing there is touched. Raises MergeError,
-    BackboneError, CheckpointError or OSError.
+    Returns the largest relative difference between the features of the written files and of the checkpoint. If it is
+    above TOLERANCE, or anything else fails, nothing is written. Raises MergeError, BackboneError, CheckpointError or
+    OSError.
     """
     path, config = checkpoint.path, checkpoint.config
     model = build_model(checkpoint, backend="torch")
@@ -180,7 +181,7 @@ def merge_checkpoint(checkpoint: Checkpoint, output: Path, rest: Path | None = N
             save_checkpoint(staged_rest[0], parameters_of(remaining), others, checkpoint.results)
             written = load_model(staged_rest[0], pretrained=str(staged_output), backend="torch")
         else:
-            written = random_clip(config.model.model, config.model.image_size).eval()
+            written: Any = random_clip(config.model.model, config.model.image_size).eval()
             open_clip.load_checkpoint(written, str(staged_output), strict=True)
         found = largest_difference(model, written)
         if not found <= TOLERANCE:  # NaN as well
@@ -193,9 +194,9 @@ def merge_checkpoint(checkpoint: Checkpoint, output: Path, rest: Path | None = N
 
 @contextmanager
 def staged(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Paths for files that move to `paths` where the body ends without an error, and vanish where it does not."""
+    """Temporary paths: the files there move to `paths` if the body succeeds, and are deleted if it fails."""
     with ExitStack() as stack:
-        # Each beside its place, so that moving it is a matter of names.
+        # In the folder of the final path, so that moving a file is only a change of its name.
         folders = [stack.enter_context(TemporaryDirectory(prefix=".merge-", dir=path.parent)) for path in paths]
         files = [Path(folder) / path.name for folder, path in zip(folders, paths, strict=True)]
         yield files
@@ -204,8 +205,8 @@ def staged(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 @torch.no_grad()
-def largest_difference(model: AdaptedCLIP, other: nn.Module) -> float:
-    """The distance of two models' features of the same input over their length, at most, for random input.
+def largest_difference(model: AdaptedCLIP, other: Any) -> float:
+    """The largest distance of two models' features of the same random input, relative to the features' length.
 
     `other` has open_clip's encode_image and encode_text.
     """

@@ -1,8 +1,8 @@
-"""What a model finds.
+"""Evaluation: what a model finds.
 
 metrics.py     R@k, mAP and mINP of every query
 embed.py       the features of a split, and retrieval in either direction
-results.py     what is known about a model on a split; written as results.json
+results.py     the record of a model on a split; written as results.json
 tables.py      results as text and Markdown
 pictures.py    the training curve and the top ten
 evaluation.py  a checkpoint on any data set, in both directions

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _configuration(trained: Config, options: argparse.Namespace) -> Config:
-    """The checkpoint's configuration with what the command line changes. ValueError names a field out of range."""
+    """The checkpoint's configuration with the changes of the command line. ValueError names a field out of range."""
     changes = {
         "dataset": options.data,
         "data_root": options.data_root,

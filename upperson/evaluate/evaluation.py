@@ -26,12 +26,12 @@ def evaluate_checkpoint(checkpoint: Checkpoint, config: Config, split: str, outp
     """Evaluates a checkpoint on a split of `config.data`; prints and writes the results.
 
     Args:
-        checkpoint: what was trained.
+        checkpoint: the trained parameters.
         config: the checkpoint's own configuration, with another data set, device, batch size, … in it.
         split: "train", "val" or "test".
         output: folder for the results, the table and one line for each query; None: a folder beside the checkpoint.
 
-    Raises BackboneError, CheckpointError, DataError, RetrievalError or RunError for what the user can mend, OSError
+    Raises BackboneError, CheckpointError, DataError, RetrievalError or RunError that the user can mend, OSError
     where nothing can be written.
     """
     device, precision = device_and_precision(config.train.device, config.train.precision)

@@ -1,4 +1,4 @@
-"""Retrieval metrics: R@k, CMC, mAP, mINP, in blocks of queries so that any gallery fits."""
+"""Retrieval metrics of every query: R@k (CMC), average precision, INP. Queries are ranked in blocks to save memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ BLOCK_ELEMENTS = 2**24  # similarities ranked at once: 20 000 images are ranked 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How well each of Q queries finds the gallery entries of its person; in query order, on the CPU."""
+    """The ranks of Q queries among the gallery entries of their persons; in the order of the queries, on the CPU."""
 
     first_match: Tensor  # (Q,) int64: rank of the best match, from 1
     average_precision: Tensor  # (Q,) float64, percent
     inverse_negative_penalty: Tensor  # (Q,) float64, percent
     top: Tensor  # (Q, at most 10) int64: gallery indices, best first
-    top_similarity: Tensor  # their similarities
+    top_similarity: Tensor  # the similarities of these entries
 
     @property
     def cmc(self) -> tuple[float, ...]:
@@ -30,7 +30,7 @@ class Retrieval:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Averages over the queries, in percent: a results table by the names of the field."""
+        """The averages over the queries, in percent, by their usual names."""
         cmc = self.cmc
         return {
             "R@1": cmc[0],
@@ -52,14 +52,15 @@ def retrieval_metrics(
     """Ranks the gallery by cosine similarity to each query.
 
     Args:
-        query_features: (Q, E); gallery_features: (G, E); on one device, normalised here, in float32 at least.
-        query_ids: (Q,); gallery_ids: (G,): integer person ids.
-        block_elements: bound of Q' · G, for the Q' queries that are ranked at once.
+        query_features, gallery_features: (Q, E) and (G, E), on one device; normalised here, in float32 at least.
+        query_ids, gallery_ids: (Q,) and (G,), integer person ids.
+        block_elements: upper bound of Q' · G, where Q' queries are ranked at once.
 
-    Equal similarities keep the order of the gallery. Average precision is the mean, over the matches of a query,
-    of (how manieth match / its rank); inverse negative penalty is (number of matches / rank of the last one).
-    Raises RetrievalError for non-finite features and for queries without a match, ValueError for shapes that do
-    not fit.
+    Equal similarities keep the order of the gallery. Average precision is the mean of (k / rank of the k-th match) over
+    the matches of a query. Inverse negative penalty is (number of matches / rank of the last match).
+
+    Raises RetrievalError for features that are not finite and for queries without a match, ValueError for shapes that
+    do not match.
     """
     if query_features.ndim != 2 or gallery_features.ndim != 2 or query_features.shape[1] != gallery_features.shape[1]:
         raise ValueError(
@@ -83,13 +84,13 @@ def retrieval_metrics(
 def similarity_metrics(
     similarity: Tensor, query_ids: Tensor, gallery_ids: Tensor, *, block_elements: int = BLOCK_ELEMENTS
 ) -> Retrieval:
-    """The same from a similarity matrix (Q, G), higher is more similar."""
+    """The same from a similarity matrix (Q, G); higher is more similar."""
     if similarity.ndim != 2:
         raise ValueError(f"expected a similarity matrix (Q, G), got {tuple(similarity.shape)}")
     _check_finite("similarities", similarity)
     return _rank_in_blocks(
         lambda rows: similarity[rows],
-        tuple(similarity.shape),
+        (similarity.shape[0], similarity.shape[1]),
         query_ids,
         gallery_ids,
         block_elements,
@@ -120,15 +121,15 @@ def _rank_in_blocks(
         block = slice(start, start + rows)
         similarity, order = similarity_of(block).sort(dim=1, descending=True, stable=True)
         matches = gallery_ids[order] == query_ids[block, None]
-        # (query, rank) of every match, by query and then by rank: few, however large the gallery
+        # (query, rank) of every match, ordered by query and then by rank: few values, however large the gallery
         query, rank = matches.nonzero(as_tuple=True)
         rank = rank + 1
         count = matches.sum(1)
         end = count.cumsum(0)
-        how_manieth = torch.arange(1, len(rank) + 1, device=device) - (end - count)[query]
+        number_of_match = torch.arange(1, len(rank) + 1, device=device) - (end - count)[query]
         precision_sum = torch.zeros(len(count), dtype=torch.double, device=device)
-        precision_sum.index_add_(0, query, how_manieth / rank.double())
-        results = (  # in the order of Retrieval; copies: views would keep all blocks in memory
+        precision_sum.index_add_(0, query, number_of_match / rank.double())
+        results = (  # in the order of Retrieval; copied, since views would keep all blocks in memory
             rank[end - count],
             100 * precision_sum / count,
             100 * count / rank[end - 1].double(),

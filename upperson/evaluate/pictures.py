@@ -16,7 +16,7 @@ from upperson.evaluate.results import Results
 
 RIGHT, WRONG = "#1a8a3c", "#c8322b"
 LOSS, MAIN, SECOND, QUIET = "#555555", "#1f5fa8", "#7fb0e0", "#888888"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -25,7 +25,7 @@ STYLE = {
     "axes.titlesize": 11,
     "savefig.dpi": 120,
 }
-THUMBNAIL = (192, 64)  # height, width of an image in the picture, whatever its own size
+THUMBNAIL = (64, 192)  # width and height of every image in the picture, in pixels
 CAPTION_WIDTH = 150  # characters
 
 
@@ -132,7 +132,7 @@ def top_ten(samples: Sequence[Sample], queries: Sequence[int], tops: Mapping[str
             for below, (method, rows) in enumerate(tops.items()):
                 for column, index in enumerate(rows[number]):
                     axes = figure.add_subplot(grid[number * len(tops) + below, column])
-                    thumbnail = ImageOps.pad(load_image(images[index]), THUMBNAIL[::-1], color="white")
+                    thumbnail = ImageOps.pad(load_image(images[index]), THUMBNAIL, color="white")
                     _framed(axes, thumbnail, column + 1, image_ids[index].item() == sample.person_id)
                     if column == 0 and below == 0:
                         axes.set_title(

@@ -1,4 +1,4 @@
-"""What is known about a model on a split: the same record for training, evaluation, checkpoints and tables."""
+"""The record of a model on a split: the same for training, evaluation, checkpoints and tables."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Results:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field that applies, and what a reader of the file would otherwise derive."""
+        """Every field that applies, and the properties, for readers of the file."""
         derived = {
             "trained_parameters": self.trained_parameters,
             "domain": self.domain,

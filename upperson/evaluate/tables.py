@@ -18,7 +18,7 @@ def markdown(results: Results) -> str:
 
 
 def both_directions(results: Results) -> str:
-    """Markdown, which a terminal shows well, too: what was evaluated on what, and the metrics of both directions."""
+    """Markdown that is readable in a terminal: the checkpoint, the data set, and the metrics of both directions."""
     sizes = (f"{results.captions:,}", f"{results.images:,}")
     rows = [
         (direction, *(f"{metrics[key]:.2f}" for key in METRICS), *counts)

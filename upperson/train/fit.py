@@ -56,7 +56,7 @@ def fit(config: Config) -> Run:
     alike: each trains on its share of every batch, the results are those of one process, and the first of them writes.
     The run folder must be one that all of them see.
 
-    Raises DataError, BackboneError, MethodError, CheckpointError or RunError for what the user can mend, OSError where
+    Raises DataError, BackboneError, MethodError, CheckpointError or RunError that the user can mend, OSError where
     nothing can be written, RunInterrupted after Ctrl-C. A run that was stopped in any way, also by SIGKILL, continues
     with `resume=True` and ends with the numbers of a run that was not stopped.
     """
@@ -68,7 +68,7 @@ def fit(config: Config) -> Run:
         stages, resume = config.stages(), config.train.resume
         require_folders(config, stages, group)
         splits = read_splits(config.data)
-        # What cannot be built is known before images are read and a folder is claimed.
+        # A model that cannot be built is an error before images are read and a folder is claimed.
         first = None if resume else build_first(stages, device)
         cache = read_images(config, list(itertools.chain.from_iterable(splits.values())), group)
         run_dir = config.train.run_dir if resume else group.broadcast(claim_folder(config) if group.is_main else None)
@@ -211,7 +211,7 @@ def read_images(config: Config, samples: list[Sample], group: Group) -> ImageCac
 
 
 def announce(config: Config, model: AdaptedCLIP, job: Job, folder: Path, start: Mapping[str, Tensor]) -> None:
-    """Prints what is about to be trained, and on which data; `start`: the parameters that training starts from."""
+    """Prints the data, the model and the number of trained parameters; `start`: parameters that training starts from."""
     group = job.group
     processes = f", one of {group.world_size} processes" if group.world_size > 1 else ""
     group.say(f"run     {folder}, on {job.device}{processes} in {job.precision}")
@@ -265,7 +265,7 @@ def evaluate_zero_shot(config: Config, model: AdaptedCLIP, job: Job, folder: Pat
 
 
 def combine(config: Config, stages: Sequence[Results]) -> Results:
-    """The results of a training in stages: those of the last stage, with what was there before the first."""
+    """The results of a training in stages: the last stage's, with the evaluations before the first stage."""
     trained = {kind: stage.trained[kind] for stage in stages for kind in stage.trained}
     return stages[-1].replace(
         method=config.model.method.title,

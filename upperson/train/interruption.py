@@ -1,4 +1,4 @@
-"""Stopping a run at a point from which it can go on; all its processes stop at the same one."""
+"""Ctrl-C and SIGTERM stop a run at a point from which it can continue, the same one in all its processes."""
 
 import os
 import signal
@@ -15,10 +15,10 @@ Batch = TypeVar("Batch")
 
 
 class Interruption:
-    """Within it, the first Ctrl-C or SIGTERM is a request to stop at a step's end; a second one acts as ever.
+    """A context in which the first Ctrl-C or SIGTERM is a request to stop at a step's end; a second one acts as usual.
 
-    A request may reach the processes of `group` at different steps, or one of them alone: they stop when all have
-    learnt of it, see `asked`.
+    A request may reach the processes of `group` at different steps, or a single process. They stop when all of them
+    know of the request; see `asked`.
     """
 
     def __init__(self, group: Group = ALONE) -> None:
@@ -29,7 +29,7 @@ class Interruption:
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        if threading.current_thread() is threading.main_thread():  # handlers can be set there alone
             self.previous = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -38,7 +38,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def request(self, number: int, _: Any) -> None:
-        if os.getpid() != self.process:  # a data loader's process, which inherits the handler: the run stops it
+        if os.getpid() != self.process:  # a loader's process inherits the handler; the run stops it
             return
         self.requested = True
         signal.signal(number, self.previous[number])
@@ -46,8 +46,9 @@ class Interruption:
             os.write(2, b"\nstopping as soon as this step or evaluation is done; once more: stop at once\n")
 
     def asked(self, device: torch.device) -> Tensor:
-        """1 if any process was asked to stop, else 0: a scalar on `device`, the same on all. `agreed` is to be set to
-        it where all processes are at the same point.
+        """1 if any process was asked to stop, else 0: a scalar on `device`, the same on all processes.
+
+        The caller sets `agreed` from it where all processes are at the same point.
         """
         return self.group.largest(torch.full((), float(self.requested), device=device))
 
@@ -59,7 +60,7 @@ class Interruption:
                 yield next(iterator)
             except StopIteration:
                 return
-            except RuntimeError:  # Ctrl-C reaches the loader's processes as well, and may end them
+            except RuntimeError:  # Ctrl-C also reaches the loader's processes, and may end them
                 if not self.requested or self.group.world_size > 1:
                     raise
                 self.agreed = True

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from upperson.config import Config
 from upperson.data import DeviceBatches, ImageCache, Sample, batches_per_epoch, train_loader
+from upperson.data.loaders import EpochBatches
 from upperson.errors import Diverged, RunInterrupted
 from upperson.evaluate.embed import evaluate
 from upperson.evaluate.evaluation import name_of
@@ -38,7 +39,7 @@ SHOWN_QUERIES = 2  # in the picture, each with the images of zero-shot CLIP abov
 
 @dataclass(frozen=True)
 class Job:
-    """Where a training takes place and what it reads; all its stages share it."""
+    """The machine, the data and the run folder of a training; all its stages share them."""
 
     run_dir: Path  # the folder to resume
     group: Group
@@ -132,12 +133,12 @@ class Training:
         return found
 
     def train_epoch(self) -> None:
-        """The batches of this epoch that are still to do."""
+        """Trains on the batches of this epoch that are left."""
         progress, settings = self.progress, self.config.train
         batches = batches_per_epoch(len(self.job.splits["train"]), settings.batch_size)
         images = min(len(self.job.splits["train"]), batches * settings.batch_size)
         images_before = progress.batch * settings.batch_size
-        self.loader.batch_sampler.set_epoch(progress.epoch, progress.batch)
+        cast(EpochBatches, self.loader.batch_sampler).set_epoch(progress.epoch, progress.batch)
         started = time.monotonic()
         with tqdm(
             total=images,
@@ -178,9 +179,9 @@ class Training:
         )
 
     def step(self, batch: dict[str, Tensor], pairs: int | None = None) -> dict[str, float]:
-        """One optimizer step; the loss before it, its parts where it is a sum, and the norm of its gradient.
+        """One optimizer step: returns the loss before it, the parts of a summed loss, and the norm of the gradient.
 
-        `batch` is this process's share, from `self.batches`, of `pairs` in all; None: it is the whole.
+        `batch`, from `self.batches`, is this process's share of `pairs` pairs; None: it is the whole batch.
         """
         with autocast(self.job.device, self.job.precision):
             loss, parts = self.losses(batch, pairs)
@@ -192,7 +193,7 @@ class Training:
         if len(parts) > 1:
             tensors |= {f"loss_{name}": part for name, part in parts.items()}
         tensors["stop"] = self.interruption.asked(self.job.device)
-        # One transfer for all.
+        # A single transfer from the GPU.
         measured = dict(zip(tensors, torch.stack([t.detach().float() for t in tensors.values()]).tolist(), strict=True))
         self.interruption.agreed = measured.pop("stop") > 0
         checked = {"loss": "loss"}
@@ -202,7 +203,7 @@ class Training:
             if not math.isfinite(measured[name]):
                 raise Diverged(
                     f"epoch {self.progress.epoch}, step {self.progress.step + 1}: the {words} is {measured[name]}, and "
-                    f"the step was not taken. What was saved in {self.folder} before is good and stays. A lower "
+                    f"the step was not taken. Everything saved in {self.folder} before is good and stays. A lower "
                     "learning rate, a longer warm-up or --precision fp32 may help"
                 )
         self.scaler.step(self.optimizer)
@@ -289,7 +290,7 @@ class Training:
         return evaluate(self.model, self.job.splits[split], **self.job.evaluation(self.config))
 
     def start_clock(self) -> None:
-        """From here on, time is measured for what is said to be left."""
+        """Starts the measurement of the pace, from which the time left is estimated."""
         self.clock = Clock(self.epochs_done())
 
     def epochs_done(self) -> float:
@@ -301,9 +302,9 @@ class Training:
         return self.optimizer.param_groups[0]["lr"]
 
     def position(self) -> str:
-        """Where the run stands, and what becomes of it if it ends here."""
+        """The position of the run, and how to continue it, for an error."""
         return (
-            f"in epoch {self.progress.epoch}, after step {self.progress.step}; see its message; what was saved in "
+            f"in epoch {self.progress.epoch}, after step {self.progress.step}; see its message; everything saved in "
             f"{self.folder} is good, continue with --resume {self.job.run_dir}"
         )
 
@@ -317,9 +318,9 @@ class Training:
         )
 
     def save_state(self) -> None:
-        """Everything that the run needs to go on, in one file; nothing is ever read from another.
+        """Writes everything that the run needs to continue into one file; nothing is read from another file.
 
-        Every process holds the same, and one writes it.
+        All processes hold the same state, and one of them writes it.
         """
         if not self.group.is_main:
             return
@@ -341,7 +342,7 @@ class Training:
         copy_parameters(state["parameters"], self.state, str(self.folder / RESUME))
         self.best = state["best"]
         for saved, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
-            saved["fused"] = own["fused"]  # of this device, which need not be the one where the state was saved
+            saved["fused"] = own["fused"]  # of this device; the state may have been saved on another one
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])

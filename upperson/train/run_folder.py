@@ -1,6 +1,5 @@
 """The folder that a run writes to: its files, and how it is claimed and found again."""
 
-import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,20 +19,20 @@ FILES = (CONFIG, METRICS_FILE, RESUME, BEST, LAST, RESULTS, TABLE, CURVE, TOP_TE
 
 def claim_folder(config: Config) -> Path:
     """Makes the run folder: the one that is named, or the next free runs/DATASET-NUMBER. RunError for a used one."""
-    run_dir = config.train.run_dir
-    if run_dir is not None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        refuse_used([run_dir])
-        return run_dir
+    named = config.train.run_dir
+    if named is not None:
+        named.mkdir(parents=True, exist_ok=True)
+        refuse_used([named])
+        return named
     Path("runs").mkdir(exist_ok=True)
-    for number in itertools.count(1):
+    number = 1
+    while True:
         run_dir = Path("runs", f"{config.data.dataset}-{number}")
         try:
             run_dir.mkdir()
-            break
+            return run_dir
         except FileExistsError:
-            continue
-    return run_dir
+            number += 1
 
 
 def refuse_used(folders: Iterable[Path]) -> None:
