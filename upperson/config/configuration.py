@@ -140,8 +140,8 @@ class TrainConfig(Checked):
     losses: str = option("sdm", "sdm, itc, cmpm, id, mlm, or a weighted sum of them such as sdm+0.5*itc", added=True)
     temperature: float = option(0.02, "temperature of the SDM and ITC losses", above=0)
     freeze: str | None = option(
-        None, "kinds of parameters that are not trained, joined by +: those of prefix, lora, adapter_attn, adapter_mlp, "
-        "prompt and clip that the method has; none: train all", added=True
+        None, "kinds of parameters that are not trained, joined by +: those that the method has of prefix, lora, "
+        "adapter_attn, adapter_mlp, prompt, clip; none: train all", added=True
     )  # fmt: skip
     start_from: Path | None = option(
         None, "checkpoint from whose parameters training starts; none: initial values", added=True

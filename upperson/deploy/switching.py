@@ -58,7 +58,8 @@ class Adaptations:
         config, own = checkpoint.config.replace(**changes).model, self.model.config
         if config.method.trains_clip:
             raise CheckpointError(
-                f"{path}: a checkpoint of method {config.method.name!r}, which changes the backbone; expected an adaptation"
+                f"{path}: a checkpoint of method {config.method.name!r}, which changes the backbone; expected an "
+                "adaptation"
             )
         if differences := other_backbone(config, own):
             raise CheckpointError(f"{path}: a checkpoint of another backbone, {differences} as in the model")

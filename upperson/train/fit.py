@@ -211,7 +211,7 @@ def read_images(config: Config, samples: list[Sample], group: Group) -> ImageCac
 
 
 def announce(config: Config, model: AdaptedCLIP, job: Job, folder: Path, start: Mapping[str, Tensor]) -> None:
-    """Prints the data, the model and the number of trained parameters; `start`: parameters that training starts from."""
+    """Prints the data and the number of trained parameters; `start`: the parameters that training starts from."""
     group = job.group
     processes = f", one of {group.world_size} processes" if group.world_size > 1 else ""
     group.say(f"run     {folder}, on {job.device}{processes} in {job.precision}")
