@@ -107,16 +107,15 @@ def top_ten(samples: Sequence[Sample], queries: Sequence[int], tops: Mapping[str
     images, image_ids = gallery(samples)
     columns = max(len(top) for rows in tops.values() for top in rows)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 0.4 + 3 * len(queries) * len(tops)))
+        figure = Figure(figsize=(10.5, 0.4 + 2.75 * len(queries) * len(tops)))
         grid = figure.add_gridspec(
-            len(queries) * len(tops),
-            columns,
+            len(queries),
+            1,
             left=0.01 if len(tops) == 1 else 0.04,
             right=0.99,
             bottom=0.25 / figure.get_figheight(),
             top=1 - 0.85 / figure.get_figheight(),
-            wspace=0.1,
-            hspace=0.35,
+            hspace=0.35 / len(tops),
         )
         figure.suptitle(
             "The ten images that each caption finds, best first",
@@ -129,9 +128,10 @@ def top_ten(samples: Sequence[Sample], queries: Sequence[int], tops: Mapping[str
         )
         for number, query in enumerate(queries):
             sample = samples[query]
+            below_caption = grid[number].subgridspec(len(tops), columns, wspace=0.1, hspace=0.12)
             for below, (method, rows) in enumerate(tops.items()):
                 for column, index in enumerate(rows[number]):
-                    axes = figure.add_subplot(grid[number * len(tops) + below, column])
+                    axes = figure.add_subplot(below_caption[below, column])
                     thumbnail = ImageOps.pad(load_image(images[index]), THUMBNAIL, color="white")
                     _framed(axes, thumbnail, column + 1, image_ids[index].item() == sample.person_id)
                     if column == 0 and below == 0:
