@@ -12,9 +12,9 @@ from PIL import Image
 from upperson.config.presets import PRESETS
 from upperson.data import Sample
 from upperson.data.check import Counts, DataReport, Spread, check_dataset, text
-from upperson.embedded import read_embedded
+from upperson.embedded.dataset import read_embedded
 
-TRAIN_PY = importlib.util.spec_from_file_location("train", Path(__file__).parents[1] / "train.py")
+TRAIN_PY = importlib.util.spec_from_file_location("train", Path(__file__).parents[2] / "train.py")
 train = importlib.util.module_from_spec(TRAIN_PY)
 TRAIN_PY.loader.exec_module(train)
 

@@ -25,7 +25,8 @@ from upperson.data.splits import read_splits
 from upperson.errors import CheckpointError, MethodError, RunError, RunInterrupted
 from upperson.evaluate.embed import evaluate
 from upperson.model import AdaptedCLIP
-from upperson.model.checkpoint import load_checkpoint, load_model, load_resume_state
+from upperson.model.checkpoint import load_checkpoint, load_model
+from upperson.train.resume import load_state, save_state
 from upperson.tables.runs import Runs
 from upperson.train.fit import fit
 from upperson.train.loop import Training

@@ -14,11 +14,11 @@ from test_training import TINY_CLIP
 from upperson.config.presets import PRESETS, with_method
 from upperson.data.splits import read_splits
 from upperson.evaluate.embed import embed
-from upperson.evaluate.pictures import METRICS
+from upperson.evaluate.results import METRICS
 from upperson.methods import CSKT, METHODS, FullFineTuning, UPPerson
 from upperson.model.checkpoint import load_model
 from upperson.tables import __main__ as command
-from upperson.tables import efficiency
+from upperson.tables import costs as efficiency
 from upperson.tables.costs import Peak, measure
 from upperson.tables.render import cost_cell, paper_figures
 from upperson.tables.rows import (

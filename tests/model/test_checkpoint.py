@@ -13,7 +13,8 @@ from upperson.config import Config, ModelConfig
 from upperson.errors import CheckpointError
 from upperson.files import write_atomically
 from upperson.model import AdaptedCLIP
-from upperson.model.checkpoint import load_checkpoint, load_model, load_resume_state, save_checkpoint, save_resume_state
+from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
+from upperson.train.resume import load_state, save_state
 
 TINY_CLIP = dict(
     embed_dim=16,

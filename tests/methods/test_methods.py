@@ -20,7 +20,7 @@ from upperson.data.splits import read_splits
 from upperson.deploy.merge import main as merge_command
 from upperson.deploy.switching import Adaptations
 from upperson.errors import MethodError
-from upperson.evaluate.__main__ import evaluate_checkpoint
+from upperson.evaluate.evaluation import evaluate_checkpoint
 from upperson.fields import option
 from upperson.methods import METHODS, Method
 from upperson.model.block import Stream
@@ -30,7 +30,7 @@ from upperson.petl import PREFIXES
 from upperson.train.interruption import Interruption
 from upperson.train.loop import Training
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 PROMPTED = [
     dict(method="cskt", prompt_length=1),
     dict(method="cskt", prompt_length=2, depth_prompt=2, adapter_reduction=4),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_model import build, inputs, stirred, tiny  # noqa: F401 (a fixture)
 
 from upperson import PRESETS, AdaptedCLIP
-from upperson.data import NOT_MASKED
+from upperson.losses.names import NOT_MASKED
 from upperson.losses.objective import IdentityClassifier, MaskedLanguageModel, Objective
 from upperson.losses.pairs import PAIR_LOSSES
 

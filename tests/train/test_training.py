@@ -27,7 +27,8 @@ from upperson.errors import CheckpointError, DataError, RunError
 from upperson.evaluate.embed import evaluate
 from upperson.losses.objective import Objective
 from upperson.model import AdaptedCLIP
-from upperson.model.checkpoint import load_checkpoint, load_model, load_resume_state, save_resume_state
+from upperson.model.checkpoint import load_checkpoint, load_model
+from upperson.train.resume import load_state, save_state
 from upperson.train.fit import fit
 from upperson.train.interruption import Interruption
 from upperson.train.loop import Training
@@ -40,7 +41,7 @@ TINY_CLIP = dict(
     vision_cfg=dict(image_size=32, layers=2, width=32, head_width=16, patch_size=8),
     text_cfg=dict(context_length=24, vocab_size=49408, width=32, heads=2, layers=2),
 )
-TRAIN_PY = Path(__file__).parents[1] / "train.py"
+TRAIN_PY = Path(__file__).parents[2] / "train.py"
 
 
 @pytest.fixture(scope="module")

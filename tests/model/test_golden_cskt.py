@@ -21,7 +21,7 @@ from upperson.model.backbone import fit_image_size
 from upperson.model.captions import words_of
 from upperson.train.optimizer import build_optimizer, build_schedule
 
-GOLDEN = Path(__file__).parent / "golden" / "cskt"
+GOLDEN = Path(__file__).parents[1] / "golden" / "cskt"
 
 
 @pytest.fixture(scope="module")

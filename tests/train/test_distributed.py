@@ -18,11 +18,12 @@ from test_training import assert_same_run, flags_of, log_of
 
 from upperson.config import DataConfig, ModelConfig, TrainConfig
 from upperson.config.presets import PRESETS
-from upperson.data import NOT_MASKED
+from upperson.losses.names import NOT_MASKED
 from upperson.data.splits import read_splits
 from upperson.errors import RunError
 from upperson.machine import ALONE, Group
-from upperson.model.checkpoint import load_checkpoint, load_resume_state
+from upperson.model.checkpoint import load_checkpoint
+from upperson.train.resume import load_state, save_state
 from upperson.train.fit import fit
 
 TESTS = Path(__file__).parent

@@ -734,7 +734,7 @@ class TestEvaluationLoaders:
 
 def test_loader_benchmark(tmp_path, monkeypatch, capsys):
     """bench/loader.py, on few small images."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
     benchmark = importlib.import_module("loader")
     monkeypatch.setattr(benchmark, "IMAGE_SIZE", (48, 16))
     file = tmp_path / "found.json"

@@ -22,7 +22,8 @@ from torchvision.transforms.v2.functional import normalize
 from upperson.config import DataConfig, EmbeddedDataset
 from upperson.data.samples import Sample, gallery, queries
 from upperson.data.splits import read_splits
-from upperson.embedded import CLIP_CONFIG, load_embedded_clip, read_embedded, read_scenes
+from upperson.embedded.dataset import read_embedded, read_scenes
+from upperson.embedded.weights import CLIP_CONFIG, load_embedded_clip
 from upperson.embedded.identities import Identity, draw_identity
 from upperson.embedded.night import Night
 from upperson.embedded.pretrain import Scenes, encode_short_text, pretrain
