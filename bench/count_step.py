@@ -22,7 +22,7 @@ from counting import Group, cost, flops, saved, without_memory
 from torch import Tensor
 
 from upperson.config import Config
-from upperson.evaluate.pictures import aligned
+from upperson.evaluate.tables import pipe_table
 from upperson.model import AdaptedCLIP
 
 MIB = 2**20
@@ -120,7 +120,7 @@ def table(counts: list[dict[str, Any]]) -> list[str]:
         ]
         for row in counts
     ]
-    return aligned(header, body)
+    return pipe_table(header, body).splitlines()
 
 
 def activations(row: dict[str, Any], shown: int = 16) -> list[str]:

@@ -26,7 +26,8 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+
+from upperson.tables.costs import flop_counter
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def cost(call: Callable[[], Any]) -> Cost:
 
 
 def flops(call: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         call()
     return counter.get_total_flops()
 

@@ -20,8 +20,8 @@ from upperson_kernels.attention.reference import explicit
 
 from upperson.config import Config, TrainConfig
 from upperson.config.presets import PRESETS, with_method
-from upperson.evaluate.embed import autocast
 from upperson.losses.pairs import sdm_loss
+from upperson.machine import autocast
 from upperson.methods import BASELINES, DEFAULT, METHODS
 from upperson.model import AdaptedCLIP
 from upperson.train.optimizer import build_optimizer
@@ -96,7 +96,7 @@ def build(path: Path, base: Config) -> AdaptedCLIP:
             if parameter.dim() == 2 and not parameter.any():
                 nn.init.normal_(parameter, std=0.02, generator=generator)
     if path.plain:
-        for block in model.blocks().values():
+        for block in model.blocks():
             block.attention = explicit_attention
             block.activation = None  # open_clip's own QuickGELU
     return model
@@ -112,8 +112,8 @@ def explicit_attention(
     scale_target: str,
     **_: Any,
 ) -> Tensor:
-    """upperson_kernels.prefix_attention by its definition. Under autocast too all stays in the dtype of qkv, as in the released
-    code; autocast would hold the weights in float32 as well."""
+    """prefix_attention by its definition. Under autocast everything stays in the dtype of qkv, as in the released code;
+    autocast would keep the weights in float32."""
     with torch.autocast(qkv.device.type, enabled=False):
         return explicit(qkv, prefix_key, prefix_value, prefix_scale, causal, scale_target)
 
@@ -165,8 +165,8 @@ def prepare(model: AdaptedCLIP, batches: Sequence[Batch], device: torch.device) 
 
 
 class Step:
-    """One optimizer step after the other on prepared batches in turn: those of upperson.train.loop without what surrounds
-    the towers there, which is loading, augmenting, and reading loss and gradient norm.
+    """One optimizer step after the other on prepared batches in turn: as in upperson.train.loop, but without what
+    surrounds the towers there, which is loading, augmenting, and reading loss and gradient norm.
 
     A call returns the loss before the step, (), on the device.
     """

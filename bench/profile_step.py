@@ -10,7 +10,7 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
-from upperson.evaluate.pictures import aligned
+from upperson.evaluate.tables import pipe_table
 
 STEPS = 3
 OPTIMIZER = "optimizer"
@@ -72,4 +72,4 @@ def kinds_table(events: list[FunctionEvent], wall: float, gpu: bool) -> list[str
         idle = wall - sum(milliseconds.values())
         body.append(["GPU idle", f"{idle:,.2f}", f"{idle / wall:.0%}", ""])
     body.append(["wall time under the profiler", f"{wall:,.2f}", "100%", ""])
-    return aligned(["", "ms a step", "share", "operators"], body)
+    return pipe_table(["", "ms a step", "share", "operators"], body).splitlines()

@@ -34,7 +34,9 @@ from triton.compiler import ASTSource
 from upperson_kernels import tiles
 from upperson_kernels.adapter import device as adapter
 from upperson_kernels.attention import device as attention
+from upperson_kernels.attention.launch import last_tiles
 from upperson_kernels.quick_gelu import device as quick_gelu
+from upperson_kernels.quick_gelu.launch import BLOCKS
 
 TARGETS = (80, 89, 90, 100)  # A100, RTX 40, H100 and H200, B200
 DTYPES = ("fp16", "bf16")
@@ -121,7 +123,7 @@ def cases(target: int) -> Iterator[Case]:
             ("backward", attention.backward_kernel, needs),
         ):
             chosen = tiles.choose(f"attention_{mode}", HEAD_WIDTH, 2, target)
-            last = attention.last_tiles(call.length, prefix, call.packed, chosen["BLOCK_M"], chosen["BLOCK_N"])
+            last = last_tiles(call.length, prefix, call.packed, chosen["BLOCK_M"], chosen["BLOCK_N"])
             yield Case(
                 f"attention {mode}",
                 shape,
@@ -198,7 +200,7 @@ def cases(target: int) -> Iterator[Case]:
             str(width),
             kernel,
             dict(HAS_BIAS=True, ACC=tl.float32),
-            quick_gelu.BLOCKS,
+            BLOCKS,
             dict(p_bias="fp32"),
             1.0,
         )

@@ -31,7 +31,7 @@ from counting import cost
 from measure import Call, Rates, device_slug, environment, measure_rates, peak_memory, summary
 from profile_step import profile
 
-from upperson.evaluate.pictures import aligned
+from upperson.evaluate.tables import pipe_table
 
 # Largest relative difference of the first losses: the paths round bf16 differently in every block.
 AGREEMENT = {"bf16": 3e-2, "fp32": 1e-4}
@@ -174,7 +174,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "GB touched",
         "peak MiB",
     ]
-    return aligned(
+    return pipe_table(
         header,
         [
             [
@@ -190,7 +190,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             ]
             for row in rows
         ],
-    )
+    ).splitlines()
 
 
 def text(result: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from upperson_kernels import layernorm_adapter, prefix_attention
 from upperson_kernels.attention import reference
 
-from upperson.data.masking import image_transform
+from upperson.data import Preprocess
 from upperson.evaluate.metrics import retrieval_metrics
 
 
@@ -80,6 +80,6 @@ def test_metrics(benchmark):
 
 @pytest.mark.benchmark(group="resizing and normalising one image")
 def test_transform(benchmark):
-    transform = image_transform((384, 128), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+    transform = Preprocess((384, 128), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
     image = Image.effect_noise((100, 250), 50).convert("RGB")  # about as large as the crops of CUHK-PEDES
     assert benchmark(transform, image).shape == (3, 384, 128)

@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from measure import Call, environment, time_in_turns
 from torch import Tensor
 from upperson_kernels import tiles
 from upperson_kernels.adapter import launch as adapter
-from upperson_kernels.attention import device as attention
+from upperson_kernels.attention import launch as attention
 from upperson_kernels.backend import capability
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,39 +50,27 @@ def jobs(batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[Job]:
     attend, attend_back = [], []
     for length, heads, causal in ((193, 12, False), (77, 8, True)):  # both towers of ViT-B/16
         qkv, grad = randn(batch, length, 3, heads, 64), randn(batch, length, heads, 64)
-        prefix = (*randn(2, PREFIX, heads, 64, dtype=torch.float32), torch.tensor(10.0, device=device))
-        inputs, options = (qkv, *prefix, None, 0), (causal, "weights")
-        out, lse = attention.launch_forward(*inputs, *options)
-        attend.append(lambda inputs=inputs, options=options: attention.launch_forward(*inputs, *options))
-        attend_back.append(
-            lambda grad=grad, inputs=inputs, out=out, lse=lse, options=options: attention.launch_backward(
-                grad, *inputs, out, lse, *options, [True] * 4
-            )
-        )
+        key, value = randn(2, PREFIX, heads, 64, dtype=torch.float32)
+        prefix = attention.Prefix(key, value, torch.tensor(10.0, device=device))
+        inputs, options = (qkv, prefix, attention.Packing(None, 0)), (causal, "weights")
+        out, lse = attention.forward(*inputs, *options)
+        attend.append(partial(attention.forward, *inputs, *options))
+        needs = attention.Needs(qkv=True, key=True, value=True, scale=True)
+        attend_back.append(partial(attention.backward, grad, *inputs, out, lse, *options, needs))
     yield Job("attention_forward", 64, attend)
     yield Job("attention_backward", 64, attend_back)
 
     for hidden, (length, width) in ADAPTERS.items():
         x, dy = randn(batch * length, width), randn(batch * length, width)
-        norm = torch.ones(width, device=device), torch.zeros(width, device=device)
+        norm = adapter.Norm(torch.ones(width, device=device), torch.zeros(width, device=device))
         down, up = (randn(*shape, dtype=torch.float32) * width**-0.5 for shape in ((hidden, width), (width, hidden)))
-        layers = (down, torch.zeros(hidden, device=device), up, norm[1], torch.tensor(1.0, device=device))
-        *_, mean, rstd, activations = adapter.forward(x, None, *norm, *layers, None, None, 1e-5)
-
-        def forward(residual: Tensor | None, own_norm: tuple, x=x, norm=norm, layers=layers) -> Workload:
-            return lambda: adapter.forward(x, residual, *norm, *layers, *own_norm, 1e-5)
-
-        def backward(
-            dstream: Tensor | None,
-            own_norm: tuple,
-            wanted: range,
-            dy=dy,
-            saved=(x, norm[0], *layers),
-            rows=(mean, rstd, activations),
-        ) -> Workload:
-            return lambda: adapter.backward(dy, dstream, *saved, *own_norm, *rows, [i in wanted for i in range(10)])
-
-        none, x_alone, adapter_alone = (None, None), range(1), range(3, 8)
+        layers = adapter.Layers(
+            down, torch.zeros(hidden, device=device), up, norm.bias, torch.tensor(1.0, device=device)
+        )
+        *_, saved = adapter.forward(x, None, norm, layers, None, 1e-5)
+        forward = partial(forward_of, x, norm, layers)
+        backward = partial(backward_of, dy, x, norm.weight, layers, saved)
+        none, x_alone, adapter_alone = None, range(1), range(3, 8)
         yield Job(
             "adapter_rows",
             hidden,
@@ -97,6 +86,27 @@ def jobs(batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[Job]:
         yield Job(
             "adapter_parameters", hidden, [backward(None, none, adapter_alone), backward(dy, norm, adapter_alone)]
         )
+
+
+def forward_of(
+    x: Tensor, norm: adapter.Norm, layers: adapter.Layers, residual: Tensor | None, own_norm: adapter.Norm | None
+) -> Workload:
+    return partial(adapter.forward, x, residual, norm, layers, own_norm, 1e-5)
+
+
+def backward_of(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    layers: adapter.Layers,
+    saved: adapter.Saved,
+    dstream: Tensor | None,
+    own_norm: adapter.Norm | None,
+    wanted: range,
+) -> Workload:
+    """The gradients of which the positions in Needs are wanted."""
+    needs = adapter.Needs(*(i in wanted for i in range(len(adapter.Needs._fields))))
+    return partial(adapter.backward, dy, dstream, x, weight, layers, own_norm, saved, needs)
 
 
 def alternatives(kernel: str) -> list[tiles.Tiles]:

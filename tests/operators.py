@@ -53,8 +53,11 @@ def run(function, tensors, grads, dtype=None):
     return [*outputs, *gradients]
 
 
-def assert_within_budget(fused, plain, oracle, tensors, grads):
-    """`fused` errs at most twice as much as `plain` in the tensors' dtype, against `oracle` in float64."""
+def assert_within_budget(fused, plain, oracle, tensors, grads, cancellation=10):
+    """`fused` errs at most twice as much as `plain` in the tensors' dtype, against `oracle` in float64.
+
+    A scalar result is a sum over everything, whose terms may nearly cancel: its slack is `cancellation` times larger.
+    """
     exact = run(oracle, tensors, grads, torch.float64)
     theirs = run(plain, tensors, grads)
     ours = run(fused, tensors, grads)
@@ -63,7 +66,7 @@ def assert_within_budget(fused, plain, oracle, tensors, grads):
         assert a.dtype == dtype and a.shape == c.shape
         if c.numel() == 0:
             continue
-        slack = SLACK[dtype] if c.dim() else 10 * SLACK[dtype]  # a sum over everything may nearly cancel
+        slack = SLACK[dtype] if c.dim() else cancellation * SLACK[dtype]
         error, allowed = relative_error(a, c), 2 * relative_error(b, c) + slack
         if c.norm() < 1e-10:  # exactly zero up to rounding, as dλ may be
             error, allowed = float(a.detach().double().norm()), 1e-6
@@ -107,9 +110,9 @@ def attention_functions(causal, target, cu_seqlens=None):
     return fused, plain, oracle
 
 
-def check_attention(tensors, causal, target, cu_seqlens=None):
+def check_attention(tensors, causal, target, cu_seqlens=None, cancellation=10):
     grads = [randn(*tensors[0].shape[:-3], *tensors[0].shape[-2:], seed=9, dtype=tensors[0].dtype)]
-    assert_within_budget(*attention_functions(causal, target, cu_seqlens), tensors, grads)
+    assert_within_budget(*attention_functions(causal, target, cu_seqlens), tensors, grads, cancellation)
 
 
 def adapter_inputs(rows=(2, 5), width=24, hidden=3, scale=0.7, dtype=None, residual=False, own_norm=False, seed=0):

@@ -92,7 +92,9 @@ def test_attention_dtypes(dtype, target):
 def test_attention_prefix_scales(scale, target):
     if GPU and (scale, target) == (300, "logits"):
         pytest.skip("the softmax saturates and its gradient cancels to nothing: for float64, in the interpreter")
-    check_attention(attention_inputs(scale=scale), False, target)
+    # A saturated softmax has a λ gradient some hundred times smaller than the terms that it is the sum of.
+    cancellation = 100 if (scale, target) == (300, "logits") else 10
+    check_attention(attention_inputs(scale=scale), False, target, cancellation=cancellation)
 
 
 @pytest.mark.parametrize(("heads", "width"), [(1, 16), (3, 20), (12, 64), (1, 80), (2, 128), (1, 1)])
@@ -280,9 +282,11 @@ def test_attention_empty(shape):
 def test_attention_computes_only_gradients_asked_for(wanted):
     tensors = attention_inputs()
     full = run(attention_functions(False, "weights")[0], tensors, [randn(2, 7, 2, 16, seed=9)])[1:]
-    out, lse = attention_op.forward(*tensors, None, 0, False, "weights")
+    out, lse = attention_op.prefix_attention_forward(*tensors, None, 0, False, "weights")
     needs = [i in wanted for i in range(4)]
-    grads = attention_op.backward(randn(2, 7, 2, 16, seed=9), *tensors, None, 0, out, lse, False, "weights", needs)
+    grads = attention_op.prefix_attention_backward(
+        randn(2, 7, 2, 16, seed=9), *tensors, None, 0, out, lse, False, "weights", needs
+    )
     for i, (grad, need) in enumerate(zip(grads, needs, strict=True)):
         if need:
             assert_same([grad], [full[i]])
@@ -480,9 +484,11 @@ def test_adapter_computes_only_gradients_asked_for(wanted, own_norm):
     fused, grads = adapter_functions(own_norm=own_norm)[0], [randn(2, 5, 24, seed=9 + i) for i in range(1 + own_norm)]
     full = run(fused, tensors, grads)[1 + own_norm :]
     x, weight, bias, *parameters = [*tensors, None, None][:10]
-    *_, mean, rstd, hidden = adapter_op.forward(x, None, weight, bias, *parameters, 1e-5)
+    *_, mean, rstd, hidden = adapter_op.layernorm_adapter_forward(x, None, weight, bias, *parameters, 1e-5)
     needs = [i in wanted for i in range(10)]
-    found = adapter_op.backward(*[*grads, None][:2], x, weight, *parameters, mean, rstd, hidden, needs)
+    found = adapter_op.layernorm_adapter_backward(
+        *[*grads, None][:2], x, weight, *parameters, mean, rstd, hidden, needs
+    )
     for i, (grad, need) in enumerate(zip(found, needs, strict=True)):
         if need:
             assert_same([grad], [full[i]])

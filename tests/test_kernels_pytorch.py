@@ -78,22 +78,22 @@ def test_an_output_used_twice(operator):
 def test_opcheck():
     """Schema, fake tensors, autograd registration and ahead-of-time dispatch, as PyTorch itself checks them."""
     tensors = require_grad(attention_inputs(length=5))
-    torch.library.opcheck(attention_op.forward, (*tensors, None, 0, True, "weights"))
+    torch.library.opcheck(attention_op.prefix_attention_forward, (*tensors, None, 0, True, "weights"))
     tensors = [t.detach() for t in tensors]
-    out, lse = attention_op.forward(*tensors, None, 0, True, "weights")
+    out, lse = attention_op.prefix_attention_forward(*tensors, None, 0, True, "weights")
     torch.library.opcheck(
-        attention_op.backward,
+        attention_op.prefix_attention_backward,
         (randn(2, 5, 2, 16), *tensors, None, 0, out, lse, True, "weights", [True, False, True, True]),
     )
     needs = [True, False, False, True, True, True, True, True]
     for own_norm in (False, True):
         x, *parameters = [*require_grad(adapter_inputs(own_norm=own_norm)), None, None][:10]
         for residual in (None, randn(2, 5, 24, seed=1).requires_grad_()):
-            torch.library.opcheck(adapter_op.forward, (x, residual, *parameters, 1e-5))
+            torch.library.opcheck(adapter_op.layernorm_adapter_forward, (x, residual, *parameters, 1e-5))
         x, weight, bias, *parameters = (None if t is None else t.detach() for t in (x, *parameters))
-        *_, mean, rstd, hidden = adapter_op.forward(x, None, weight, bias, *parameters, 1e-5)
+        *_, mean, rstd, hidden = adapter_op.layernorm_adapter_forward(x, None, weight, bias, *parameters, 1e-5)
         torch.library.opcheck(
-            adapter_op.backward,
+            adapter_op.layernorm_adapter_backward,
             (x, x if own_norm else None, x, weight, *parameters, mean, rstd, hidden, [*needs, own_norm, own_norm]),
         )
 
@@ -111,7 +111,9 @@ def test_the_adapter_is_counted_as_pytorchs_own(own_norm):
 
 def test_opcheck_of_packed_sequences():
     tensors, cu_seqlens = packed_inputs([3, 0, 4])
-    torch.library.opcheck(attention_op.forward, (*require_grad(tensors), cu_seqlens, 4, True, "weights"))
+    torch.library.opcheck(
+        attention_op.prefix_attention_forward, (*require_grad(tensors), cu_seqlens, 4, True, "weights")
+    )
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -127,7 +129,7 @@ def test_forward_mode_is_refused_rather_than_zero(operator):
 def test_shapes_can_be_worked_out_without_data(backend):
     x, *parameters = (t.to("meta") for t in adapter_inputs())
     if backend == "triton":
-        y, *_ = adapter_op.forward(x, None, *parameters, None, None, 1e-5)
+        y, *_ = adapter_op.layernorm_adapter_forward(x, None, *parameters, None, None, 1e-5)
     else:
         y = layernorm_adapter(x, *parameters, backend=backend)
     assert y.device.type == "meta" and y.shape == x.shape

@@ -110,8 +110,8 @@ def test_torchs_own_checks_and_compile():
     from upperson_kernels.quick_gelu import op
 
     x, bias = require_grad([randn(3, 8, seed=1), randn(8, seed=2)])
-    torch.library.opcheck(op.forward, (x, bias))
-    torch.library.opcheck(op.forward, (x, None))
+    torch.library.opcheck(op.quick_gelu_forward, (x, bias))
+    torch.library.opcheck(op.quick_gelu_forward, (x, None))
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, bias), fused(x, bias))
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from upperson.data import DeviceBatches, augment, image_transform, to_device
+from upperson.data import DeviceBatches, Preprocess, augment, to_device
 from upperson.data.augmentation import COLUMNS, RandomAugmentation, normalise
 from upperson.data.images import load_pixels
 from upperson.model.captions import pack_captions
@@ -87,7 +87,7 @@ class TestAgainstTorchvision:
         transform = one_at_a_time(size, train=False)
         expected = torch.stack([transform(Image.open(path)) for path in paths])
         assert torch.equal(normalise(torch.stack([load_pixels(path, size) for path in paths]), MEAN, STD), expected)
-        ours = image_transform(size, MEAN, STD)
+        ours = Preprocess(size, MEAN, STD)
         assert torch.equal(torch.stack([ours(Image.open(path)) for path in paths]), expected)
 
 
@@ -187,17 +187,11 @@ class TestToDevice:
         assert all(torch.equal(moved[name], batch[name]) for name in ("captions", "person_ids"))
         assert batch["images"].dtype == torch.uint8 and "augmentation" in batch
 
-    def test_captions_are_packed_before_they_are_moved(self, batches):
+    def test_packed_captions_are_moved_too(self, batches):
         batches[0]["captions"][:, 50] = 49407
-        seen = []
-        moved = to_device(
-            batches[0],
-            torch.device("meta"),
-            MEAN,
-            STD,
-            lambda captions: seen.append(captions.device.type) or pack_captions(captions),
-        )
-        assert seen == ["cpu"] and moved["captions"].longest == 51
+        packed = batches[0] | {"captions": pack_captions(batches[0]["captions"])}
+        moved = to_device(packed, torch.device("meta"), MEAN, STD)
+        assert moved["captions"].longest == 51
         assert moved["captions"].token_ids.shape == (3 * 51,) and moved["captions"].token_ids.device.type == "meta"
 
     def test_meta_device_shows_that_nothing_waits_for_values(self, batches):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from upperson.data import ImageCache, Sample, image_loader, train_loader
+from upperson.data import ImageCache, Preprocess, Sample, image_loader, train_loader
 from upperson.data.images import load_pixels
 from upperson.errors import DataError
 
@@ -225,11 +225,13 @@ class TestErrors:
     def test_another_size_than_the_loaders(self, images, folder):
         cache = opened(images, folder)
         message = r"cache: expected images of \(96, 32\) pixels, found those of \(48, 16\)"
-        options = {"image_size": (96, 32), "batch_size": 2, "workers": 0, "cache": cache}
+        options = {"batch_size": 2, "workers": 0, "cache": cache}
         with pytest.raises(ValueError, match=message):
-            image_loader(images, mean=MEAN, std=STD, **options)
+            image_loader(images, preprocess=Preprocess((96, 32), MEAN, STD), **options)
         with pytest.raises(ValueError, match=message):
-            train_loader(samples_of(images), tokenizer=None, seed=0, mask_captions=False, epoch=0, **options)
+            train_loader(
+                samples_of(images), tokenizer=None, image_size=(96, 32), seed=0, mask_captions=False, epoch=0, **options
+            )
 
 
 # What another process does: its arguments are the folder and the images.
@@ -339,7 +341,7 @@ class TestLoaders:
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_evaluation_batches_are_the_same(self, images, folder, workers):
-        options = {"image_size": SIZE, "mean": MEAN, "std": STD, "batch_size": 4, "workers": workers}
+        options = {"preprocess": Preprocess(SIZE, MEAN, STD), "batch_size": 4, "workers": workers}
         plain, cached = (
             torch.cat(list(image_loader(images, **options, cache=cache))) for cache in (None, opened(images, folder))
         )
@@ -348,5 +350,5 @@ class TestLoaders:
     def test_image_files_are_not_opened(self, images, folder, monkeypatch):
         cache = opened(images, folder)
         monkeypatch.setattr("upperson.data.images.load_image", None)
-        options = {"image_size": SIZE, "mean": MEAN, "std": STD, "batch_size": 4, "workers": 0}
+        options = {"preprocess": Preprocess(SIZE, MEAN, STD), "batch_size": 4, "workers": 0}
         assert len(torch.cat(list(image_loader(images, **options, cache=cache)))) == 7

@@ -1,6 +1,5 @@
 """The report on a data set: one with planted faults, one without any, and train.py --check-data."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from upperson.config import DataConfig
 from upperson.config.presets import PRESETS
-from upperson.data import Sample
+from upperson.data import Sample, read_splits
 from upperson.data.check import Counts, DataReport, Spread, check_dataset, text
-from upperson.embedded.dataset import read_embedded
-
-TRAIN_PY = importlib.util.spec_from_file_location("train", Path(__file__).parents[2] / "train.py")
-train = importlib.util.module_from_spec(TRAIN_PY)
-TRAIN_PY.loader.exec_module(train)
+from upperson.train.__main__ import main
 
 LONG = "a man " * 38  # 76 words: with start and end, one token too many
 
@@ -173,7 +169,7 @@ def test_published_counts_stand_beside_the_found(sound):
 
 
 def test_drawn_data(capsys):
-    splits = read_embedded(train=2, val=1, test=1, views=2)
+    splits = read_splits(DataConfig(embedded_identities=(2, 1, 1), embedded_views=2))
     report = check_dataset("embedded", splits)
     assert report.usable and report.title == "embedded" and report.images == 8
     assert report.splits["train"].counts == Counts(2, 4, 8) and report.splits["train"].published is None
@@ -197,7 +193,7 @@ class TestCommandLine:
 
     @pytest.mark.filterwarnings("error")
     def test_sound(self, tmp_path, capsys):
-        assert train.main(self.write(tmp_path, self.entries)) == 0
+        assert main(self.write(tmp_path, self.entries)) == 0
         shown = capsys.readouterr().out
         assert shown.startswith("CUHK-PEDES\n") and "       0 of 4 images missing or broken\n" in shown
         assert "2 captions of train that stand under several identities" in shown
@@ -206,7 +202,7 @@ class TestCommandLine:
         arguments = self.write(tmp_path, self.entries)
         (tmp_path / "imgs/0.jpg").unlink()
         (tmp_path / "imgs/3.jpg").write_text("no image")
-        assert train.main(arguments) == 1
+        assert main(arguments) == 1
         shown = capsys.readouterr().out
         assert f"{tmp_path}/imgs/0.jpg: image is missing" in shown
         assert f"{tmp_path}/imgs/3.jpg: image is broken" in shown and "2 of 4 images missing or broken" in shown
@@ -215,31 +211,31 @@ class TestCommandLine:
         """Also data that can only be evaluated can be checked."""
         write_image(tmp_path / "a.jpg")
         (tmp_path / "captions.csv").write_text("image,caption,identity\na.jpg,a man,1\n")
-        assert train.main(["--check-data", "--dataset", "folder", "--data-root", str(tmp_path)]) == 0
+        assert main(["--check-data", "--dataset", "folder", "--data-root", str(tmp_path)]) == 0
         assert capsys.readouterr().out.startswith("Own data\n")
 
     def test_what_cannot_be_read_at_all(self, tmp_path, capsys):
         arguments = self.write(tmp_path, [*self.entries, {"file_path": "5.jpg"}])
-        assert train.main(arguments) == 1
+        assert main(arguments) == 1
         captured = capsys.readouterr()
         assert captured.out == "" and "reid_raw.json, entry 4: expected a field 'split'" in captured.err
 
     def test_embedded(self, capsys):
-        assert train.main(["--check-data", "--embedded-identities", "2", "1", "1"]) == 0
+        assert main(["--check-data", "--embedded-identities", "2", "1", "1"]) == 0
         assert capsys.readouterr().out.startswith("embedded\n")
 
     def test_without_the_flag_it_trains(self, monkeypatch):
         trained = []
-        monkeypatch.setattr(train, "fit", trained.append)
-        assert train.main(["--preset", "mscoco"]) == 0
+        monkeypatch.setattr("upperson.train.fit.fit", trained.append)
+        assert main(["--preset", "mscoco"]) == 0
         assert trained == [PRESETS["mscoco"]]
 
     def test_help(self, capsys):
         with pytest.raises(SystemExit):
-            train.main(["--help"])
+            main(["--help"])
         assert "--check-data" in capsys.readouterr().out
 
     def test_wrong_flag(self, capsys):
         with pytest.raises(SystemExit):
-            train.main(["--check-date"])
+            main(["--check-date"])
         assert "unrecognized arguments: --check-date" in capsys.readouterr().err

@@ -18,24 +18,24 @@ import torch
 from PIL import Image
 
 from upperson.data import (
-    NOT_MASKED,
+    Preprocess,
     Sample,
     batches_per_epoch,
     caption_loader,
     check_images,
     gallery,
     image_loader,
-    image_transform,
     load_image,
     mask_caption,
     queries,
     read_dataset,
-    share_of,
     train_loader,
 )
 from upperson.data.augmentation import RandomAugmentation
-from upperson.data.loaders import _stable_seed
+from upperson.data.loaders import stable_seed
 from upperson.errors import DataError
+from upperson.losses.names import NOT_MASKED
+from upperson.machine import share_of
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 START_ID, END_ID, MASK_ID = 49406, 49407, 49405
@@ -361,7 +361,7 @@ class Stripes:
 
 
 def transformed(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
-    return image_transform(size, MEAN, STD)(image)
+    return Preprocess(size, MEAN, STD)(image)
 
 
 def denormalised(image: torch.Tensor) -> torch.Tensor:
@@ -572,14 +572,14 @@ class TestTrainLoader:
     def test_what_is_drawn_is_a_function_of_seed_epoch_and_index(self, loader):
         """Drawn from torch's generator as it is after seeding by SHA-256."""
         (batch,) = loader(batch_size=11, seed=4, epoch=2)
-        order = torch.randperm(11, generator=torch.Generator().manual_seed(_stable_seed("order", 4, 2)))
+        order = torch.randperm(11, generator=torch.Generator().manual_seed(stable_seed("order", 4, 2)))
         for index, found in zip(order.tolist(), batch["augmentation"], strict=True):
-            torch.manual_seed(_stable_seed("image", 4, 2, index))
+            torch.manual_seed(stable_seed("image", 4, 2, index))
             assert torch.equal(found, RandomAugmentation((96, 32)).draw())
 
     def test_seeds_are_the_same_in_every_process(self):
         """Unlike those of hash(): this is SHA-256 of the text ('image', 1, 2, 3), first 8 bytes."""
-        assert _stable_seed("image", 1, 2, 3) == 6203637106530499380
+        assert stable_seed("image", 1, 2, 3) == 6203637106530499380
 
     def test_workers_make_no_difference(self, loader):
         alone, shared = loader(), loader(workers=2)
@@ -613,7 +613,7 @@ class TestTrainLoader:
         for workers in (0, 2):
             list(loader(workers=workers))
         images = gallery(samples)[0]
-        list(image_loader(images, image_size=(96, 32), mean=MEAN, std=STD, batch_size=4, workers=0))
+        list(image_loader(images, preprocess=Preprocess((96, 32), MEAN, STD), batch_size=4, workers=0))
         assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
         assert (np.random.get_state()[1] == before[2]).all()
 
@@ -704,16 +704,16 @@ class TestEvaluationLoaders:
     def test_images_in_order(self, samples, workers):
         images, person_ids = gallery(samples)
         assert person_ids.tolist() == [0, 0, 10, 10, 20, 20] and person_ids.dtype == torch.int64
-        options = {"image_size": (96, 32), "mean": MEAN, "std": STD}
-        batches = list(image_loader(images, **options, batch_size=4, workers=workers))
+        preprocess = Preprocess((96, 32), MEAN, STD)
+        batches = list(image_loader(images, preprocess=preprocess, batch_size=4, workers=workers))
         assert [len(batch) for batch in batches] == [4, 2]
-        transform = image_transform(*options.values())
-        expected = torch.stack([transform(load_image(image)) for image in images])
+        expected = torch.stack([preprocess(load_image(image)) for image in images])
+        assert torch.equal(torch.stack([preprocess(image) for image in images]), expected)
         assert torch.equal(torch.cat(batches), expected)
 
     def test_drawings(self):
         images = [Plain(255), Plain(0)]
-        (batch,) = image_loader(images, image_size=(96, 32), mean=MEAN, std=STD, batch_size=2, workers=0)
+        (batch,) = image_loader(images, preprocess=Preprocess((96, 32), MEAN, STD), batch_size=2, workers=0)
         assert (denormalised(batch[0]) - 1).abs().max() < 1e-5 and denormalised(batch[1]).abs().max() < 1e-5
 
     def test_captions_in_order(self, samples, tokenizer):

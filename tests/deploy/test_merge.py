@@ -11,10 +11,11 @@ import open_clip
 import pytest
 import torch
 from safetensors import safe_open
-from test_model import TINY_CLIP, build, inputs, stirred
+from tiny import NOTHING, TINY_CLIP, build, inputs, stirred, tiny_config
 
-from upperson.config import Config, ModelConfig
+from upperson.config import Config
 from upperson.config.presets import PRESETS
+from upperson.data import Preprocess
 from upperson.deploy import merge as command
 from upperson.deploy.merge import merge
 from upperson.errors import MergeError
@@ -22,7 +23,6 @@ from upperson.model import AdaptedCLIP
 from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
 from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES
 
-NOTHING = dict(prefix="none", lora="none", adapter_attn="none", adapter_mlp="none")
 FOLDING = (
     [dict(lora=kind) for kind in LOW_RANK]
     + [dict(adapter_attn="ln-tuning"), dict(adapter_mlp="ln-tuning"), dict(method="full"), dict(method="zero-shot")]
@@ -45,9 +45,7 @@ def words(variant):
 @pytest.fixture
 def tiny(tmp_path):
     """A tiny CLIP, nothing trained: the tests add what they are about."""
-    (tmp_path / "tiny.json").write_text(json.dumps(TINY_CLIP))
-    config = ModelConfig(str(tmp_path / "tiny.json"), "none", (48, 16), backend="torch")
-    return config.replace(prefix_length=3, lora_rank=2, adapter_reduction=4, **NOTHING)
+    return tiny_config(tmp_path, **NOTHING)
 
 
 def plain(image_size=(48, 16), **description):
@@ -192,7 +190,7 @@ def test_a_model_by_name_and_its_normalisation(tiny, tmp_path, monkeypatch):
     (tmp_path / "configs" / "tiny-for-merge.json").write_text(json.dumps(TINY_CLIP))
     open_clip.add_model_config(tmp_path / "configs")
     backbone = tmp_path / "backbone.safetensors"
-    backbone.write_bytes(command.weights_as_bytes(plain(32).state_dict(), (32, 32), (0.5,) * 3, (0.2,) * 3))
+    backbone.write_bytes(command.weights_as_bytes(plain(32).state_dict(), Preprocess((32, 32), (0.5,) * 3, (0.2,) * 3)))
     path = written(
         tmp_path, tiny.replace(model="tiny-for-merge", pretrained=str(backbone), prefix="salable", lora="lora")
     )
@@ -202,7 +200,8 @@ def test_a_model_by_name_and_its_normalisation(tiny, tmp_path, monkeypatch):
     assert run(path, output, "--rest", rest, "--pretrained", moved) == 0
     ours, theirs = load_model(rest), load_model(path, pretrained=str(moved))
     assert torch.equal(features(ours), features(theirs))
-    assert ours.image_mean == theirs.image_mean == (0.5,) * 3 and ours.image_std == (0.2,) * 3
+    assert ours.preprocess == theirs.preprocess
+    assert (ours.preprocess.mean, ours.preprocess.std) == ((0.5,) * 3, (0.2,) * 3)
     assert run(rest, tmp_path / "more.safetensors", "--rest", tmp_path / "rest-of-rest.safetensors") == 0
     assert torch.equal(features(load_model(tmp_path / "rest-of-rest.safetensors")), features(theirs))
 

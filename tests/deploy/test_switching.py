@@ -1,15 +1,14 @@
 """Several adaptations of one backbone: each computes what its checkpoint does alone, and none disturbs another."""
 
-import json
 import shutil
 
 import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_model import TINY_CLIP, build, inputs, stirred
+from tiny import TINY_CLIP, build, inputs, stirred, tiny_config
 
-from upperson.config import Config, ModelConfig
+from upperson.config import Config
 from upperson.deploy.switching import Adaptations
 from upperson.errors import CheckpointError
 from upperson.model import AdaptedCLIP
@@ -28,10 +27,8 @@ CONFIGURATIONS = {
 def tiny(tmp_path):
     """A tiny CLIP in a file."""
     torch.manual_seed(5)
-    (tmp_path / "tiny.json").write_text(json.dumps(TINY_CLIP))
     save_file(open_clip.CLIP(**TINY_CLIP).state_dict(), tmp_path / "clip.safetensors")
-    config = ModelConfig(str(tmp_path / "tiny.json"), str(tmp_path / "clip.safetensors"), (48, 16), backend="torch")
-    return config.replace(prefix_length=3, lora_rank=2, adapter_reduction=4)
+    return tiny_config(tmp_path, pretrained=str(tmp_path / "clip.safetensors"))
 
 
 def checkpoint(path, config, seed=0):
@@ -170,7 +167,7 @@ def test_refused(tmp_path, tiny, files, adaptations):
             rf"another backbone, model: embedded, not {tiny.model}; pretrained: none, not {tiny.pretrained}; "
             r"image_size: \(32, 32\), not \(48, 16\) as in the model",
         ),
-        (checkpoint(tmp_path / "full.safetensors", full), "full.safetensors: of method 'full'"),
+        (checkpoint(tmp_path / "full.safetensors", full), "full.safetensors: a checkpoint of method 'full'"),
         (damaged, r"damaged.safetensors: .* missing: .*; 1 of another shape: image.blocks.0.lora.key_up \(2,\)"),
         (tmp_path / "nowhere.safetensors", "nowhere.safetensors: there is no such file"),
     ):
@@ -181,7 +178,7 @@ def test_refused(tmp_path, tiny, files, adaptations):
     with pytest.raises(CheckpointError, match="there is no adaptation 'new'; there are original, cuhk, icfg, rstp"):
         adaptations.use("new")
     assert adaptations.active == "icfg" and torch.equal(features(adaptations.model), expected)
-    with pytest.raises(CheckpointError, match="method 'full' has a backbone of its own"):
+    with pytest.raises(CheckpointError, match="method 'full' has changed its backbone"):
         Adaptations(AdaptedCLIP(full))
     with pytest.raises(CheckpointError, match="pretrained: none, random weights"):
         Adaptations(AdaptedCLIP(random)).add("new", checkpoint(tmp_path / "random.safetensors", random))

@@ -7,34 +7,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_training
 
 from upperson.config import SELECTIONS
-from upperson.config.presets import PRESETS
-from upperson.data import image_transform, load_image
+from upperson.data import load_image
 from upperson.data.splits import read_splits
-from upperson.evaluate import __main__ as evaluate
+from upperson.evaluate import evaluation
+from upperson.evaluate.__main__ import main
 from upperson.evaluate.embed import embed
 from upperson.model import AdaptedCLIP
 from upperson.model.checkpoint import load_model, save_checkpoint
 
-TINY_CLIP = dict(
-    embed_dim=16,
-    quick_gelu=True,
-    vision_cfg=dict(image_size=32, layers=2, width=32, head_width=16, patch_size=8),
-    text_cfg=dict(context_length=24, vocab_size=49408, width=32, heads=2, layers=2),
-)
 FILES = ["queries-image-to-text.jsonl", "queries-text-to-image.jsonl", "results.json", "results.md"]
 RESULTS = {"selection": "val", "epoch": 1}
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    description = tmp_path_factory.mktemp("model") / "tiny.json"
-    description.write_text(json.dumps(TINY_CLIP))
-    return PRESETS["embedded"].replace(
-        model=str(description), pretrained="none", image_size=(48, 16), backend="torch", device="cpu", epochs=2,
-        embedded_identities=(2, 2, 6), embedded_views=2, workers=0,
-    )  # fmt: skip
+    return tiny_training(tmp_path_factory.mktemp("model"), embedded_identities=(2, 2, 6))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +46,7 @@ def checkpoint(config, parameters, tmp_path):
 
 def run(*arguments):
     """The exit status of the command."""
-    return evaluate.main([str(argument) for argument in arguments])
+    return main([str(argument) for argument in arguments])
 
 
 def json_of(path):
@@ -71,9 +61,8 @@ def by_hand(checkpoint, samples):
     """Cosine similarity of all captions (rows) and distinct images (columns), as numpy, and the images' samples."""
     model = load_model(checkpoint)
     images = list({sample.image_id: sample for sample in samples}.values())
-    transform = image_transform((48, 16), model.image_mean, model.image_std)
     with torch.no_grad():
-        seen = model.encode_image(torch.stack([transform(load_image(sample.image)) for sample in images]))
+        seen = model.encode_image(torch.stack([model.preprocess(load_image(sample.image)) for sample in images]))
         read = model.encode_text(model.tokenizer([sample.caption for sample in samples]))
     seen, read = (features.double().numpy() for features in (seen, read))
     seen, read = (features / np.linalg.norm(features, axis=1, keepdims=True) for features in (seen, read))
@@ -82,17 +71,17 @@ def by_hand(checkpoint, samples):
 
 def check_direction(lines, found, similarity, queries, entries):
     """Lines and averages against ranks that are counted one query after the other."""
-    assert len(lines) == len(queries) == found["queries"] and len(entries) == found["gallery"]
+    assert len(lines) == len(queries)
     totals = dict.fromkeys(("R@1", "R@5", "R@10", "mAP", "mINP"), 0.0)
     for index, (line, query, scores) in enumerate(zip(lines, queries, similarity, strict=True)):
         order = np.argsort(-scores, kind="stable")
         ranks = [rank for rank, g in enumerate(order, 1) if entries[g].person_id == query.person_id]
         precision = 100 * sum(k / rank for k, rank in enumerate(ranks, 1)) / len(ranks)
         penalty = 100 * len(ranks) / ranks[-1]
-        assert (line["index"], line["person_id"], line["first_match"]) == (index, query.person_id, ranks[0])
+        assert (line["index"], line["person_id"], line["first_match"]) == (index, query.person, ranks[0])
         assert line["average_precision"] == pytest.approx(precision)
         assert line["inverse_negative_penalty"] == pytest.approx(penalty)
-        assert [entry["person_id"] for entry in line["top"]] == [entries[g].person_id for g in order[:10]]
+        assert [entry["person_id"] for entry in line["top"]] == [entries[g].person for g in order[:10]]
         assert [entry["similarity"] for entry in line["top"]] == pytest.approx(scores[order[:10]], abs=2e-6)
         for k in (1, 5, 10):
             totals[f"R@{k}"] += 100 * (ranks[0] <= k) / len(queries)
@@ -107,6 +96,7 @@ def check_output(output, checkpoint, samples):
     forward, backward = (lines_of(output / f"queries-{name}.jsonl") for name in ("text-to-image", "image-to-text"))
     check_direction(forward, results["text_to_image"], similarity, samples, images)
     check_direction(backward, results["image_to_text"], similarity.T, images, samples)
+    assert (results["captions"], results["images"]) == (len(samples), len(images))
     assert [line["caption"] for line in forward] == [sample.caption for sample in samples]
     assert {entry["caption"] for line in backward for entry in line["top"]} <= {sample.caption for sample in samples}
     return forward, backward, images
@@ -138,7 +128,6 @@ def test_both_directions_against_metrics_by_hand(checkpoint, config, capsys):
         found = results[direction]
         assert row[0] == direction.replace("_to_", " → ")
         assert row[1:6] == [f"{found[name]:.2f}" for name in ("R@1", "R@5", "R@10", "mAP", "mINP")]
-        assert row[6:] == [str(found["queries"]), str(found["gallery"])]
     assert [row[6:] for row in rows] == [["24", "12"], ["12", "24"]]
 
 
@@ -163,7 +152,7 @@ def test_cross_domain(checkpoint, config, capsys, dataset, split, captions, imag
     check_output(output, checkpoint, samples)
     results = json_of(output / "results.json")
     assert (results["trained_on"], results["evaluated_on"], results["split"]) == ("embedded", dataset, split)
-    assert (results["text_to_image"]["queries"], results["text_to_image"]["gallery"]) == (captions, images)
+    assert (results["captions"], results["images"]) == (captions, images)
     shown = capsys.readouterr().out
     assert f"trained on: embedded, epoch 1 of 2, selected there by val ({SELECTIONS['val']})" in shown
     assert f"evaluated on: {dataset}, {split} split, cross-domain" in shown
@@ -175,7 +164,7 @@ def test_cross_domain(checkpoint, config, capsys, dataset, split, captions, imag
         ({"selection": "val", "epoch": 2}, "epoch 2 of 2, selected there by val (best R@1 on the validation split)"),
         ({"selection": "best-on-test", "epoch": 1}, f"selected there by best-on-test ({SELECTIONS['best-on-test']})"),
         ({"selection": "last", "epoch": 2}, f"epoch 2 of 2, selected there by last ({SELECTIONS['last']})"),
-        ({"epoch": 2}, "epoch 2 of 2, which no selection is recorded for"),
+        ({"epoch": 2}, "epoch 2 of 2, no selection recorded"),
         ({}, "epoch not recorded"),
     ],
 )
@@ -188,7 +177,12 @@ def test_how_the_epoch_was_selected_is_said(checkpoint, config, parameters, caps
 
 def test_how_it_is_computed_is_chosen_on_the_command_line(checkpoint, monkeypatch):
     chosen = []
-    monkeypatch.setattr(evaluate, "embed", lambda *given, **options: chosen.append(options) or embed(*given, **options))
+
+    def recorded(*given, **options):
+        chosen.append(options)
+        return embed(*given, **options)
+
+    monkeypatch.setattr(evaluation, "embed", recorded)
     assert run(checkpoint) == 0
     assert run(checkpoint, "--batch-size", 5, "--workers", 1, "--precision", "bf16") == 0
     assert chosen == [

@@ -1,16 +1,17 @@
-"""What a run shows: the numbers of the table, the marks of the picture, the curve."""
+"""Tables and pictures: the numbers of the table, the frames of the top ten, the curve."""
 
 import io
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
 from upperson.config import SELECTIONS
 from upperson.data import Sample
-from upperson.evaluate import pictures as report
+from upperson.evaluate import pictures
+from upperson.evaluate.results import Results
+from upperson.evaluate.tables import markdown, text
 
 ZERO_SHOT = {"R@1": 8.125, "R@5": 20.5, "R@10": 31.25, "mAP": 9.75, "mINP": 4.0}
 ADAPTED = {"R@1": 41.375, "R@5": 66.5, "R@10": 77.75, "mAP": 38.25, "mINP": 22.5}
@@ -18,12 +19,11 @@ ADAPTED = {"R@1": 41.375, "R@5": 66.5, "R@10": 77.75, "mAP": 38.25, "mINP": 22.5
 
 @pytest.fixture
 def results():
-    return {
-        "method": "UP-Person", "losses": "sdm+id",
-        "dataset": "embedded", "split": "test", "selection": "val", "selection_meaning": SELECTIONS["val"],
-        "epoch": 2, "epochs": 3, "queries": 1600, "gallery": 800, "trained_parameters": 174648,
-        "all_parameters": 8233145, "zero_shot": ZERO_SHOT, "adapted": ADAPTED,
-    }  # fmt: skip
+    return Results(
+        method="UP-Person", model="embedded", trained_on="embedded", evaluated_on="embedded", split="test",
+        captions=1600, images=800, text_to_image=ADAPTED, zero_shot=ZERO_SHOT, selection="val", epoch=2, epochs=3,
+        losses="sdm+id", trained={"prefix": 74648, "lora": 100000}, all_parameters=8233145,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def share_of(colour, png):
 
 
 def test_text_table_has_every_number_in_its_column(results):
-    lines = report.text(results).splitlines()
+    lines = text(results).splitlines()
     header = next(line.split() for line in lines if "R@10" in line)
     for name, metrics in (("zero-shot CLIP", ZERO_SHOT), ("UP-Person ", ADAPTED)):
         row = next(line for line in lines if line.startswith(name))
@@ -55,7 +55,7 @@ def test_text_table_has_every_number_in_its_column(results):
 
 
 def test_markdown_table_has_every_number_in_its_column(results):
-    rows = [line.strip("|").split("|") for line in report.markdown(results).splitlines() if line.startswith("|")]
+    rows = [line.strip("|").split("|") for line in markdown(results).splitlines() if line.startswith("|")]
     header, rule, *body = rows
     assert {len(row) for row in rows} == {6} and set("".join(rule)) <= set("-:")
     for row, metrics in zip(body, (ZERO_SHOT, ADAPTED), strict=True):
@@ -64,29 +64,29 @@ def test_markdown_table_has_every_number_in_its_column(results):
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_tables_name_split_and_selection(results, selection):
-    results |= {"selection": selection, "selection_meaning": SELECTIONS[selection]}
-    for shown in (report.text(results), report.markdown(results)):
+    results = results.replace(selection=selection)
+    for shown in (text(results), markdown(results)):
         assert "test split: 1,600 queries, 800 images" in shown
         assert f"epoch 2 of 3, selection {selection} ({SELECTIONS[selection]})" in shown
         assert "174,648 of 8,233,145 parameters" in shown
 
 
 def test_a_model_that_was_not_trained_has_one_row(results):
-    results |= {"method": "zero-shot CLIP", "selection": "none", "selection_meaning": SELECTIONS["none"]}
-    for shown in (report.text(results), report.markdown(results)):
-        assert "8.12" in shown and "41.38" not in shown
+    results = results.replace(method="zero-shot CLIP", selection="none", text_to_image=ZERO_SHOT)
+    for shown in (text(results), markdown(results)):
+        assert shown.count("8.12") == 1 and shown.count("zero-shot CLIP") == 2
 
 
 @pytest.fixture
 def staged(results):
     """Results of two stages, of three epochs and of two."""
-    first = results | {"title": "first the one part", "adapted": ADAPTED | {"mAP": 30.125}, "trained_parameters": 4096}
-    second = results | {"title": "then the other", "losses": "itc", "epoch": 1, "epochs": 2}
-    return results | {"method": "Some Method", "stages": [first, second]}
+    first = results.replace(title="first the one part", text_to_image=ADAPTED | {"mAP": 30.125}, trained={"lora": 4096})
+    second = results.replace(title="then the other", losses="itc", epoch=1, epochs=2)
+    return results.replace(method="Some Method", stages=(first, second))
 
 
 def test_stages_have_a_row_and_a_footnote_each(staged):
-    for shown in (report.text(staged), report.markdown(staged)):
+    for shown in (text(staged), markdown(staged)):
         lines = shown.splitlines()
         names = ("zero-shot CLIP", "first the one part", "then the other")
         rows = [next(line.replace("|", " ") for line in lines if name in line) for name in names]
@@ -102,54 +102,61 @@ def test_stages_have_a_row_and_a_footnote_each(staged):
 
 
 def test_what_a_training_started_from_has_a_row(results):
-    results |= {"start": ADAPTED | {"R@1": 12.25}}
-    for shown in (report.text(results), report.markdown(results)):
+    results = results.replace(start=ADAPTED | {"R@1": 12.25})
+    for shown in (text(results), markdown(results)):
         row = next(line for line in shown.splitlines() if line.strip("| ").startswith("start"))
         assert row.replace("|", " ").split() == ["start", "12.25", "66.50", "77.75", "38.25", "22.50"]
 
 
+def picture(samples, number=4, **tops):
+    """The pixels of the picture of a few queries; `tops` by method, for all samples."""
+    queries = pictures.shown_queries(samples, number)
+    return pictures.top_ten(samples, queries, {name: [top[query] for query in queries] for name, top in tops.items()})
+
+
 def test_right_and_wrong_images_are_framed_by_person(samples):
-    people = torch.tensor([sample.person_id for sample in samples])
-    right = torch.stack([(people == sample.person_id).nonzero().flatten() for sample in samples])
-    wrong = (right + 2) % len(samples)
-    all_right, all_wrong, mixed = (
-        report.top_ten(samples, {"UP-Person": top})
-        for top in (right, wrong, torch.cat([right[:, :1], wrong[:, :1]], 1))
-    )
-    assert share_of(report.RIGHT, all_right) > 0 and share_of(report.WRONG, all_right) == 0
-    assert share_of(report.WRONG, all_wrong) > 0 and share_of(report.RIGHT, all_wrong) == 0
-    assert share_of(report.WRONG, mixed) == pytest.approx(share_of(report.RIGHT, mixed), rel=0.1)
+    people = [sample.person_id for sample in samples]
+    right = [[index for index, other in enumerate(people) if other == person] for person in people]
+    wrong = [[(index + 2) % len(samples) for index in row] for row in right]
+    mixed = [[a[0], b[0]] for a, b in zip(right, wrong, strict=True)]
+    all_right, all_wrong, mixed = (picture(samples, UP=top) for top in (right, wrong, mixed))
+    assert share_of(pictures.RIGHT, all_right) > 0 and share_of(pictures.WRONG, all_right) == 0
+    assert share_of(pictures.WRONG, all_wrong) > 0 and share_of(pictures.RIGHT, all_wrong) == 0
+    assert share_of(pictures.WRONG, mixed) == pytest.approx(share_of(pictures.RIGHT, mixed), rel=0.1)
 
 
 def test_picture_shows_the_images_that_were_found(samples):
-    top = torch.arange(10).repeat(16, 1)
-    colours = {tuple(colour) for colour in pixels(report.top_ten(samples, {"UP-Person": top})).reshape(-1, 3)}
+    colours = {tuple(colour) for colour in pixels(picture(samples, UP=[list(range(10))] * 16)).reshape(-1, 3)}
     assert {(90, 90, 100 + 9 * index) for index in range(10)} <= colours
     assert not {(90, 90, 100 + 9 * index) for index in range(10, 16)} & colours
 
 
-def test_methods_stand_below_each_other(samples):
-    top = torch.arange(10).repeat(16, 1)
-    one = pixels(report.top_ten(samples, {"UP-Person": top}))
-    two = pixels(report.top_ten(samples, {"zero-shot CLIP": top + 6, "UP-Person": top}))
+def test_methods_are_below_each_other(samples):
+    first, second = [list(range(6, 16))] * 16, [list(range(10))] * 16
+    one, two = pixels(picture(samples, 2, UP=second)), pixels(picture(samples, 2, zero_shot=first, UP=second))
     assert two.shape[0] > 1.8 * one.shape[0]
     colours = {tuple(colour) for colour in two.reshape(-1, 3)}
     assert {(90, 90, 100 + 9 * index) for index in range(16)} <= colours
 
 
+def test_shown_queries_are_spread_evenly(samples):
+    assert pictures.shown_queries(samples, 2) == [4, 12] and pictures.shown_queries(samples, 4) == [2, 6, 10, 14]
+    assert pictures.shown_queries(samples[:1], 4) == [0]
+
+
 def test_picture_of_a_small_split(samples):
-    assert pixels(report.top_ten(samples[:1], {"UP-Person": torch.zeros(1, 1, dtype=torch.int64)})).shape[2] == 3
+    assert pixels(picture(samples[:1], UP=[[0]])).shape[2] == 3
 
 
 def test_curve_follows_the_history(results):
     history = [{"epoch": 0, **ZERO_SHOT}]
     history += [{"epoch": epoch, "loss": 9 - epoch, **ADAPTED, "R@1": 10.0 * epoch} for epoch in (1, 2, 3)]
-    first = pixels(report.curve([history], "val", results))
+    first = pixels(pictures.curve([history], "val", results))
     assert first.shape[0] > 300 and first.std() > 10
     for key, value in (("loss", 1.0), ("R@1", 3.0), ("mAP", 3.0)):
         changed = [*history[:-1], history[-1] | {key: value}]
-        assert (pixels(report.curve([changed], "val", results)) != first).any(), key
-    assert (pixels(report.curve([history], "val", results | {"epoch": 3})) != first).any()
+        assert (pixels(pictures.curve([changed], "val", results)) != first).any(), key
+    assert (pixels(pictures.curve([history], "val", results.replace(epoch=3))) != first).any()
 
 
 def test_curve_shows_stages_beside_each_other(staged):
@@ -159,15 +166,15 @@ def test_curve_shows_stages_beside_each_other(staged):
             *({"epoch": e, "loss": 9 - e, **ADAPTED, "R@1": 10.0 * e} for e in range(1, epochs + 1)),
         ]
 
-    both = pixels(report.curve([history(3), history(2)], "val", staged))
+    both = pixels(pictures.curve([history(3), history(2)], "val", staged))
     changed = history(2)[:-1] + [history(2)[-1] | {"mAP": 3.0}]
-    assert (pixels(report.curve([history(3), changed], "val", staged)) != both).any()
+    assert (pixels(pictures.curve([history(3), changed], "val", staged)) != both).any()
     before = [{"epoch": 0, **ADAPTED}, *history(2)[1:]]  # the end of the first stage, in its curve
-    assert (pixels(report.curve([history(3), before], "val", staged)) == both).all()
+    assert (pixels(pictures.curve([history(3), before], "val", staged)) == both).all()
     with pytest.raises(ValueError, match="argument 2 is longer"):
-        report.curve([history(3)], "val", staged)
+        pictures.curve([history(3)], "val", staged)
 
 
 def test_curve_of_one_epoch(results):
     history = [{"epoch": 0, **ZERO_SHOT}, {"epoch": 1, "loss": 3.0, **ADAPTED}]
-    assert pixels(report.curve([history], "test", results | {"epoch": 1})).std() > 0
+    assert pixels(pictures.curve([history], "test", results.replace(epoch=1))).std() > 0

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from operators import DEVICE, EXACT
 from safetensors.torch import save_file
-from test_model import TINY_CLIP, build, inputs, stirred
+from tiny import TINY_CLIP, build, inputs, stirred, training_of, write_clip
 
 from upperson import AdaptedCLIP, Config, ModelConfig, fit, preset
 from upperson.data.splits import read_splits
@@ -22,13 +22,11 @@ from upperson.deploy.switching import Adaptations
 from upperson.errors import MethodError
 from upperson.evaluate.evaluation import evaluate_checkpoint
 from upperson.fields import option
-from upperson.methods import METHODS, Method
+from upperson.methods import METHODS, Method, Place
 from upperson.model.block import Stream
 from upperson.model.captions import words_of
 from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
 from upperson.petl import PREFIXES
-from upperson.train.interruption import Interruption
-from upperson.train.loop import Training
 
 PROJECT = Path(__file__).parents[2]
 PROMPTED = [
@@ -47,10 +45,8 @@ def words(changes):
 @pytest.fixture
 def tiny(tmp_path):
     """Three blocks a tower of another width each, captions of twelve tokens."""
-    path = tmp_path / "tiny.json"
     text = TINY_CLIP["text_cfg"] | dict(width=48, heads=3)
-    path.write_text(json.dumps(TINY_CLIP | dict(text_cfg=text)))
-    return ModelConfig(str(path), "none", (48, 16), backend="torch")
+    return ModelConfig(write_clip(tmp_path, TINY_CLIP | dict(text_cfg=text)), "none", (48, 16), backend="torch")
 
 
 # ---------------------------------------------------------------------------------------- a method is a file
@@ -58,7 +54,7 @@ def tiny(tmp_path):
 
 def test_no_other_file_names_a_method():
     """Neither as a value nor as a class, nor the younger ones in prose; UP-Person is the project's own name as well."""
-    own = [PROJECT / "upperson" / "methods", PROJECT / "upperson" / "presets.py"]
+    own = [PROJECT / "upperson" / "methods", PROJECT / "upperson" / "config" / "presets.py"]
     files = [path for folder in ("upperson", "kernels", "bench") for path in (PROJECT / folder).rglob("*.py")]
     files = [path for path in [*files, PROJECT / "train.py"] if not any(path.is_relative_to(each) for each in own)]
     assert len(files) > 60
@@ -85,7 +81,7 @@ def test_the_example_of_the_documentation(tmp_path):
         config = small(preset("embedded", name), tmp_path / "run")
         results, best = fit(config).results, tmp_path / "run" / "best.safetensors"
         trained = load_model(best).trained_parameters().values()
-        assert results["trained_parameters"] == sum(p.numel() for p in trained) > 0
+        assert results.trained_parameters == sum(p.numel() for p in trained) > 0
         assert load_model(best).config.method == config.model.method
     finally:
         METHODS.clear()
@@ -116,15 +112,15 @@ def small(config, run_dir):
 def test_every_method_trains_saves_loads_and_evaluates(method, tmp_path, capsys):
     config = small(preset("embedded", method), tmp_path / "run")
     results = fit(config).results
-    assert results["method"] == config.model.method.title and results["adapted"]["R@10"] > 0
+    assert results.method == config.model.method.title and results.text_to_image["R@10"] > 0
     best = tmp_path / "run" / "best.safetensors"
     checkpoint, model = load_checkpoint(best), load_model(best)
     for name, parameter in model.adaptation().items():
         assert torch.equal(parameter, checkpoint.parameters[name]), name
     assert bool(checkpoint.parameters) == config.model.method.trains
-    again = evaluate_checkpoint(checkpoint, checkpoint.config.replace(run_dir=None), best, "test", tmp_path / "again")
-    assert {key: again["text_to_image"][key] for key in results["adapted"]} == pytest.approx(results["adapted"])
-    assert again["method"] == results["method"]
+    again = evaluate_checkpoint(checkpoint, checkpoint.config.replace(run_dir=None), "test", tmp_path / "again")
+    assert again.text_to_image == pytest.approx(results.text_to_image)
+    assert again.method == results.method
     assert config.model.method.title in capsys.readouterr().out
 
 
@@ -227,7 +223,8 @@ def test_all_tokens_of_a_caption(tiny, changes, pack_captions):
     model = stirred(build(tiny.replace(pack_captions=pack_captions, **changes))).double()
     captions = ["a man", "a woman in a red coat with a small white handbag and a dog", "girl"]
     tokens = model.tokenizer(captions, context_length=model.caption_length)
-    embedding, x = model.encode_text_tokens(tokens)
+    embedding, x, ends = model.encode_text_tokens(tokens)
+    assert torch.equal(ends, tokens.argmax(1))
     torch.testing.assert_close(embedding, model.encode_text(tokens), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(x[torch.arange(3), tokens.argmax(1)], embedding, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(x[0, 0], x[1, 0], rtol=1e-12, atol=1e-12)
@@ -243,9 +240,10 @@ def test_masked_language_modelling_beside_prompts(method, tmp_path):
     config = config.replace(losses="sdm+mlm", mask_captions=True, **options)
     model = AdaptedCLIP(config.model)
     splits = read_splits(config.data)
-    training = Training(config, model, splits, tmp_path, torch.device("cpu"), "fp32", Interruption())
+    training = training_of(config, model, splits)
     batch = next(iter(training.batches))
-    assert batch["masked_captions"].shape[1] == batch["mask_labels"].shape[1] == model.caption_length
+    assert batch["mask_labels"].shape[1] == model.caption_length
+    assert batch["masked_captions"].longest < model.caption_length
     measured = training.step(batch)
     assert set(measured) >= {"loss_sdm", "loss_mlm"} and measured["gradient_norm"] > 0
     training.log.close()
@@ -267,10 +265,10 @@ def test_zero_shot_is_the_backbone_alone_whatever_the_method(tiny, method):
 def test_captions_that_were_packed_for_others(tiny):
     prompted, plain = (build(tiny.replace(**changes)) for changes in (PROMPTED[0], {}))
     captions = plain.tokenizer(["a man in a coat", "girl"])
-    with pytest.raises(ValueError, match="packed for a first token at position 0, and are now read with prompts .* 3"):
+    with pytest.raises(ValueError, match="packed for a first token at position 0; expected 3, which is behind"):
         prompted.encode_text(plain.pack_captions(captions))
     packed = prompted.pack_captions(captions)
-    with prompted.zero_shot(), pytest.raises(ValueError, match="packed for a first token at position 3, .* at 0"):
+    with prompted.zero_shot(), pytest.raises(ValueError, match="packed for a first token at position 3; expected 0"):
         prompted.encode_text_tokens(packed)
 
 
@@ -297,7 +295,7 @@ class Misplaced(METHODS["up-person"]):
     name = "misplaced"
 
     def modules(self, towers):
-        return super().modules(towers) | {"image.block.0.lora": torch.nn.Identity()}
+        return super().modules(towers) | {Place("image", 3, "lora"): torch.nn.Identity()}
 
 
 class Gap(METHODS["prompt-decoupling"]):
@@ -305,7 +303,7 @@ class Gap(METHODS["prompt-decoupling"]):
 
     def modules(self, towers):
         modules = super().modules(towers)
-        del modules["image.blocks.1.prompt"]
+        del modules[Place("image", 1, "prompt")]
         return modules
 
 
@@ -313,7 +311,7 @@ class Both(METHODS["prompt-decoupling"]):
     name = "both"
 
     def modules(self, towers):
-        return super().modules(towers) | {"text.blocks.2.prefix": PREFIXES["vanilla"](2, 48, 1.0, "weights")}
+        return super().modules(towers) | {Place("text", 2, "prefix"): PREFIXES["vanilla"](2, 48, 1.0, "weights")}
 
 
 @pytest.mark.parametrize(
@@ -321,13 +319,13 @@ class Both(METHODS["prompt-decoupling"]):
     [
         (
             Misplaced,
-            r"misplaced: there is no place for a module 'image.block.0.lora'; expected {image,text}.blocks.N.KIND",
+            r"misplaced: there is no place for a module at image.blocks.3.lora; expected a block of the image or text ",
         ),
         (
             Gap,
             r"gap: expected prompts in layers 0, 1, … of the image tower.* found prompts in \[0, 2\], a prefix in \[\]",
         ),
-        (Both, r"both: .* and then no prefix there; found prompts in \[0, 1\], a prefix in \[2\]"),
+        (Both, r"both: .* and then no prefix; found prompts in \[0, 1\], a prefix in \[2\]"),
     ],
 )
 def test_places_that_a_method_cannot_use(tiny, method, message):

@@ -9,26 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from operators import DEVICE, EXACT
-from test_model import TINY_CLIP, build, inputs, stirred
+from tiny import NOTHING, VARIANTS, build, inputs, stirred, tiny_clip, tiny_config
 
-from upperson import PRESETS, AdaptedCLIP, ModelConfig
+from upperson import PRESETS, AdaptedCLIP
 from upperson.losses.objective import Objective
 from upperson.model.block import Stream
 from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES
 
-PREFIX_KINDS, LORA_KINDS = [*PREFIXES, "none"], [*LOW_RANK, "none"]
 ADAPTER_KINDS = [*ADAPTERS, "none"]
-NOTHING = dict(prefix="none", lora="none", adapter_attn="none", adapter_mlp="none")
 
 
 @pytest.fixture
 def tiny(tmp_path):
     """Two blocks a tower, nothing trained: the tests add what they are about."""
-    path = tmp_path / "tiny.json"
-    towers = {name: TINY_CLIP[name] | dict(layers=2) for name in ("vision_cfg", "text_cfg")}
-    path.write_text(json.dumps(TINY_CLIP | towers))
-    config = ModelConfig(str(path), "none", (48, 16), backend="torch")
-    return config.replace(prefix_length=3, lora_rank=2, adapter_reduction=4, **NOTHING)
+    return tiny_config(tmp_path, tiny_clip(layers=2), **NOTHING)
 
 
 def adapted(config, dtype=torch.float64):
@@ -117,18 +111,6 @@ def written_out(block, x, causal, variant):
     return x + around(variant.get("adapter_mlp", "none"), "adapter_mlp", block.ln_2, x, mlp)
 
 
-VARIANTS = (
-    [dict(prefix=kind) for kind in PREFIX_KINDS]
-    + [dict(prefix="salable", scale_target="logits", prefix_scale=2.0)]
-    + [dict(lora=kind) for kind in LOW_RANK]
-    + [{f"adapter_{place}": kind} for kind in ADAPTERS for place in ("attn", "mlp")]
-    + [
-        dict(prefix="salable", lora="wora", adapter_attn="sequential", adapter_mlp="l-sequential"),
-        dict(prefix="vanilla", lora="dora", adapter_attn="parallel", adapter_mlp="ln-tuning"),
-    ]
-)
-
-
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())))
 @pytest.mark.parametrize("causal", [False, True])
 def test_each_computes_its_formula(tiny, variant, causal):
@@ -208,8 +190,8 @@ def test_autocast_keeps_parameters_and_gradients_in_float32(tiny, variant):
 @pytest.mark.parametrize(
     ("field", "kinds"),
     [
-        ("prefix", PREFIX_KINDS),
-        ("lora", LORA_KINDS),
+        ("prefix", [*PREFIXES, "none"]),
+        ("lora", [*LOW_RANK, "none"]),
         ("adapter_attn", ADAPTER_KINDS),
         ("adapter_mlp", ADAPTER_KINDS),
     ],

@@ -1,35 +1,25 @@
 """Checkpoints: exact, without pickle, atomic, and clear about what is wrong with a file."""
 
 import errno
-import json
 import os
 import resource
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import tiny_config
 
-from upperson.config import Config, ModelConfig
+from upperson.config import Config
 from upperson.errors import CheckpointError
 from upperson.files import write_atomically
 from upperson.model import AdaptedCLIP
 from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
 from upperson.train.resume import load_state, save_state
 
-TINY_CLIP = dict(
-    embed_dim=16,
-    quick_gelu=True,
-    vision_cfg=dict(image_size=32, layers=2, width=32, head_width=16, patch_size=8),
-    text_cfg=dict(context_length=16, vocab_size=49408, width=32, heads=2, layers=2),
-)
-
 
 @pytest.fixture
 def config(tmp_path):
-    description = tmp_path / "tiny.json"
-    description.write_text(json.dumps(TINY_CLIP))
-    model = ModelConfig(str(description), "none", (48, 16), backend="torch")
-    return Config(model.replace(prefix_length=3, lora_rank=2, adapter_reduction=4))
+    return Config(tiny_config(tmp_path))
 
 
 @pytest.fixture
@@ -103,7 +93,8 @@ def damaged(path, kind):
     elif kind == "safetensors of others":
         save_file({"a": torch.zeros(3)}, path, {"format": "pt"})
     elif kind == "resume state":
-        save_resume_state(path, {"a": torch.zeros(3)}, Config())
+        save_state(path.parent, {"a": torch.zeros(3)}, Config())
+        (path.parent / "resume.safetensors").rename(path)
     elif kind == "of the future":
         path.write_bytes(content.replace(b'"version":"1"', b'"version":"9"'))
     elif kind == "strange configuration":
@@ -137,17 +128,16 @@ def test_resume_state_comes_back_exactly(tmp_path):
         "numbers": [1, -0.1, 2**80, 1e-320, True, None, "λ"],
         "nested": ({"1": (), 1: []}, [(), {}]),
     }
-    path = tmp_path / "resume.safetensors"
-    save_resume_state(path, state, Config())
-    again, config = load_resume_state(path)
-    assert config == Config()
+    assert load_state(tmp_path) is None
+    save_state(tmp_path, state, Config())
+    again = load_state(tmp_path)
     assert again["numbers"] == state["numbers"] and again["nested"] == state["nested"]
     assert [type(value) for value in again["numbers"]] == [type(value) for value in state["numbers"]]
     for name, tensor in state["tensors"].items():
         assert torch.equal(again["tensors"][name], tensor) and again["tensors"][name].dtype == tensor.dtype
     with pytest.raises(TypeError, match="cannot hold a set"):
-        save_resume_state(path, {"a": {1}}, Config())
-    assert load_resume_state(path)[0]["numbers"] == state["numbers"]
+        save_state(tmp_path, {"a": {1}}, Config())
+    assert load_state(tmp_path)["numbers"] == state["numbers"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -7,9 +7,8 @@ from dataclasses import replace
 import open_clip
 import pytest
 import torch
-from test_model import TINY_CLIP, build, inputs, stirred, tiny_config
-from test_variants import NOTHING, VARIANTS
-from torch.utils.flop_counter import FlopCounterMode
+from tiny import NOTHING, TINY_CLIP, VARIANTS, build, inputs, stirred, tiny_config
+from upperson_kernels import unpack_sequences
 from upperson_kernels.attention import reference
 
 from upperson.errors import BackboneError
@@ -18,6 +17,7 @@ from upperson.model import AdaptedCLIP
 from upperson.model.attention import attend_once
 from upperson.model.captions import PackedCaptions, pack_captions
 from upperson.petl.low_rank import LoRA
+from upperson.tables.costs import flop_counter
 
 SWITCHES = ("skip_unread", "pack_captions", "low_rank_gradients")
 OFF = dict.fromkeys(SWITCHES, False)
@@ -156,7 +156,7 @@ def test_packing_by_hand():
     moved = packed.to("cpu", non_blocking=True)
     assert isinstance(moved, PackedCaptions) and torch.equal(moved.token_ids, packed.token_ids)
 
-    padded, sequence, position = reference.unpack(packed.positions.double()[:, None], packed.cu_seqlens, packed.longest)
+    padded, sequence, position = unpack_sequences(packed.positions.double()[:, None], packed.cu_seqlens, packed.longest)
     assert padded.squeeze(-1).tolist() == [[0, 1, 2, 0, 0], [0, 1, 0, 0, 0], [0, 1, 2, 3, 4]]
     assert sequence.tolist() == [0] * 3 + [1] * 2 + [2] * 5 and position.tolist() == packed.positions.tolist()
 
@@ -266,7 +266,7 @@ def count(config, **switches):
     """FLOPs of forward and backward of both towers, by torch's counter."""
     model = build(replace(config, **switches))
     images, tokens = inputs()
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         sdm_loss(model.encode_image(images), model.encode_text(tokens), PERSON_IDS).backward()
     return counter.get_total_flops()
 
@@ -308,9 +308,9 @@ def test_nothing_is_computed_below_the_first_trained_parameter(tiny):
         images, tokens = inputs()
         for block in (*model.image_blocks, *model.text_blocks):
             block.attn.out_proj.register_full_backward_hook(lambda *_: reached.append(1))
-        with FlopCounterMode(display=False) as forward:
+        with flop_counter() as forward:
             loss = sdm_loss(model.encode_image(images), model.encode_text(tokens), PERSON_IDS)
-        with FlopCounterMode(display=False) as backward:
+        with flop_counter() as backward:
             loss.backward()
         assert not reached
         assert backward.get_total_flops() < 0.5 * forward.get_total_flops()
@@ -339,7 +339,7 @@ def test_the_kernels_are_counted_as_pytorchs_own(tiny, causal):
     for backend in ("torch", "triton"):
         model = build(tiny.replace(backend=backend, **OFF))
         images, tokens = inputs()
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             (model.encode_text(tokens) if causal else model.encode_image(images)).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1]

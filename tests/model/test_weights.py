@@ -8,10 +8,11 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_model import TINY_CLIP
+from tiny import TINY_CLIP
 from torch import nn
 
 from upperson.config import ModelConfig
+from upperson.data import Preprocess
 from upperson.errors import BackboneError
 from upperson.methods.zero_shot import ZeroShot
 from upperson.model import AdaptedCLIP
@@ -181,10 +182,10 @@ def test_position_embeddings_are_resampled_once_or_not_at_all(tiny, tmp_path, im
 def test_a_file_says_its_image_size_and_normalisation(tiny, tmp_path):
     """64×16 has as many patches as the published 32×32: the file must say which it is for."""
     clip, path = published((64, 16)), tmp_path / "clip.safetensors"
-    path.write_bytes(weights_as_bytes(clip.state_dict(), (64, 16), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1)))
+    path.write_bytes(weights_as_bytes(clip.state_dict(), Preprocess((64, 16), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))))
     model = AdaptedCLIP(tiny.replace(pretrained=str(path), image_size=(64, 16)))
     assert torch.equal(model.clip.visual.positional_embedding, clip.visual.positional_embedding)
-    assert (model.image_mean, model.image_std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+    assert (model.preprocess.mean, model.preprocess.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
     other = AdaptedCLIP(tiny.replace(pretrained=str(path))).clip.visual
     expected = resize_position_embedding(clip.visual.positional_embedding, (8, 2), (6, 2))
     assert torch.equal(other.positional_embedding, expected)

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_training import TINY_CLIP
+from tiny import tiny_training
 
-from upperson.config.presets import PRESETS, with_method
+from upperson.config.presets import with_method
 from upperson.data.splits import read_splits
 from upperson.evaluate.embed import embed
 from upperson.evaluate.results import METRICS
 from upperson.methods import CSKT, METHODS, FullFineTuning, UPPerson
 from upperson.model.checkpoint import load_model
 from upperson.tables import __main__ as command
-from upperson.tables import costs as efficiency
+from upperson.tables import costs as measurement
 from upperson.tables.costs import Peak, measure
 from upperson.tables.render import cost_cell, paper_figures
 from upperson.tables.rows import (
@@ -38,12 +38,9 @@ SETTINGS = {"embedded": (embedded_setting(), "embedded"), "real": (real_setting(
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     """One epoch of a tiny random CLIP on a few drawings."""
-    path = tmp_path_factory.mktemp("model") / "tiny.json"
-    path.write_text(json.dumps(TINY_CLIP))
-    tiny = PRESETS["embedded"].replace(
-        model=str(path), pretrained="none", image_size=(48, 16), embedded_identities=(6, 2, 3), embedded_views=2,
-        epochs=1, warmup_epochs=0, batch_size=8, device="cpu", backend="torch",
-    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    tiny = tiny_training(folder, embedded_identities=(6, 2, 3), epochs=1, warmup_epochs=0, learning_rate=3e-3)
+    tiny = tiny.replace(log_every=10, save_every=500)
     scenes = tiny.replace(embedded_identities=(8, 4, 6))
     return Setting(
         {name: tiny.replace(dataset=name) for name in ("embedded", "embedded-night")},
@@ -142,11 +139,11 @@ def test_sweeps_go_through_all_their_values(where):
 def test_rows_of_a_table_are_different_runs_and_tables_share_theirs(where):
     tables, runs = build_tables(*SETTINGS[where]), Runs(Path("x"), {})
     for number, table in tables.items():
-        places = [(runs.place(row.config), row.tested_on and row.tested_on.data.dataset) for row in table.rows]
+        places = [(runs.folder_of(row.config), row.tested_on and row.tested_on.data.dataset) for row in table.rows]
         assert len(set(places)) == len(table.rows) - 2 * (number == "figure6")  # its sweeps meet in one run
         assert len({row.name for row in table.rows}) == len(table.rows)
     shared = [
-        runs.place(table.rows[index].config)
+        runs.folder_of(table.rows[index].config)
         for table, index in (
             (tables["V"], 8),
             (tables["VI"], 0),
@@ -157,12 +154,12 @@ def test_rows_of_a_table_are_different_runs_and_tables_share_theirs(where):
     ]
     assert len(set(shared)) == 1
     config = tables["V"].rows[8].config
-    assert runs.place(config) == runs.place(config.replace(workers=3, device="cpu"))
-    assert runs.place(config.replace(prefix_scale=10)) == runs.place(config.replace(prefix_scale=10.0))
-    assert runs.place(config.replace(seed=2)).parent == runs.place(config).parent
+    assert runs.folder_of(config) == runs.folder_of(config.replace(workers=3, device="cpu"))
+    assert runs.folder_of(config.replace(prefix_scale=10)) == runs.folder_of(config.replace(prefix_scale=10.0))
+    assert runs.folder_of(config.replace(seed=2)).parent == runs.folder_of(config).parent
     others = (dict(precision="bf16"), dict(embedded_seed=4), dict(lora_rank=3))
     others += () if config.data.is_drawn else (dict(data_root=Path("/elsewhere")),)
-    assert len({runs.place(config.replace(**change)) for change in ({}, *others)}) == 1 + len(others)
+    assert len({runs.folder_of(config.replace(**change)) for change in ({}, *others)}) == 1 + len(others)
 
 
 def test_the_papers_figures_have_rows_and_sources():
@@ -192,9 +189,9 @@ def test_a_table_from_its_command(run, setting, output, capsys):
         line = next(line for line in text.splitlines() if line.startswith(f"| {row.name} "))
         seeds = (1,) if row.name == "zero-shot CLIP" else (1, 2)
         results = [
-            json.loads((runs.place(row.config.replace(seed=seed)) / "results.json").read_text()) for seed in seeds
+            json.loads((runs.folder_of(row.config.replace(seed=seed)) / "results.json").read_text()) for seed in seeds
         ]
-        values = [found["adapted"]["mAP"] for found in results]
+        values = [found["text_to_image"]["mAP"] for found in results]
         assert [
             float(entry["percent"]) for entry in lines if entry["row"] == row.name and entry["metric"] == "mAP"
         ] == values
@@ -207,7 +204,7 @@ def test_nothing_is_trained_twice(run, setting, output, capsys):
     run("V")
     capsys.readouterr()
     runs = Runs(output / "runs", {})
-    places = [runs.place(row.config) for row in build_tables(setting, "embedded")["V"].rows]
+    places = [runs.folder_of(row.config) for row in build_tables(setting, "embedded")["V"].rows]
     before = [(place / "results.json").stat().st_mtime_ns for place in places]
     assert run("V") == 0
     assert "9 runs, 9 of them are there already" in (shown := capsys.readouterr().out) and "to run" not in shown
@@ -236,7 +233,7 @@ def test_tested_on_another_data_set(run, setting, output, capsys):
         for row in build_tables(setting, "embedded")["XI"].rows
         if row.name == "UP-Person, embedded-night → embedded"
     )
-    model = load_model(Runs(output / "runs", {}).place(row.config) / "best.safetensors")
+    model = load_model(Runs(output / "runs", {}).folder_of(row.config) / "best.safetensors")
     expected = embed(model, read_splits(row.tested_on.data)["test"]).text_to_image().metrics
     line = next(line for line in text.splitlines() if line.startswith(f"| {row.name} "))
     assert [f"{expected[name]:.2f}" for name in METRICS] == line.replace("|", " ").split()[-5:]
@@ -245,7 +242,7 @@ def test_tested_on_another_data_set(run, setting, output, capsys):
 def test_a_figure_of_another_data_set(run, setting, output):
     assert run("figure7", "--dataset", "embedded-night") == 0
     Image.open(output / "figure7-embedded-night.png").verify()
-    place = Runs(output / "runs", {}).place(setting["embedded-night"])
+    place = Runs(output / "runs", {}).folder_of(setting["embedded-night"])
     assert (place / "results.json").exists()
 
 
@@ -256,7 +253,7 @@ def test_both_directions(run, setting, output):
     ]
     assert "R@1, text → image" in header and "mINP, image → text" in header and len(lines) == 6
     row = build_tables(setting, "embedded")["XII"].rows[2]
-    model = load_model(Runs(output / "runs", {}).place(row.config) / "best.safetensors")
+    model = load_model(Runs(output / "runs", {}).folder_of(row.config) / "best.safetensors")
     found = embed(model, read_splits(row.config.data)["test"])
     cells = next(line for line in lines if line.startswith(f"| {row.name} ")).replace("|", " ").split()
     assert cells[-10] == f"{found.text_to_image().metrics['R@1']:.2f}"
@@ -285,9 +282,9 @@ def test_a_sweep_of_several_fields(run, output, monkeypatch, capsys):
 
 
 def test_every_method_in_one_table(run, setting, output, monkeypatch, capsys):
-    monkeypatch.setitem(efficiency.PRESETS, efficiency.FULL_SIZE, setting["embedded"])
-    monkeypatch.setattr(efficiency, "DRAWN_BATCH", 4)
-    monkeypatch.setattr(efficiency, "measure_apart", measure_parts)
+    monkeypatch.setitem(measurement.PRESETS, measurement.FULL_SIZE, setting["embedded"])
+    monkeypatch.setattr(measurement, "DRAWN_BATCH", 4)
+    monkeypatch.setattr(measurement, "measure_apart", measure_parts)
     assert run("methods") == 0
     text = (output / "methods-embedded.md").read_text()
     assert text.startswith("# Every method with its recipe, embedded\n") and text in capsys.readouterr().out
@@ -297,11 +294,11 @@ def test_every_method_in_one_table(run, setting, output, monkeypatch, capsys):
     with open(output / "methods-embedded-costs.csv", encoding="utf-8") as file:
         costs = list(csv.DictReader(file))
     for row in build_tables(setting, "embedded")["methods"].rows:
-        results = json.loads((runs.place(row.config) / "results.json").read_text())
+        results = json.loads((runs.folder_of(row.config) / "results.json").read_text())
         (line,) = [line for line in first if line.startswith(f"| {row.name} ")]
         trained, *metrics, _, _, _ = (cell.strip() for cell in line.strip("| ").split("|")[1:])
         assert trained == f"{results['trained_parameters']:,}"
-        assert metrics == [f"{results['adapted'][name]:.2f}" for name in METRICS]
+        assert metrics == [f"{results['text_to_image'][name]:.2f}" for name in METRICS]
         stages = len(trainings(row.config))
         assert sum(cost["method"] == row.name for cost in costs) == 2 * stages
         assert line.count(" / ") == 3 * (stages - 1)
@@ -433,9 +430,9 @@ def test_peak_memory():
 
 
 def test_costs_from_the_command(run, setting, output, monkeypatch, capsys):
-    monkeypatch.setattr(efficiency, "DRAWN_BATCH", 4)
-    monkeypatch.setattr(efficiency, "measure_apart", measure_parts)
-    monkeypatch.setitem(efficiency.PRESETS, efficiency.FULL_SIZE, setting["embedded"])
+    monkeypatch.setattr(measurement, "DRAWN_BATCH", 4)
+    monkeypatch.setattr(measurement, "measure_apart", measure_parts)
+    monkeypatch.setitem(measurement.PRESETS, measurement.FULL_SIZE, setting["embedded"])
     assert run("IV") == 0
     text = (output / "IV-embedded.md").read_text()
     assert text in capsys.readouterr().out and "GFLOPs" in text and text.count("| UP-Person") == 2

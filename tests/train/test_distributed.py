@@ -13,21 +13,19 @@ from pathlib import Path
 import distributed_worker
 import pytest
 import torch
-from test_model import TINY_CLIP, inputs
-from test_training import assert_same_run, flags_of, log_of
+from tiny import TINY_CLIP, TRAIN_PY, assert_same_run, flags_of, inputs, log_of
 
-from upperson.config import DataConfig, ModelConfig, TrainConfig
+from upperson.config import DataConfig, ModelConfig
 from upperson.config.presets import PRESETS
-from upperson.losses.names import NOT_MASKED
 from upperson.data.splits import read_splits
 from upperson.errors import RunError
-from upperson.machine import ALONE, Group
+from upperson.losses.names import NOT_MASKED
+from upperson.machine import ALONE, Group, device_and_precision
 from upperson.model.checkpoint import load_checkpoint
-from upperson.train.resume import load_state, save_state
 from upperson.train.fit import fit
+from upperson.train.resume import load_state
 
 TESTS = Path(__file__).parent
-TRAIN_PY = TESTS.parent / "train.py"
 WORLD_SIZE = 2
 
 
@@ -214,7 +212,7 @@ def test_a_process_that_dies_ends_the_job_and_the_run_goes_on(config, together, 
         assert processes[1 - killed].returncode == 1
         assert re.fullmatch(
             f"error: process {1 - killed} of 2: lost contact with another one [(].*Connection .* by peer.*[)] in "
-            "epoch [12], after step [0-9]+; see its message; what was saved "
+            "epoch [12], after step [0-9]+; see its message; everything saved "
             f"in {re.escape(str(run_dir))} is good, continue with --resume {re.escape(str(run_dir))}",
             errors.strip().splitlines()[-1],
         ), errors
@@ -234,7 +232,7 @@ def test_ctrl_c_at_one_process_stops_both_at_the_same_step(config, together, tmp
     assert [process.returncode for process in processes] == [130, 130]
     assert f"all is saved; continue with --resume {run_dir}" in errors[0]
     last = log_of(run_dir)[-1]["step"]
-    assert load_resume_state(run_dir / "resume.safetensors")[0]["progress"]["step"] == last < 16
+    assert load_state(run_dir)["progress"]["step"] == last < 16
     fit(config.replace(resume=True))  # and one process can go on
     assert log_of(run_dir)[-1]["kind"] == "result"
 
@@ -244,7 +242,7 @@ def test_ctrl_c_at_one_process_stops_both_at_the_same_step(config, together, tmp
 
 def test_one_process_is_the_whole_group():
     assert Group.of_environment({}) == Group.of_environment({"WORLD_SIZE": "1", "RANK": "0"}) == ALONE
-    assert ALONE.is_main and ALONE.prefix == "" and list(ALONE.share_of(3)) == ALONE.own([0, 1, 2]) == [0, 1, 2]
+    assert ALONE.is_main and list(ALONE.share_of(3)) == ALONE.own([0, 1, 2]) == [0, 1, 2]
     x = torch.ones(2, requires_grad=True)
     assert ALONE.gather(x, 2) is ALONE.total(x) is ALONE.largest(x) is ALONE.broadcast(x) is x
     assert not torch.distributed.is_initialized()
@@ -267,13 +265,13 @@ def test_devices_of_a_group(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     second, third = Group(5, 8, 1), Group(6, 8, 2)
     for name in ("auto", "cuda"):
-        assert resources(TrainConfig(device=name), second) == (torch.device("cuda:1"), "bf16")
-    assert resources(TrainConfig(device="cpu"), second)[0] == torch.device("cpu")
-    assert resources(TrainConfig(device="cuda:1")) == (torch.device("cuda:1"), "bf16")
+        assert device_and_precision(name, "auto", second) == (torch.device("cuda:1"), "bf16")
+    assert device_and_precision("cpu", "auto", second)[0] == torch.device("cpu")
+    assert device_and_precision("cuda:1", "auto") == (torch.device("cuda:1"), "bf16")
     with pytest.raises(RunError, match="cuda:0 is one GPU for 8 processes; --device cuda gives each its own"):
-        resources(TrainConfig(device="cuda:0"), second)
+        device_and_precision("cuda:0", "auto", second)
     with pytest.raises(RunError, match="cuda:2 is not there; PyTorch sees 2"):
-        resources(TrainConfig(device="cuda"), third)
+        device_and_precision("cuda", "auto", third)
 
 
 def test_a_batch_that_is_too_small_for_the_group(config, monkeypatch):

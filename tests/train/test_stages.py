@@ -1,13 +1,11 @@
 """Trainings in stages: each starts from the one before and leaves the rest as it is, and nothing is lost on the way."""
 
-import json
 import os
 import shutil
 
 import pytest
 import torch
-from test_training import (
-    TINY_CLIP,
+from tiny import (
     Scripted,
     assert_same_run,
     fail_at,
@@ -17,19 +15,19 @@ from test_training import (
     log_of,
     run_command,
     start,
+    tiny_training,
 )
-from upperson.train.stages import stages_of
 
-from upperson.config.presets import preset
-from upperson.data.splits import read_splits
+from upperson.data import read_splits
 from upperson.errors import CheckpointError, MethodError, RunError, RunInterrupted
 from upperson.evaluate.embed import evaluate
-from upperson.model import AdaptedCLIP
-from upperson.model.checkpoint import load_checkpoint, load_model
-from upperson.train.resume import load_state, save_state
+from upperson.evaluate.results import Results
+from upperson.model import AdaptedCLIP, load_model
+from upperson.model.checkpoint import load_checkpoint
 from upperson.tables.runs import Runs
 from upperson.train.fit import fit
 from upperson.train.loop import Training
+from upperson.train.resume import load_state
 
 STAGES = ("prompts", "encoders")
 WHOLE = ("best.safetensors", "config.json", "curve.png", "metrics.jsonl", "results.json", "results.md", "top10.png")
@@ -39,13 +37,9 @@ WHOLE = ("best.safetensors", "config.json", "curve.png", "metrics.jsonl", "resul
 def shared(tmp_path_factory):
     """Two stages of two epochs of five steps on the embedded set, with a tiny random CLIP."""
     folder = tmp_path_factory.mktemp("shared")
-    description = folder / "tiny.json"
-    description.write_text(json.dumps(TINY_CLIP))
-    return preset("embedded", "prompt-decoupling").replace(
-        model=str(description), pretrained="none", image_size=(48, 16), backend="torch", device="cpu",
-        prompt_length=2, embedded_identities=(10, 3, 4), embedded_views=2, epochs=2, warmup_epochs=1, encoder_epochs=2,
-        encoder_warmup_epochs=0, encoder_learning_rate=1e-3, batch_size=8, learning_rate=0.1, log_every=1,
-        save_every=2, workers=0, run_dir=folder / "whole",
+    return tiny_training(
+        folder, "prompt-decoupling", prompt_length=2, encoder_epochs=2, encoder_warmup_epochs=0,
+        encoder_learning_rate=1e-3, learning_rate=0.1, run_dir=folder / "whole",
     )  # fmt: skip
 
 
@@ -68,7 +62,7 @@ def one_stage(config):
 
 
 def results_of(folder):
-    return json.loads((folder / "results.json").read_text())
+    return Results.read(folder / "results.json")
 
 
 def assert_same_stages(first, second):
@@ -94,24 +88,24 @@ def test_the_whole_leaves_what_a_run_leaves_with_a_row_for_each_stage(config, wh
     assert (run_dir / "config.json").read_text() == config.to_json()
 
     results, (first, second) = result.results, [results_of(run_dir / name) for name in STAGES]
-    titles = [stage.title for stage, _ in stages_of(config)]
-    assert results["stages"] == [
-        {"name": name, "title": title, **found}
+    titles = [stage.title for stage, _ in config.stages()]
+    assert results.stages == tuple(
+        found.replace(stage=name, title=title)
         for name, title, found in zip(STAGES, titles, (first, second), strict=True)
-    ]
-    assert (results["method"], results["adapted"]) == ("Prompt Decoupling", second["adapted"])
-    assert results["zero_shot"] == first["zero_shot"] == second["zero_shot"] and "start" not in results
+    )
+    assert (results.method, results.text_to_image) == ("Prompt Decoupling", second.text_to_image)
+    assert results.zero_shot == first.zero_shot == second.zero_shot and results.start is None
 
     model = load_model(run_dir / "best.safetensors")
     assert load_checkpoint(run_dir / "best.safetensors").config.model.method.stage == "encoders"
-    assert evaluate(model, read_splits(config.data)["test"]).metrics == results["adapted"]
+    assert evaluate(model, read_splits(config.data)["test"]).metrics == results.text_to_image
     count = sum(parameter.numel() for parameter in model.adaptation().values())
-    assert results["trained_parameters"] == count == first["trained_parameters"] + second["trained_parameters"]
+    assert results.trained_parameters == count == first.trained_parameters + second.trained_parameters
 
     rows = [line.split("|")[1].strip() for line in (run_dir / "results.md").read_text().splitlines() if "|" in line]
     assert rows[2:] == ["zero-shot CLIP", *titles]
     assert [(line["name"], line["mAP"]) for line in log_of(run_dir)] == [
-        (name, found["adapted"]["mAP"]) for name, found in zip(STAGES, (first, second), strict=True)
+        (name, found.text_to_image["mAP"]) for name, found in zip(STAGES, (first, second), strict=True)
     ]
     shown = capsys.readouterr().out
     for number, title in enumerate(titles, 1):
@@ -133,14 +127,14 @@ def test_a_stage_changes_what_is_its_own_and_nothing_else(config, monkeypatch):
     fit(config)
     run_dir = config.train.run_dir
     best, last = (load_checkpoint(run_dir / "prompts" / f"{name}.safetensors").parameters for name in ("best", "last"))
-    assert results_of(run_dir / "prompts")["epoch"] == 1
+    assert results_of(run_dir / "prompts").epoch == 1
     assert not any(torch.equal(best[name], last[name]) for name in best)
     for name in ("best", "last"):  # of stage two: the frozen are in it, too
         parameters = load_checkpoint(run_dir / "encoders" / f"{name}.safetensors").parameters
         assert len(parameters) == 65 and all(torch.equal(parameters[prompt], best[prompt]) for prompt in best)
 
     torch.manual_seed(config.train.seed)
-    before = dict(AdaptedCLIP(stages_of(config)[0][1].model).named_parameters())
+    before = dict(AdaptedCLIP(config.stages()[0][1].model).named_parameters())
     for name, values in before.items():
         prompts, encoders = (torch.equal(values, parameters[name]) for parameters in left)
         is_prompt = ".prompt." in name
@@ -154,16 +148,14 @@ def test_stage_two_is_measured_before_it_changes_anything(whole):
     assert zero_shot[0] == zero_shot[1] and len(zero_shot[0]) == 2
     begun = {line["split"]: line for line in second if line["kind"] == "start"}
     selected = next(
-        line
-        for line in first
-        if line["kind"] == "evaluation" and line["epoch"] == results_of(whole / "prompts")["epoch"]
+        line for line in first if line["kind"] == "evaluation" and line["epoch"] == results_of(whole / "prompts").epoch
     )
     assert begun["val"] | {"kind": "evaluation", "epoch": selected["epoch"], "step": selected["step"]} == selected
     results = results_of(whole / "encoders")
-    assert results["start"] == results_of(whole / "prompts")["adapted"] != results["zero_shot"]
-    assert begun["test"] == {"kind": "start", "step": 0, "split": "test", **results["start"]}
-    history = load_resume_state(whole / "encoders" / "resume.safetensors")[0]["progress"]["history"]
-    assert history[0] == {"epoch": 0, **{name: begun["val"][name] for name in results["start"]}}
+    assert results.start == results_of(whole / "prompts").text_to_image != results.zero_shot
+    assert begun["test"] == {"kind": "start", "step": 0, "split": "test", **results.start}
+    history = load_state(whole / "encoders")["progress"]["history"]
+    assert history[0] == {"epoch": 0, **{name: begun["val"][name] for name in results.start}}
 
 
 def test_the_stages_one_by_one_are_the_whole(config, whole, tmp_path):
@@ -184,7 +176,7 @@ def test_tables_take_it_as_one_run(config, whole, tmp_path):
     assert not runs.is_done(config)
     runs.train(config)
     assert runs.is_done(config)
-    assert_same_stages(whole, runs.place(config))
+    assert_same_stages(whole, runs.folder_of(config))
 
 
 # ------------------------------------------------------------------------------------ stopped and resumed
@@ -253,8 +245,11 @@ def test_resuming_trains_no_finished_stage_again_and_needs_its_place_no_more(con
     capsys.readouterr()
     fail_at(monkeypatch, 6, lambda loss: pytest.fail("there were five steps to do"))
     fit(config.replace(resume=True, run_dir=moved))
-    first = results_of(whole / "prompts")["adapted"]
-    assert f"stage 1 of 2: domain adaptation, prompts, is done; test R@1 {first['R@1']:5.2f}" in capsys.readouterr().out
+    first = results_of(whole / "prompts").text_to_image
+    assert (
+        f"stage 1 of 2: domain adaptation, prompts, is finished; test R@1 {first['R@1']:5.2f}"
+        in capsys.readouterr().out
+    )
     checkpoint.write_bytes(kept)
     assert_same_stages(whole, moved)
 
@@ -294,7 +289,7 @@ def test_any_method_trains_in_stages(one_stage, tmp_path, monkeypatch):
         assert torch.equal(start[name], end[name]) == (".prefix." in name), name
     prefixes = sum(values.numel() for name, values in initial.items() if ".prefix." in name)
     everything, head = sum(values.numel() for values in initial.values()), 10 * 16 + 10
-    found = [results_of(tmp_path / name)["trained_parameters"] for name in ("first", "second")]
+    found = [results_of(tmp_path / name).trained_parameters for name in ("first", "second")]
     assert found == [prefixes + head, everything - prefixes + head]
 
 
@@ -322,8 +317,8 @@ def test_what_a_checkpoint_lacks_keeps_its_initial_values(one_stage, tmp_path, c
         torch.testing.assert_close(values, taken.get(name, initial[name]), rtol=0, atol=1e-6, check_device=False)
     others = len(end) - len(taken)
     assert f"start   {path}, {len(taken)} parameter tensors; the other {others} start" in capsys.readouterr().out
-    assert results["start"] == results_of(tmp_path / "prefixes")["adapted"]
-    assert "| start |" in (tmp_path / "all" / "results.md").read_text()
+    assert results.start == results_of(tmp_path / "prefixes").text_to_image
+    assert "| start " in (tmp_path / "all" / "results.md").read_text()
 
 
 def test_zero_shot_is_clip_even_where_a_fine_tuned_one_is_started_from(one_stage, tmp_path):
@@ -333,7 +328,7 @@ def test_zero_shot_is_clip_even_where_a_fine_tuned_one_is_started_from(one_stage
         results_of(fit(full.replace(run_dir=tmp_path / name, **changes)).run_dir)
         for name, changes in (("first", {}), ("second", {"start_from": path}))
     )
-    assert after["zero_shot"] == before["zero_shot"] != before["adapted"] == after["start"]
+    assert after.zero_shot == before.zero_shot != before.text_to_image == after.start
 
 
 # ------------------------------------------------------------------------------------ what goes wrong
@@ -399,7 +394,7 @@ def test_the_folder_of_a_stage_that_holds_another_run_is_not_touched(config, who
 
 
 def test_biases_of_stage_two_have_its_learning_rate(config):
-    (_, first), (_, second) = stages_of(config.replace(bias_learning_rate=0.5))
+    (_, first), (_, second) = config.replace(bias_learning_rate=0.5).stages()
     assert (first.train.bias_learning_rate, second.train.bias_learning_rate) == (0.5, None)
 
 
@@ -415,10 +410,10 @@ def test_a_learning_rate_for_prefixes_needs_some(config):
 
 
 def test_stage_two_by_hand_is_trained_as_its_options_say(config, whole, tmp_path):
-    with pytest.raises(RunError, match="start_from: with these options .* goes on from an earlier training"):
+    with pytest.raises(RunError, match="start_from: with these options .* continues an earlier training"):
         fit(config.replace(stage="encoders"))
     by_hand = config.replace(
         stage="encoders", start_from=whole / "prompts" / "best.safetensors", run_dir=tmp_path / "by-hand"
     )
-    assert fit(by_hand).results["adapted"] == results_of(whole)["adapted"]
-    assert fit(by_hand.replace(resume=True)).results["adapted"] == results_of(whole)["adapted"]
+    assert fit(by_hand).results.text_to_image == results_of(whole).text_to_image
+    assert fit(by_hand.replace(resume=True)).results.text_to_image == results_of(whole).text_to_image

@@ -1,60 +1,50 @@
 """The whole job on tiny models: what it leaves, what it selects, and that nothing is lost when it is stopped."""
 
-import importlib.util
-import json
 import math
 import os
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from tiny import (
+    Scripted,
+    assert_same_run,
+    cuhk_pedes,
+    fail_at,
+    flags_of,
+    interrupt,
+    kill_when,
+    log_of,
+    run_command,
+    start,
+    tiny_training,
+    training_of,
+)
 
-from upperson.config import TrainConfig
-from upperson.config.presets import PRESETS
-from upperson.data.splits import read_splits
+from upperson.config import PRESETS, TrainConfig
+from upperson.data import read_splits
 from upperson.errors import CheckpointError, DataError, RunError
 from upperson.evaluate.embed import evaluate
-from upperson.losses.objective import Objective
-from upperson.model import AdaptedCLIP
-from upperson.model.checkpoint import load_checkpoint, load_model
-from upperson.train.resume import load_state, save_state
+from upperson.evaluate.results import Results
+from upperson.model import AdaptedCLIP, load_model
+from upperson.model.checkpoint import load_checkpoint
 from upperson.train.fit import fit
-from upperson.train.interruption import Interruption
 from upperson.train.loop import Training
 from upperson.train.optimizer import build_optimizer, build_schedule
-from upperson.train.resume import random_states, set_random_states
-
-TINY_CLIP = dict(
-    embed_dim=16,
-    quick_gelu=True,
-    vision_cfg=dict(image_size=32, layers=2, width=32, head_width=16, patch_size=8),
-    text_cfg=dict(context_length=24, vocab_size=49408, width=32, heads=2, layers=2),
-)
-TRAIN_PY = Path(__file__).parents[2] / "train.py"
+from upperson.train.resume import load_state, random_states, save_state, set_random_states
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """Two epochs of five steps on the embedded set, with a tiny random CLIP."""
     folder = tmp_path_factory.mktemp("shared")
-    description = folder / "tiny.json"
-    description.write_text(json.dumps(TINY_CLIP))
-    return PRESETS["embedded"].replace(
-        model=str(description), pretrained="none", image_size=(48, 16), backend="torch", device="cpu",
-        embedded_identities=(10, 3, 4), embedded_views=2, epochs=2, warmup_epochs=1, batch_size=8, learning_rate=0.01,
-        log_every=1, save_every=2, workers=0, run_dir=folder / "whole",
-    )  # fmt: skip
+    return tiny_training(folder, run_dir=folder / "whole")
 
 
 @pytest.fixture(scope="module")
@@ -69,38 +59,6 @@ def config(shared, tmp_path):
     return shared.replace(run_dir=tmp_path / "run")
 
 
-def log_of(run_dir):
-    """The lines of metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
-
-
-def assert_same_run(first, second):
-    """Equal to the last bit in everything that a run leaves."""
-    assert log_of(first) == log_of(second)
-    assert json.loads((first / "results.json").read_text()) == json.loads((second / "results.json").read_text())
-    for name in ("best.safetensors", "last.safetensors", "resume.safetensors"):
-        one, other = load_file(first / name), load_file(second / name)
-        assert one.keys() == other.keys()
-        for key in one:
-            assert torch.equal(one[key], other[key]), (name, key)
-    assert load_checkpoint(first / "best.safetensors").results == load_checkpoint(second / "best.safetensors").results
-    for name in ("curve.png", "top10.png", "results.md"):
-        assert (first / name).read_bytes() == (second / name).read_bytes(), name
-
-
-def fail_at(monkeypatch, step, action):
-    """Calls `action` in the place of the loss of that step."""
-    real, calls = Objective.forward, []
-
-    def loss(*arguments):
-        calls.append(None)
-        value, parts = real(*arguments)
-        return action(value) if len(calls) == step else value, parts
-
-    monkeypatch.setattr(Objective, "forward", loss)
-
-
 # ------------------------------------------------------------------------------------ what a run leaves
 
 
@@ -112,7 +70,7 @@ def test_a_run_leaves_everything_it_promises(config, capsys):
         "results.md", "resume.safetensors", "top10.png",
     ]  # fmt: skip
     assert (run_dir / "config.json").read_text() == config.to_json()
-    assert json.loads((run_dir / "results.json").read_text()) == result.results
+    assert Results.read(run_dir / "results.json") == result.results
     for name in ("curve.png", "top10.png"):
         Image.open(run_dir / name).verify()
 
@@ -138,20 +96,19 @@ def test_only_the_adaptation_is_trained_and_the_checkpoint_reproduces_the_result
     untrained = AdaptedCLIP(config.model)
     trained = load_model(config.train.run_dir / "best.safetensors")
     test = read_splits(config.data)["test"]
-    assert evaluate(trained, test).metrics == result.results["adapted"]
+    assert evaluate(trained, test).metrics == result.results.text_to_image
     with trained.zero_shot():
-        assert evaluate(trained, test).metrics == result.results["zero_shot"]
+        assert evaluate(trained, test).metrics == result.results.zero_shot
     for name, before in untrained.trained_parameters().items():
         assert not torch.equal(before, trained.trained_parameters()[name]), name
-    assert result.results["trained_parameters"] == sum(p.numel() for p in trained.trained_parameters().values())
-    assert result.results["all_parameters"] == sum(p.numel() for p in trained.parameters())
+    assert result.results.trained_parameters == sum(p.numel() for p in trained.trained_parameters().values())
+    assert result.results.all_parameters == sum(p.numel() for p in trained.parameters())
 
 
 def test_steps_on_one_batch_bring_its_loss_down(config):
     torch.manual_seed(0)
-    config.train.run_dir.mkdir()
-    splits, cpu = read_splits(config.data), torch.device("cpu")
-    run = Training(config, AdaptedCLIP(config.model), splits, config.train.run_dir, cpu, "fp32", Interruption())
+    splits = read_splits(config.data)
+    run = training_of(config, AdaptedCLIP(config.model), splits)
     batch = next(iter(run.batches))
     losses = [run.step(batch)["loss"] for _ in range(60)]
     assert losses[-1] < 0.7 * losses[0]
@@ -174,17 +131,16 @@ def test_every_epoch_shows_every_pair_in_another_order(config, monkeypatch):
 
 def test_compiled_blocks_take_the_same_step(config):
     """On the CPU as on a GPU. Evaluations are not compiled: they are the same to the bit."""
-    cpu, taken = torch.device("cpu"), []
+    taken = []
     for compiled in (False, True):
         config = config.replace(compile=compiled, run_dir=config.train.run_dir.with_name(str(compiled)))
-        config.train.run_dir.mkdir()
         torch.manual_seed(0)
         model = AdaptedCLIP(config.model)
         splits = read_splits(config.data)
-        run = Training(config, model, splits, config.train.run_dir, cpu, "fp32", Interruption())
+        run = training_of(config, model, splits)
         before = run.evaluate("val").average_precision
         measured = run.step(next(iter(run.batches)))
-        assert sum(block._compiled_call_impl is not None for block in model.blocks().values()) == 4 * compiled
+        assert sum(block._compiled_call_impl is not None for block in model.blocks()) == 4 * compiled
         taken.append((measured, model.trained_parameters(), before))
     (eager, expected, before), (measured, parameters, again) = taken
     assert measured == pytest.approx(eager, rel=1e-5) and torch.equal(before, again)
@@ -195,13 +151,12 @@ def test_compiled_blocks_take_the_same_step(config):
 
 def test_a_state_from_another_device_continues_with_this_ones_optimizer(config):
     """On a GPU Adam is fused; what a GPU saved must not fuse it here, nor the other way round."""
-    config.train.run_dir.mkdir()
-    splits, cpu = read_splits(config.data), torch.device("cpu")
-    run = Training(config, AdaptedCLIP(config.model), splits, config.train.run_dir, cpu, "fp32", Interruption())
+    splits = read_splits(config.data)
+    run = training_of(config, AdaptedCLIP(config.model), splits)
     run.log.start(after=0)
     run.step(next(iter(run.batches)))
     run.save_state()
-    state, _ = load_resume_state(config.train.run_dir / "resume.safetensors")
+    state = load_state(config.train.run_dir)
     for group in state["optimizer"]["param_groups"]:
         assert group["fused"] is None
         group["fused"] = True
@@ -230,9 +185,9 @@ def test_other_losses_are_another_run(config, whole):
 def test_zero_shot_is_a_run_without_training(config, whole, capsys):
     results = fit(config.replace(method="zero-shot")).results
     run_dir = config.train.run_dir
-    trained = json.loads((whole / "results.json").read_text())
-    assert results["adapted"] == results["zero_shot"] == trained["zero_shot"]
-    assert (results["method"], results["selection"], results["trained_parameters"]) == ("zero-shot CLIP", "none", 0)
+    trained = Results.read(whole / "results.json")
+    assert results.text_to_image == results.zero_shot == trained.zero_shot
+    assert (results.method, results.selection, results.trained_parameters) == ("zero-shot CLIP", "none", 0)
     assert sorted(path.name for path in run_dir.iterdir()) == [
         "best.safetensors",
         "config.json",
@@ -243,17 +198,17 @@ def test_zero_shot_is_a_run_without_training(config, whole, capsys):
     assert "curve.png" not in capsys.readouterr().out
     assert (
         evaluate(load_model(run_dir / "best.safetensors"), read_splits(config.data)["test"]).metrics
-        == results["adapted"]
+        == results.text_to_image
     )
 
 
 def test_full_fine_tuning_is_a_run(config, whole):
     results = fit(config.replace(method="full", learning_rate=1e-4)).results
     model = load_model(config.train.run_dir / "best.safetensors")
-    assert results["method"] == "full fine-tuning"
-    assert results["trained_parameters"] == sum(p.numel() for p in model.parameters()) - 1
-    assert evaluate(model, read_splits(config.data)["test"]).metrics == results["adapted"]
-    assert results["adapted"] != json.loads((whole / "results.json").read_text())["adapted"]
+    assert results.method == "full fine-tuning"
+    assert results.trained_parameters == sum(p.numel() for p in model.parameters()) - 1
+    assert evaluate(model, read_splits(config.data)["test"]).metrics == results.text_to_image
+    assert results.text_to_image != Results.read(whole / "results.json").text_to_image
 
 
 def test_heads_are_trained_and_resumed_but_not_in_checkpoints(config, tmp_path, monkeypatch):
@@ -270,13 +225,13 @@ def test_heads_are_trained_and_resumed_but_not_in_checkpoints(config, tmp_path, 
     steps = [line for line in log_of(whole.train.run_dir) if line["kind"] == "step"]
     for line in steps:
         assert line["loss"] == pytest.approx(line["loss_sdm"] + 0.5 * line["loss_id"] + line["loss_mlm"], rel=1e-5)
-    parameters = load_resume_state(whole.train.run_dir / "resume.safetensors")[0]["parameters"]
+    parameters = load_state(whole.train.run_dir)["parameters"]
     assert parameters["objective.id.bias"].abs().min() > 0 and parameters["objective.mlm.head.0.bias"].abs().min() > 0
     best = load_checkpoint(whole.train.run_dir / "best.safetensors").parameters
     model = load_model(whole.train.run_dir / "best.safetensors")
     assert set(best) == set(model.trained_parameters())
-    assert results["trained_parameters"] > sum(p.numel() for p in best.values())
-    assert results["all_parameters"] > sum(p.numel() for p in model.parameters())
+    assert results.trained_parameters > sum(p.numel() for p in best.values())
+    assert results.all_parameters > sum(p.numel() for p in model.parameters())
 
 
 def test_another_seed_is_another_run(config, whole):
@@ -292,7 +247,7 @@ def test_run_folders_are_numbered_where_none_is_named(config, tmp_path, monkeypa
 
 def test_bfloat16_keeps_float32_parameters(config, whole):
     fit(config.replace(precision="bf16"))
-    state, _ = load_resume_state(config.train.run_dir / "resume.safetensors")
+    state = load_state(config.train.run_dir)
     assert {tensor.dtype for tensor in state["parameters"].values()} == {torch.float32}
     rounded, full = (log_of(run_dir)[2]["loss"] for run_dir in (config.train.run_dir, whole))
     assert rounded != full and rounded == pytest.approx(full, rel=0.05)
@@ -324,7 +279,14 @@ def test_tensorboard(config):
     logged = [(event.step, event.value) for event in events.Scalars("step/loss")]
     written = [(line["step"], line["loss"]) for line in log_of(config.train.run_dir) if line["kind"] == "step"]
     assert logged == [(step, pytest.approx(loss)) for step, loss in written]
-    assert len(events.Scalars("evaluation/val/R@1")) == 2
+    shown = [(event.step, event.value) for event in events.Scalars("evaluation/val/R@1")]
+    log = [line for line in log_of(config.train.run_dir) if line["kind"] in ("zero_shot", "evaluation")]
+    assert shown == [(line["step"], pytest.approx(line["R@1"])) for line in log if line["split"] == "val"]
+    assert shown[0][0] == 0 and len(shown) == 3
+    assert events.Images("top ten")[0].step == 10
+    settings = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"prefix_length" in settings and b"learning_rate" in settings
+    assert [event.value for event in events.Scalars("test/R@1")]
 
 
 # ------------------------------------------------------------------------------------ optimizer, schedule, selection
@@ -340,7 +302,7 @@ def test_schedule_is_the_golden_one(golden):
         prefix_learning_rate=5e-5,
     )
     names = ("image.blocks.0.prefix.key", "image.blocks.0.lora.key_up")
-    optimizer = build_optimizer({name: torch.nn.Parameter(torch.zeros(1)) for name in names}, settings)
+    optimizer = build_optimizer({name: torch.nn.Parameter(torch.zeros(1)) for name in names}, settings, names[:1])
     schedule = build_schedule(optimizer, settings)
     rates = []
     for _ in range(settings.epochs + 1):
@@ -376,21 +338,6 @@ def test_optimizer_is_the_golden_one(config, golden):
     assert not optimizer.defaults["decoupled_weight_decay"]
 
 
-class Scripted:
-    """Evaluations with given R@1, in the order in which they are asked for."""
-
-    def __init__(self, monkeypatch, scores):
-        self.scores, self.splits, real = list(scores), [], Training.evaluate
-
-        def evaluate(run, split):
-            retrieval = real(run, split)
-            self.splits.append(split)
-            score = self.scores.pop(0) if self.scores else 0.0
-            return SimpleNamespace(metrics=retrieval.metrics | {"R@1": score}, top=retrieval.top)
-
-        monkeypatch.setattr(Training, "evaluate", evaluate)
-
-
 @pytest.mark.parametrize(
     ("selection", "scores", "splits", "epoch"),
     [
@@ -403,7 +350,7 @@ def test_selection(config, monkeypatch, selection, scores, splits, epoch):
     script = Scripted(monkeypatch, scores)
     results = fit(config.replace(epochs=4, selection=selection)).results
     assert script.splits == splits
-    assert (results["selection"], results["epoch"], results["split"]) == (selection, epoch, "test")
+    assert (results.selection, results.epoch, results.split) == (selection, epoch, "test")
     best = load_checkpoint(config.train.run_dir / "best.safetensors")
     last = load_checkpoint(config.train.run_dir / "last.safetensors")
     same = [torch.equal(best.parameters[name], last.parameters[name]) for name in last.parameters]
@@ -411,11 +358,6 @@ def test_selection(config, monkeypatch, selection, scores, splits, epoch):
 
 
 # ------------------------------------------------------------------------------------ stopped and resumed
-
-
-def interrupt(value):
-    os.kill(os.getpid(), signal.SIGINT)
-    return value
 
 
 @pytest.mark.parametrize("step", [1, 5, 8])
@@ -432,41 +374,6 @@ def test_ctrl_c_saves_and_resumes(config, whole, monkeypatch, step):
     assert_same_run(whole, run_dir)
 
 
-def start(*flags):
-    """train.py in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, TRAIN_PY, *map(str, flags)],
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # the order of sums depends on it
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-
-
-def kill_when(process, run_dir, kind, step):
-    """SIGKILL as soon as that line stands in metrics.jsonl."""
-    wanted = f'{{"kind": "{kind}", "step": {step},'
-    deadline = time.monotonic() + 120
-    log = run_dir / "metrics.jsonl"
-    while not (log.exists() and wanted in log.read_text()):
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.kill()
-    process.communicate()
-
-
-def flags_of(config):
-    """The command line of a configuration."""
-    flags = []
-    for name, value in config.values().items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            flags += [flag if value else "--no-" + flag[2:]] if name != "resume" else []
-        elif value is not None:
-            flags += [flag, *(value if isinstance(value, tuple) else [value])]
-    return flags
-
-
 def test_killed_with_sigkill_and_resumed_ends_the_same(shared, tmp_path):
     whole = shared.replace(epochs=3, embedded_identities=(20, 3, 4), run_dir=tmp_path / "whole")
     killed = whole.replace(run_dir=tmp_path / "killed")
@@ -474,7 +381,7 @@ def test_killed_with_sigkill_and_resumed_ends_the_same(shared, tmp_path):
     kill_when(start(*flags_of(killed)), run_dir, "step", 5)  # within the first epoch
     with open(run_dir / "metrics.jsonl", "ab") as log:
         log.write(b'{"kind": "step", "st')  # a half-written line
-    position = load_resume_state(run_dir / "resume.safetensors")[0]["progress"]
+    position = load_state(run_dir)["progress"]
     assert position["epoch"] == 1 and 0 < position["batch"] <= 6
 
     kill_when(start("--resume", run_dir), run_dir, "evaluation", 20)  # while it saves the second epoch
@@ -506,10 +413,9 @@ def test_a_state_of_an_earlier_version_is_continued(config, whole, monkeypatch):
         fail_at(patch, 8, interrupt)
         with pytest.raises(KeyboardInterrupt):
             fit(config)
-    path = config.train.run_dir / "resume.safetensors"
-    state, saved = load_resume_state(path)
+    state = load_state(config.train.run_dir)
     assert state["progress"].pop("start") is None
-    save_resume_state(path, state, saved)
+    save_state(config.train.run_dir, state, config)
     fit(config.replace(resume=True))
     assert_same_run(whole, config.train.run_dir)
 
@@ -543,7 +449,7 @@ def test_random_states_come_back():
 
 TRAINS = """
 import os, pathlib, sys, time
-from upperson.train.run_folder import MetricsLog
+from upperson.train.log import MetricsLog
 log = MetricsLog(pathlib.Path(sys.argv[1]), tensorboard=False)
 if os.fork():
     print(flush=True)
@@ -555,6 +461,7 @@ def test_one_process_at_a_time_trains_in_a_folder(config, whole):
     """A child of the one that does, as data loaders are, does not keep the lock when that is killed."""
     run_dir = config.train.run_dir
     shutil.copytree(whole, run_dir)
+    (run_dir / "results.json").unlink()  # it is not finished
     other = subprocess.Popen([sys.executable, "-c", TRAINS, run_dir], stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"\n"
     before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
@@ -578,7 +485,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(config, whole, monkeypa
         with pytest.raises(RunError, match=f"epoch 2, step 8: the loss is {value}"):
             fit(config)
     checkpoint = load_checkpoint(run_dir / "last.safetensors")
-    assert checkpoint.results["epoch"] == 1
+    assert checkpoint.epoch == 1
     assert all(tensor.isfinite().all() for tensor in checkpoint.parameters.values())
     assert log_of(run_dir)[-1]["step"] == 7
     fit(config.replace(resume=True))
@@ -593,7 +500,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(config, monkeypatch
     fail_at(monkeypatch, 3, poison)
     with pytest.raises(RunError, match="epoch 1, step 3: the gradient's norm is nan"):
         fit(config)
-    state, _ = load_resume_state(config.train.run_dir / "resume.safetensors")
+    state = load_state(config.train.run_dir)
     assert state["progress"]["step"] == 2
     assert all(tensor.isfinite().all() for tensor in state["parameters"].values())
 
@@ -613,7 +520,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(config, whole, monkeypatch)
                 fit(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert load_resume_state(run_dir / "resume.safetensors")[0]["progress"]["step"] == 2
+    assert load_state(run_dir)["progress"]["step"] == 2
     assert not list(run_dir.glob(".*"))
     fit(config.replace(resume=True))
     assert_same_run(whole, run_dir)
@@ -636,6 +543,7 @@ def test_resume_refuses_what_it_cannot_continue(config, whole):
     with pytest.raises(RunError, match="there is no run to continue"):
         fit(resumed)
     shutil.copytree(whole, config.train.run_dir)
+    (config.train.run_dir / "results.json").unlink()  # it is not finished
     log = config.train.run_dir / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[:100])
     with pytest.raises(RunError, match="metrics.jsonl is shorter than when the run was saved"):
@@ -649,7 +557,7 @@ def test_resume_refuses_what_it_cannot_continue(config, whole):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(precision="fp16"), "precision: fp16 needs a GPU"),
+        (dict(precision="fp16"), "precision: fp16 needs a CUDA GPU"),
         (dict(device="cuda:99"), "device: cuda:99 is not there"),
         (dict(depth_prefix=0, depth_lora=0, depth_adapter=2), "nothing to train"),
     ],
@@ -661,19 +569,10 @@ def test_settings_that_cannot_run(config, changes, message):
 
 
 def test_tensorboard_that_is_not_installed(config, monkeypatch):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else real(name))
+    monkeypatch.setattr("upperson.train.fit.find_spec", lambda name: None)
     with pytest.raises(RunError, match="tensorboard: the package is not installed"):
         fit(config.replace(tensorboard=True))
     assert not config.train.run_dir.exists()
-
-
-def run_command(monkeypatch, *flags):
-    """The exit status of train.py, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(TRAIN_PY), run_name="__main__")
-    return stopped.value.code
 
 
 def test_command_line_shows_errors_in_a_line(config, tmp_path, monkeypatch, capsys):
@@ -693,27 +592,11 @@ def test_command_line_says_how_to_resume(config, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------ a data set in files
 
 
-def cuhk_pedes(folder, *, train, test):
-    """A folder in the format of CUHK-PEDES, with JPEG files, one a person, and one caption each."""
-    colours = ["red", "green", "blue", "black", "white", "yellow"]
-    entries = []
-    for index in range(train + test):
-        pixels = np.random.default_rng(index).integers(0, 255, (60, 25, 3), dtype=np.uint8)
-        path = Path("CUHK01") / f"{index}.jpg"
-        (folder / "imgs" / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(folder / "imgs" / path)
-        caption = f"A person in a {colours[index % 6]} coat and {colours[index // 6]} shoes."
-        split = "train" if index < train else "test"
-        entries.append({"split": split, "captions": [caption], "file_path": str(path), "id": index + 1})
-    (folder / "reid_raw.json").write_text(json.dumps(entries))
-    return folder
-
-
 @pytest.mark.filterwarnings("ignore:CUHK-PEDES")  # of its size, which is not the published one
 def test_without_a_validation_split_the_last_epoch_is_selected(config, tmp_path):
     root = cuhk_pedes(tmp_path / "data", train=6, test=3)
     result = fit(config.replace(dataset="cuhk-pedes", data_root=root, batch_size=3))
-    assert (result.results["selection"], result.results["epoch"], result.results["queries"]) == ("last", 2, 3)
+    assert (result.results.selection, result.results.epoch, result.results.captions) == ("last", 2, 3)
     assert "no validation split" in (result.run_dir / "results.md").read_text()
     splits = {line["split"] for line in log_of(result.run_dir) if line["kind"] == "evaluation"}
     assert splits == {"test"}
@@ -773,7 +656,7 @@ def test_an_epoch_of_cuhk_pedes_at_full_size(tmp_path):
             run_dir=tmp_path / "run",
         )  # fmt: skip
     )
-    assert result.results["trained_parameters"] == 7_419_816
+    assert result.results.trained_parameters == 7_419_816
     assert len(load_checkpoint(result.run_dir / "last.safetensors").parameters) == 504
     assert 29e6 < (result.run_dir / "last.safetensors").stat().st_size < 30e6
     assert [line["step"] for line in log_of(result.run_dir) if line["kind"] == "epoch"] == [2]

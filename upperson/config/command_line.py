@@ -81,9 +81,12 @@ def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argpars
 def shorter_warmups(base: Config, asked: dict[str, Any]) -> dict[str, int]:
     """Warm-ups of `base` that are not below the epochs asked for: a fifth of those, and a line that says so."""
     changes = {}
-    for epochs, warmup in (("epochs", "warmup_epochs"), ("encoder_epochs", "encoder_warmup_epochs")):
-        number, usual = asked.get(epochs), base.values().get(warmup)
-        if isinstance(number, int) and usual is not None and warmup not in asked and usual >= number >= 1:
+    for warmup, usual in base.values().items():
+        if not warmup.endswith("warmup_epochs") or warmup in asked:
+            continue
+        epochs = warmup.replace("warmup_", "")
+        number = asked.get(epochs)
+        if isinstance(number, int) and usual >= number >= 1:
             changes[warmup] = number // 5
             print(f"{warmup}: {usual} is not below {epochs}, {number}; shortened to {number // 5}", file=sys.stderr)
     return changes

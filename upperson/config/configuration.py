@@ -75,7 +75,7 @@ class ModelConfig(Checked):
         return dataclasses.replace(self, method=dataclasses.replace(method, **of_method), **changes)
 
 
-def method_named(name: str) -> Method:
+def method_named(name: Any) -> Method:
     """The method with its default options. Raises ValueError, which lists the names, for an unknown one."""
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method: {name!r} is not allowed; expected one of {', '.join(METHODS)}")
@@ -291,7 +291,7 @@ def fields_in(content: Any) -> dict[str, Any]:
         _known_keys(values, hints, name)
         method = values.get("method")
         if isinstance(method, dict):
-            own = {spec.name: hint for spec, hint in fields_of(type(method_named(method.get("name", ""))))}
+            own = {spec.name: hint for spec, hint in fields_of(type(method_named(method.get("name"))))}
             _known_keys(method, own | {"name": str}, f"method {method['name']}")
             found |= {key: _from_plain(value, own[key]) for key, value in method.items() if key != "name"}
             values = values | {"method": method["name"]}
@@ -322,7 +322,7 @@ def _with_method(model: Any) -> Any:
     content = model.get("method", DEFAULT)
     if isinstance(content, dict):
         content = dict(content)
-        method = type(method_named(content.pop("name", "")))
+        method = type(method_named(content.pop("name", None)))
     else:
         method, older = type(method_named(content)), {spec.name for spec in dataclasses.fields(METHODS[DEFAULT])}
         own = {spec.name for spec in dataclasses.fields(method)}

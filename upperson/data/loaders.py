@@ -211,7 +211,7 @@ class TrainingPairs(Dataset):
         sample = self.samples[position[1]]
         with torch.random.fork_rng(devices=[]):
             # torchvision draws from this generator. torch.manual_seed would reseed the GPU as well.
-            torch.default_generator.manual_seed(_stable_seed("image", self.seed, *position))
+            torch.default_generator.manual_seed(stable_seed("image", self.seed, *position))
             augmentation = self.augmentation.draw()
         caption = self.token_ids[position[1]].long()
         pair = {
@@ -249,9 +249,9 @@ def _token_ids(captions: Sequence[str], tokenizer: Tokenizer) -> torch.Tensor:
 
 
 def _generator(*key: str | int) -> torch.Generator:
-    return torch.Generator().manual_seed(_stable_seed(*key))
+    return torch.Generator().manual_seed(stable_seed(*key))
 
 
-def _stable_seed(*key: str | int) -> int:
+def stable_seed(*key: str | int) -> int:
     """64 bits that are the same in every process and on every machine, unlike those of hash()."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")

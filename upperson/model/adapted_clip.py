@@ -7,9 +7,7 @@ from typing import Any
 import open_clip
 import torch
 from torch import Tensor, nn
-from upperson_kernels import tiles
-from upperson_kernels.attention.reference import unpack
-from upperson_kernels.backend import resolve as resolve_backend
+from upperson_kernels import TilesError, resolve_backend, tiles, unpack_sequences
 
 from upperson.config import ModelConfig
 from upperson.data import Preprocess
@@ -117,7 +115,7 @@ class AdaptedCLIP(nn.Module):
             captions = self.caption_packer().words_seen(captions)
         x, start = self.text_stream(captions)
         if isinstance(captions, PackedCaptions):
-            x, *_ = unpack(x, captions.cu_seqlens, captions.longest)
+            x, *_ = unpack_sequences(x, captions.cu_seqlens, captions.longest)
             read = end = captions.cu_seqlens.diff().long() - 1
         else:
             read, end = self.pooled_positions(captions), captions.argmax(1)
@@ -361,7 +359,7 @@ def require_backend(backend: str, device: torch.device) -> None:
     try:
         if resolve_backend(None if backend == "auto" else backend, torch.empty(0, device=device)) == "triton":
             tiles.load_named_in_environment()
-    except (RuntimeError, tiles.TilesError) as error:
+    except (RuntimeError, TilesError) as error:
         raise RunError(f"backend: {error}") from error
 
 

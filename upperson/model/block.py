@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
-from upperson_kernels import prefix_attention, quick_gelu
-from upperson_kernels.attention.reference import unpack
+from upperson_kernels import prefix_attention, quick_gelu, unpack_sequences
 
 from upperson.model.attention import attend_once
 from upperson.petl import FROZEN, Adapter, LoRA, Prefix, Prompt
@@ -141,7 +140,7 @@ class Block(nn.Module):
         key_value = self.project(tokens, width).unflatten(-1, (2, heads, -1))
         visible = None
         if sequences is not None:  # their last tokens, which see all others
-            key_value, *_ = unpack(key_value, *sequences)
+            key_value, *_ = unpack_sequences(key_value, *sequences)
             visible = torch.arange(sequences.longest, device=y.device) < sequences.cu_seqlens.diff()[:, None]
         elif self.causal:
             visible = torch.arange(tokens.shape[1], device=y.device) <= read[:, None]

@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from upperson.config import PRESETS, Config
 from upperson.evaluate.embed import autocast
@@ -144,9 +149,21 @@ def rank(model: AdaptedCLIP, caption: Tensor, gallery: Tensor, precision: str) -
 
 def flops(call: Callable[[], Any]) -> float:
     """10⁹ floating-point operations of matrix products and convolutions in a call, backward included."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         call()
     return counter.get_total_flops() / 1e9
+
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter. Before version 2.15 it does not know PyTorch's own attention on a CPU by itself."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    formulas = {
+        attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+    }
+    missing = {operator: formula for operator, formula in formulas.items() if operator not in flop_registry}
+    return FlopCounterMode(display=False, custom_mapping=missing)
 
 
 def shortest(call: Callable[[], Any], device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""Triton kernels of LayerNorm with a parallel adapter. What launches them is launch.py.
+"""Triton kernels of LayerNorm with a parallel adapter. launch.py launches them.
 
 x has T rows of width C, the adapter's hidden width is R. With t = x (or x + residual), x̂ = (t − mean) / std, and
 A(z) = relu(z Wdᵀ + bd) Wuᵀ + bu:
@@ -11,18 +11,18 @@ or, where the adapter has a LayerNorm of its own, of the same statistics (OWN_NO
 
     forward              one program per block of rows, two walks over the width: the first collects the
                          statistics and the hidden activations, the second writes y (its reads hit the cache).
-                         With OWN_NORM the hidden activations need the statistics first, and a walk of their own:
-                         Wd (γ' ∘ t) − mean · Wd γ' would spare it, and lose every digit of rows with a large mean
+                         With OWN_NORM the hidden activations need the statistics first, and a walk of their own.
+                         Wd (γ' ∘ t) − mean · Wd γ' would save that walk, but lose all digits of rows with a large mean
     input_gradient       the same two walks: the first collects dh and LayerNorm's two row sums,
                          the second writes dx
     parameter_gradient   one program per block of columns and share of the rows: each element of dy and t is
                          read once for all of dWd, dWu, dbd, dbu, dγ, dβ; the shares are summed in a second,
                          ordered step (no atomics, the same bits at every repetition)
 
-A is never needed in backward: Σ dy ∘ A = Σ (dyᵀ h) ∘ Wu + Σ (Σ dy) ∘ bu, so ds falls out of dWu and dbu (OWN_NORM: the
-same of the stream's gradient). Nor does OWN_NORM add a walk to backward: dz = dh Wd, the gradient of what the adapter
-read, adds Σ_c dz γ' = dh · (Wd γ') and Σ_c dz γ' x̂ = Σ_r dh (h − bd − Wd β') to LayerNorm's two row sums, because
-wherever dh is not 0, h is what stood before ReLU.
+Backward never needs A: Σ dy ∘ A = Σ (dyᵀ h) ∘ Wu + Σ (Σ dy) ∘ bu, so ds follows from dWu and dbu (OWN_NORM: the same
+with the stream's gradient). OWN_NORM adds no walk to backward either: dz = dh Wd, the gradient of the adapter's input,
+adds Σ_c dz γ' = dh · (Wd γ') and Σ_c dz γ' x̂ = Σ_r dh (h − bd − Wd β') to LayerNorm's two row sums, because h is the
+value before ReLU wherever dh is not 0.
 
 Names in device code: b_ value of a block, p_ pointer, o_ offsets, m_ mask.
 """
@@ -32,15 +32,25 @@ import triton.language as tl
 
 from upperson_kernels.rows import load_tile, store_tile
 
-COUNTS = ["T", "rows_per_share"]        # change from batch to batch
+COUNTS = ["T", "rows_per_share"]        # they change from batch to batch
 
 
 # ---------------------------------------------------------------------------------------- shared pieces
 
 
 @triton.jit
-def load_sum(p_x, p_residual, o_t, stride_x, stride_residual, o_c, T, C, HAS_RESIDUAL: tl.constexpr):
-    """x, or x + residual rounded to x's dtype as PyTorch would.  [T, C]"""
+def load_sum(
+    p_x,                        # (T, C)
+    p_residual,                 # (T, C), unused without a residual
+    o_t,                        # offsets of rows
+    stride_x,                   # of x, from row to row
+    stride_residual,            # of the residual, from row to row
+    o_c,                        # offsets of columns
+    T,                          # rows
+    C,                          # width
+    HAS_RESIDUAL: tl.constexpr, # whether there is a residual
+):
+    """x, or x + residual rounded to x's dtype as in PyTorch.  [T, C]"""
     b_x = load_tile(p_x, o_t, stride_x, o_c, T, C)
     if HAS_RESIDUAL:
         b_x += load_tile(p_residual, o_t, stride_residual, o_c, T, C)
@@ -52,14 +62,38 @@ def load_sum(p_x, p_residual, o_t, stride_x, stride_residual, o_c, T, C, HAS_RES
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    p_x, p_residual, p_weight, p_bias, p_down_weight, p_down_bias, p_up_weight, p_up_bias, p_scale,
-    p_norm_weight, p_norm_bias,
-    p_y, p_stream, p_total, p_mean, p_rstd, p_hidden,
-    stride_x, stride_residual, T, C, R,
-    EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, OWN_NORM: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    p_x,                        # (T, C)
+    p_residual,                 # (T, C), unused without a residual
+    p_weight,                   # (C,), γ of LayerNorm
+    p_bias,                     # (C,), β of LayerNorm
+    p_down_weight,              # (R, C), Wd
+    p_down_bias,                # (R,), bd
+    p_up_weight,                # (C, R), Wu
+    p_up_bias,                  # (C,), bu
+    p_scale,                    # (), s
+    p_norm_weight,              # (C,), γ' of the adapter's own LayerNorm; unused without OWN_NORM
+    p_norm_bias,                # (C,), β' of the adapter's own LayerNorm; unused without OWN_NORM
+    p_y,                        # written: (T, C)
+    p_stream,                   # written with OWN_NORM: (T, C), t + s · A
+    p_total,                    # written with a residual: (T, C), t
+    p_mean,                     # written: (T,)
+    p_rstd,                     # written: (T,), 1 / std
+    p_hidden,                   # written: (T, R), hidden activations
+    stride_x,                   # of x, from row to row
+    stride_residual,            # of the residual, from row to row
+    T,                          # rows
+    C,                          # width
+    R,                          # hidden width
+    EPS: tl.constexpr,          # added to the variance
+    HAS_RESIDUAL: tl.constexpr, # whether there is a residual
+    OWN_NORM: tl.constexpr,     # whether the adapter has a LayerNorm of its own
+    PRECISION: tl.constexpr,    # of float32 products, "ieee" or "tf32"
+    ACC: tl.constexpr,          # dtype of statistics and sums
+    BLOCK_T: tl.constexpr,      # rows of a program
+    BLOCK_C: tl.constexpr,      # columns of a step
+    BLOCK_R: tl.constexpr,      # R, rounded up
 ):
+    """Computes a block of rows of y, of the stream, and of everything that backward needs."""
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_r = tl.arange(0, BLOCK_R)
     b_mean = tl.zeros([BLOCK_T], ACC)
@@ -68,7 +102,7 @@ def forward_kernel(
 
     for start in range(0, C, BLOCK_C):
         o_c = start + tl.arange(0, BLOCK_C)
-        b_x = load_sum(p_x, p_residual, o_t, stride_x, stride_residual, o_c, T, C, HAS_RESIDUAL)        # [T, C]
+        b_x = load_sum(p_x, p_residual, o_t, stride_x, stride_residual, o_c, T, C, HAS_RESIDUAL=HAS_RESIDUAL)
         if HAS_RESIDUAL:
             store_tile(p_total, b_x, o_t, C, o_c, T, C)
         # Mean and squared distances of this block of columns join those so far (Chan, Golub and LeVeque 1979);
@@ -89,7 +123,7 @@ def forward_kernel(
     if OWN_NORM:
         for start in range(0, C, BLOCK_C):
             o_c = start + tl.arange(0, BLOCK_C)
-            b_x = load_sum(p_x, p_residual, o_t, stride_x, stride_residual, o_c, T, C, HAS_RESIDUAL)
+            b_x = load_sum(p_x, p_residual, o_t, stride_x, stride_residual, o_c, T, C, HAS_RESIDUAL=HAS_RESIDUAL)
             b_weight = tl.load(p_norm_weight + o_c, mask=o_c < C, other=0.0).to(ACC)
             b_bias = tl.load(p_norm_bias + o_c, mask=o_c < C, other=0.0).to(ACC)
             b_down = load_tile(p_down_weight, o_r, C, o_c, R, C).to(b_x.dtype)                          # [R, C]
@@ -106,7 +140,7 @@ def forward_kernel(
     b_scale = tl.load(p_scale).to(ACC)
     for start in range(0, C, BLOCK_C):
         o_c = start + tl.arange(0, BLOCK_C)
-        b_x = load_sum(p_x, p_residual, o_t, stride_x, stride_residual, o_c, T, C, HAS_RESIDUAL)
+        b_x = load_sum(p_x, p_residual, o_t, stride_x, stride_residual, o_c, T, C, HAS_RESIDUAL=HAS_RESIDUAL)
         b_weight = tl.load(p_weight + o_c, mask=o_c < C, other=0.0).to(ACC)
         b_bias = tl.load(p_bias + o_c, mask=o_c < C, other=0.0).to(ACC)
         b_up = load_tile(p_up_weight, o_c, R, o_r, C, R).to(b_x.dtype)                                  # [C, R]
@@ -126,24 +160,45 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def input_gradient_kernel(
-    p_dy, p_dstream, p_x, p_weight, p_down_weight, p_up_weight, p_scale, p_norm_weight, p_down_norm, p_down_shift,
-    p_mean, p_rstd, p_hidden,
-    p_dx, p_dhidden,
-    stride_dy, stride_dstream, stride_x, T, C, R,
-    NEED_DX: tl.constexpr, HAS_DSTREAM: tl.constexpr, OWN_NORM: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    p_dy,                       # (T, C), gradient of y
+    p_dstream,                  # (T, C), gradient of the stream; unused without HAS_DSTREAM and OWN_NORM
+    p_x,                        # (T, C), t
+    p_weight,                   # (C,), γ of LayerNorm
+    p_down_weight,              # (R, C), Wd
+    p_up_weight,                # (C, R), Wu
+    p_scale,                    # (), s
+    p_norm_weight,              # (C,), γ'; unused without OWN_NORM
+    p_down_norm,                # (R,), Wd γ'; unused without OWN_NORM
+    p_down_shift,               # (R,), bd + Wd β'; unused without OWN_NORM
+    p_mean,                     # (T,), from forward
+    p_rstd,                     # (T,), from forward
+    p_hidden,                   # (T, R), from forward
+    p_dx,                       # written if NEED_DX: (T, C)
+    p_dhidden,                  # written: (T, R), gradient of the hidden activations before ReLU
+    stride_dy,                  # of dy, from row to row
+    stride_dstream,             # of dstream, from row to row
+    stride_x,                   # of x, from row to row
+    T,                          # rows
+    C,                          # width
+    R,                          # hidden width
+    NEED_DX: tl.constexpr,      # whether the gradient of x is wanted
+    HAS_DSTREAM: tl.constexpr,  # whether the stream has a gradient
+    OWN_NORM: tl.constexpr,     # whether the adapter has a LayerNorm of its own
+    PRECISION: tl.constexpr,    # of float32 products, "ieee" or "tf32"
+    ACC: tl.constexpr,          # dtype of statistics and sums
+    BLOCK_T: tl.constexpr,      # rows of a program
+    BLOCK_C: tl.constexpr,      # columns of a step
+    BLOCK_R: tl.constexpr,      # R, rounded up
 ):
     """dh = s (dy Wu) ∘ [h > 0], and dx = LN'(dy ∘ γ) + dh Wd (+ the gradient of the residual stream).
 
-    OWN_NORM: dh = s (dstream Wu) ∘ [h > 0], and dx = LN'(dy ∘ γ + dh Wd ∘ γ') + dstream; the vectors down_norm = Wd γ'
-    and down_shift = bd + Wd β' have R elements.
+    OWN_NORM: dh = s (dstream Wu) ∘ [h > 0], and dx = LN'(dy ∘ γ + dh Wd ∘ γ') + dstream.
     """
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_r = tl.arange(0, BLOCK_R)
     b_mean = tl.load(p_mean + o_t, mask=o_t < T, other=0.0)
     b_rstd = tl.load(p_rstd + o_t, mask=o_t < T, other=0.0)
-    b_sum_g = tl.zeros([BLOCK_T], ACC)                                  # Σ g, where g is what LN' is taken of
+    b_sum_g = tl.zeros([BLOCK_T], ACC)                                  # Σ g, where g is the argument of LN'
     b_sum_gx = tl.zeros([BLOCK_T], ACC)                                 # Σ g x̂
     b_dhidden = tl.zeros([BLOCK_T, BLOCK_R], ACC)
 
@@ -156,7 +211,7 @@ def input_gradient_kernel(
             b_g = b_dy.to(ACC) * b_weight[None, :]
             b_sum_g += tl.sum(b_g, 1)
             b_sum_gx += tl.sum(b_g * (b_x.to(ACC) - b_mean[:, None]) * b_rstd[:, None], 1)
-        b_dsum = load_tile(p_dstream, o_t, stride_dstream, o_c, T, C) if OWN_NORM else b_dy     # of what A is part of
+        b_dsum = load_tile(p_dstream, o_t, stride_dstream, o_c, T, C) if OWN_NORM else b_dy     # of the sum with A
         b_up = load_tile(p_up_weight, o_c, R, o_r, C, R).to(b_dy.dtype)                                 # [C, R]
         b_dhidden += tl.dot(b_dsum, b_up, input_precision=PRECISION, out_dtype=ACC)
 
@@ -195,12 +250,33 @@ def input_gradient_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def parameter_gradient_kernel(
-    p_dy, p_x, p_mean, p_rstd, p_hidden, p_dhidden,
-    p_dup, p_dcolumn, p_ddown, p_ddown_bias, p_dweight,
-    stride_dy, stride_x, T, C, R, rows_per_share,
-    NEED_UP: tl.constexpr, NEED_COLUMN: tl.constexpr, NEED_DOWN: tl.constexpr, NEED_WEIGHT: tl.constexpr,
-    OWN_NORM: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    p_dy,                       # (T, C), gradient of y, or of the stream
+    p_x,                        # (T, C), t
+    p_mean,                     # (T,), from forward
+    p_rstd,                     # (T,), from forward
+    p_hidden,                   # (T, R), from forward
+    p_dhidden,                  # (T, R), from input_gradient_kernel
+    p_dup,                      # written if NEED_UP: (shares, C, R), dyᵀ h
+    p_dcolumn,                  # written if NEED_COLUMN: (shares, C), Σ dy
+    p_ddown,                    # written if NEED_DOWN: (shares, C, R), (dhᵀ x)ᵀ
+    p_ddown_bias,               # written if NEED_DOWN: (shares, R), Σ dh
+    p_dweight,                  # written if NEED_WEIGHT: (shares, C), Σ dy x̂
+    stride_dy,                  # of dy, from row to row
+    stride_x,                   # of x, from row to row
+    T,                          # rows
+    C,                          # width
+    R,                          # hidden width
+    rows_per_share,             # rows of a share, a multiple of BLOCK_T
+    NEED_UP: tl.constexpr,      # which sums are wanted
+    NEED_COLUMN: tl.constexpr,
+    NEED_DOWN: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr,
+    OWN_NORM: tl.constexpr,     # whether the adapter has a LayerNorm of its own
+    PRECISION: tl.constexpr,    # of float32 products, "ieee" or "tf32"
+    ACC: tl.constexpr,          # dtype of sums
+    BLOCK_T: tl.constexpr,      # rows of a step
+    BLOCK_C: tl.constexpr,      # columns of a program
+    BLOCK_R: tl.constexpr,      # R, rounded up
 ):
     """Share i of  dyᵀ h (C, R),  Σ dy (C),  (dhᵀ x)ᵀ (C, R),  Σ dh (R),  Σ dy x̂ (C); OWN_NORM: x̂ in the place of x."""
     i_share = tl.program_id(1).to(tl.int64)

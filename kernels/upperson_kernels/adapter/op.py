@@ -1,17 +1,22 @@
-"""layernorm_adapter as PyTorch operators: what runs, what it returns without running, how it differentiates."""
+"""layernorm_adapter as PyTorch operators: what runs, what is returned without running, and the derivative.
+
+Tensors are flat arguments here, as torch.library wants them; launch.py takes them as NamedTuples.
+"""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from upperson_kernels.adapter import launch
+from upperson_kernels.adapter.launch import Layers, Needs, Norm, Saved
 from upperson_kernels.backend import accumulator
 
 
 @torch.library.custom_op("upperson::layernorm_adapter", mutates_args=())
-def forward(
+def layernorm_adapter_forward(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
@@ -25,12 +30,18 @@ def forward(
     norm_bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return launch.forward(
-        x, residual, weight, bias, down_weight, down_bias, up_weight, up_bias, scale, norm_weight, norm_bias, eps
+    layers = Layers(down_weight, down_bias, up_weight, up_bias, scale)
+    y, stream, total, saved = launch.forward(
+        x, residual, Norm(weight, bias), layers, own_norm_of(norm_weight, norm_bias), eps
     )
+    return y, stream, total, *saved
 
 
-@forward.register_fake
+def own_norm_of(weight: Tensor | None, bias: Tensor | None) -> Norm | None:
+    return None if weight is None or bias is None else Norm(weight, bias)
+
+
+@layernorm_adapter_forward.register_fake
 def _(x, residual, weight, bias, down_weight, down_bias, up_weight, up_bias, scale, norm_weight, norm_bias, eps):
     hidden_width, width = down_weight.shape
     rows = x.numel() // width
@@ -47,7 +58,7 @@ def _(x, residual, weight, bias, down_weight, down_bias, up_weight, up_bias, sca
 
 
 @torch.library.custom_op("upperson::layernorm_adapter_backward", mutates_args=())
-def backward(
+def layernorm_adapter_backward(
     dy: Tensor,
     dstream: Tensor | None,
     x: Tensor,
@@ -64,26 +75,14 @@ def backward(
     hidden: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return launch.backward(
-        dy,
-        dstream,
-        x,
-        weight,
-        down_weight,
-        down_bias,
-        up_weight,
-        up_bias,
-        scale,
-        norm_weight,
-        norm_bias,
-        mean,
-        rstd,
-        hidden,
-        needs,
-    )
+    layers = Layers(down_weight, down_bias, up_weight, up_bias, scale)
+    own_norm, saved = own_norm_of(norm_weight, norm_bias), Saved(mean, rstd, hidden)
+    gradients = launch.backward(dy, dstream, x, weight, layers, own_norm, saved, Needs(*needs))
+    dx, dweight, dbias, ddown_weight, ddown_bias, dup_weight, dup_bias, dscale, dnorm_weight, dnorm_bias = gradients
+    return dx, dweight, dbias, ddown_weight, ddown_bias, dup_weight, dup_bias, dscale, dnorm_weight, dnorm_bias
 
 
-@backward.register_fake
+@layernorm_adapter_backward.register_fake
 def _(
     dy,
     dstream,
@@ -105,22 +104,24 @@ def _(
     return tuple(t.new_empty(t.shape) if needed else x.new_empty(0) for t, needed in zip(inputs, needs, strict=True))
 
 
-def save_for_backward(ctx, inputs, output):
-    x, residual, weight, _, *parameters, eps = inputs
-    y, stream, total, mean, rstd, hidden = output
+def layernorm_adapter_save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, _, *parameters, _eps = inputs
+    _, stream, total, mean, rstd, hidden = output
     ctx.has_residual, ctx.own_norm = residual is not None, parameters[-1] is not None
     if ctx.has_residual:
         x = total if ctx.own_norm else stream
     ctx.save_for_backward(x, weight, *parameters, mean, rstd, hidden)
     ctx.mark_non_differentiable(total, mean, rstd, hidden)
-    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+    ctx.set_materialize_grads(False)  # no zeros for outputs without a gradient
 
 
-def differentiate(ctx, dy, dstream, *_):
+def layernorm_adapter_differentiate(
+    ctx: Any, dy: Tensor | None, dstream: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
     need_x, need_residual, *need_parameters = ctx.needs_input_grad[:-1]
-    if dy is None and dstream is None:  # neither output did matter
+    if dy is None and dstream is None:  # nothing depends on either output
         return (None,) * 12
-    saved = ctx.saved_tensors  # which checkpointing hands out only once
+    saved = ctx.saved_tensors  # once: checkpointing hands them out a single time
     x = saved[0]
     if dy is None:
         dy = torch.zeros_like(x)
@@ -128,32 +129,31 @@ def differentiate(ctx, dy, dstream, *_):
         dstream = torch.zeros_like(x) if dstream is None else dstream
     elif not ctx.has_residual:
         dstream = None
-    grads = backward(dy, dstream, *saved, [need_x or need_residual, *need_parameters])
-    dx, *dparameters = grads
+    dx, *dparameters = layernorm_adapter_backward(dy, dstream, *saved, [need_x or need_residual, *need_parameters])
     dparameters = (d if needed else None for d, needed in zip(dparameters, need_parameters, strict=True))
     return dx if need_x else None, dx if need_residual else None, *dparameters, None
 
 
-forward.register_autograd(differentiate, setup_context=save_for_backward)
+layernorm_adapter_forward.register_autograd(layernorm_adapter_differentiate, setup_context=layernorm_adapter_save)
 
 
 # ---------------------------------------------------------------------------------------- for torch's flop counter
 
 
 @register_flop_formula(torch.ops.upperson.layernorm_adapter)
-def forward_flops(x, residual, weight, bias, down_weight, *_, **__):
-    """Down and up."""
+def layernorm_adapter_flops(x, residual, weight, bias, down_weight, *_, **__) -> int:
+    """The down and the up projection."""
     return 4 * math.prod(x) * down_weight[0]
 
 
 @register_flop_formula(torch.ops.upperson.layernorm_adapter_backward)
-def backward_flops(dy, dstream, x, weight, down_weight, *others, **__):
-    """Those of the gradients that are asked for; dh stands before most of them."""
-    need_x, _, _, need_down, need_down_bias, need_up, _, need_scale, need_norm_weight, need_norm_bias = others[-1]
+def layernorm_adapter_backward_flops(dy, dstream, x, weight, down_weight, *others, **__) -> int:
+    """The products of the gradients that are wanted: dh, dx, dWd, dWu."""
+    needs = Needs(*others[-1])
     products = (
-        need_x or need_down or need_down_bias or need_norm_weight or need_norm_bias,
-        need_x,
-        need_down or need_norm_weight,
-        need_up or need_scale,
+        needs.x or needs.down,
+        needs.x,
+        needs.down_weight or needs.norm_weight,
+        needs.up_weight or needs.scale,
     )
     return 2 * math.prod(x) * down_weight[0] * sum(products)

@@ -1,14 +1,15 @@
-"""What prefix_attention computes, in plain PyTorch.
+"""The definition of prefix_attention in plain PyTorch.
 
-`explicit` writes the definition down and is the oracle of every test. `folded` is the PyTorch backend: the
-same function as plain attention over one longer list of keys, which scaled_dot_product_attention computes
-without holding the weights in memory. `packed` is the PyTorch backend for sequences of unequal length. Autograd
-differentiates them all.
+`explicit` writes the definition down and is the oracle of every test. `folded` is the PyTorch backend: the same
+function as plain attention over one longer list of keys, which scaled_dot_product_attention computes without the
+weights in memory. `packed` is the PyTorch backend for sequences of unequal length. Autograd differentiates all three.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from upperson_kernels.packing import unpack_sequences
 
 
 def explicit(
@@ -83,16 +84,6 @@ def packed(
     scale_target: str,
 ) -> Tensor:
     """`folded` of each sequence of a packed (T, 3, H, D): padded to the longest one, and packed again."""
-    padded, sequence, position = unpack(qkv, cu_seqlens, max_seqlen)
+    padded, sequence, position = unpack_sequences(qkv, cu_seqlens, max_seqlen)
     out = folded(padded, prefix_key, prefix_value, prefix_scale, causal, scale_target, cu_seqlens.diff())
     return out[sequence, position]
-
-
-def unpack(packed: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed rows (T, …) as (S, max_seqlen, …), with zeros behind shorter sequences; and each row's sequence and its
-    position there, (T,)."""
-    row = torch.arange(packed.shape[0], device=packed.device)
-    sequence = torch.bucketize(row, cu_seqlens[1:], right=True)
-    position = row - cu_seqlens[sequence]
-    padded = packed.new_zeros(cu_seqlens.shape[0] - 1, max_seqlen, *packed.shape[1:])
-    return padded.index_put((sequence, position), packed), sequence, position

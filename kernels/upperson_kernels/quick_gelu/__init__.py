@@ -14,11 +14,11 @@ from upperson_kernels.quick_gelu import reference
 
 
 def quick_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """u · sigmoid(1.702 u) with u = x + bias. Backward starts from x: nothing else as large is saved.
+    """u · sigmoid(1.702 u) with u = x + bias. Backward starts from x, and no other large tensor is saved.
 
     Args:
         x: (..., C), of any strides; float32, float16 or bfloat16 on a GPU, float64, float32 or float16 in Triton's
-            interpreter, any of them with backend="torch".
+            interpreter, all of them with backend="torch".
         bias: (C,), in x's dtype or float32; None: u = x.
         backend: None (Triton on CUDA or under TRITON_INTERPRET=1, else PyTorch), "triton" or "torch".
 
@@ -26,8 +26,8 @@ def quick_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = N
         (..., C) in x's dtype. Differentiable once, in both tensors.
 
     Raises:
-        ValueError: a shape or a device that does not fit.
-        TypeError: a dtype that does not fit, here or with the backend; what is no tensor.
+        ValueError: an unsupported shape or device.
+        TypeError: an unsupported dtype; an argument that is not a tensor.
         RuntimeError: the backend cannot run on this machine.
     """
     name = "quick_gelu"
@@ -43,4 +43,4 @@ def quick_gelu(x: Tensor, bias: Tensor | None = None, *, backend: str | None = N
     refuse_forward_mode(name, tensors)
     from upperson_kernels.quick_gelu import op  # imports Triton
 
-    return op.forward(x, bias)
+    return op.quick_gelu_forward(x, bias)

@@ -1,9 +1,9 @@
-"""What quick_gelu computes, in plain PyTorch: the oracle of the tests and the PyTorch backend."""
+"""The definition of quick_gelu in plain PyTorch: the oracle of the tests, and the PyTorch backend."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
-SLOPE = 1.702  # of the sigmoid that stands for the normal distribution function (arXiv 1606.08415, Sec. 2)
+SLOPE = 1.702  # of the sigmoid that approximates the normal distribution function (arXiv 1606.08415, Sec. 2)
 
 
 def explicit(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -13,7 +13,7 @@ def explicit(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def plain(x: Tensor, bias: Tensor | None) -> Tensor:
-    """The same by way of SiLU, v · sigmoid(v), whose backward starts from v alone.
+    """The same through SiLU, v · sigmoid(v), whose backward starts from v alone.
 
     In float16 |u| must stay below 38,000.
     """

@@ -1,0 +1,201 @@
+"""Launches the kernels of prefix attention (device.py): torch tensors in and out."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from upperson_kernels import tiles
+from upperson_kernels.attention import device
+from upperson_kernels.backend import accumulator, capability, float32_precision
+from upperson_kernels.rows import TRITON_DTYPES
+
+
+class Prefix(NamedTuple):
+    """The prefix that all sequences share."""
+
+    key: Tensor  # (P, H, D)
+    value: Tensor  # (P, H, D)
+    scale: Tensor  # (), λ
+
+
+class Packing(NamedTuple):
+    """Where sequences of unequal length are in a packed tensor; cu_seqlens is None for a (B, N, …) tensor."""
+
+    cu_seqlens: Tensor | None  # (S + 1,) int32, offsets
+    max_seqlen: int  # tokens of the longest sequence, or more
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    qkv: bool
+    key: bool
+    value: bool
+    scale: bool
+
+
+class Sizes(NamedTuple):
+    """How many sequences and tokens there are."""
+
+    sequences: int
+    longest: int  # tokens of the longest sequence
+    tokens: int  # of all sequences
+
+
+def forward(qkv: Tensor, prefix: Prefix, packing: Packing, causal: bool, scale_target: str) -> tuple[Tensor, Tensor]:
+    """The output, (B, N, H, D) or packed (T, H, D), and the log-sum-exps of the logits in base 2, (H, T), T = B · N."""
+    sizes = sizes_of(qkv, packing)
+    heads, width = qkv.shape[-2:]
+    packed = packing.cu_seqlens is not None
+    acc_dtype = accumulator(qkv.dtype)
+    out = qkv.new_empty(*qkv.shape[:-3], heads, width)
+    lse = qkv.new_empty(heads, sizes.tokens, dtype=acc_dtype)
+    if out.numel() == 0:
+        return out, lse
+    qkv = addressable(qkv, packed)
+    prefix_length = prefix.key.shape[0]
+    chosen = tiles.choose("attention_forward", width, qkv.element_size(), capability(qkv))
+    last = last_tiles(sizes.longest, prefix_length, packed, chosen["BLOCK_M"], chosen["BLOCK_N"])
+    with torch.cuda.device_of(qkv):
+        device.forward_kernel[(sizes.sequences * heads * triton.cdiv(sizes.longest, chosen["BLOCK_M"]),)](
+            qkv,
+            prefix.key.contiguous(),
+            prefix.value.contiguous(),
+            prefix.scale,
+            packing.cu_seqlens,
+            out,
+            lse,
+            *strides(qkv, packed),
+            sizes.longest,
+            prefix_length,
+            heads,
+            sizes.tokens,
+            D=width,
+            CAUSAL=causal,
+            PACKED=packed,
+            SCALE_LOGITS=scale_target == "logits",
+            PRECISION=float32_precision(),
+            ACC=TRITON_DTYPES[acc_dtype],
+            **chosen,
+            **last,
+        )
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    qkv: Tensor,
+    prefix: Prefix,
+    packing: Packing,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale_target: str,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, prefix key, prefix value and λ; empty for every gradient that is not needed.
+
+    The kernel writes the prefix gradients for each sequence, (S, P, H, D), and those of λ for each program. They are
+    summed here.
+    """
+    sizes = sizes_of(qkv, packing)
+    heads, width = qkv.shape[-2:]
+    prefix_length = prefix.key.shape[0]
+    packed = packing.cu_seqlens is not None
+    acc_dtype = accumulator(qkv.dtype)
+    chosen = tiles.choose("attention_backward", width, qkv.element_size(), capability(qkv))
+    last = last_tiles(sizes.longest, prefix_length, packed, chosen["BLOCK_M"], chosen["BLOCK_N"])
+    query_blocks = triton.cdiv(sizes.longest, chosen["BLOCK_M"]) if needs.qkv else 0
+    column_blocks = triton.cdiv(sizes.longest + prefix_length, chosen["BLOCK_N"])
+
+    def buffer(needed: bool, *shape: int, dtype: torch.dtype = acc_dtype) -> Tensor:
+        return qkv.new_empty(shape if needed else 0, dtype=dtype)
+
+    dqkv = buffer(needs.qkv, *qkv.shape, dtype=qkv.dtype)
+    dkey = buffer(needs.key, sizes.sequences, prefix_length, heads, width)
+    dvalue = buffer(needs.value, sizes.sequences, prefix_length, heads, width)
+    dscale = qkv.new_zeros((sizes.sequences, heads, column_blocks) if needs.scale else 0, dtype=acc_dtype)
+    if out.numel() == 0:
+        dkey.zero_()
+        dvalue.zero_()
+    elif any(needs):
+        grad, qkv = addressable(grad, packed), addressable(qkv, packed)
+        with torch.cuda.device_of(qkv):
+            device.backward_kernel[(sizes.sequences * heads * (query_blocks + column_blocks),)](
+                qkv,
+                prefix.key.contiguous(),
+                prefix.value.contiguous(),
+                prefix.scale,
+                packing.cu_seqlens,
+                out,
+                lse,
+                grad,
+                dqkv,
+                dkey,
+                dvalue,
+                dscale,
+                *strides(qkv, packed),
+                *strides(grad, packed),
+                sizes.longest,
+                prefix_length,
+                heads,
+                sizes.tokens,
+                D=width,
+                CAUSAL=causal,
+                PACKED=packed,
+                SCALE_LOGITS=scale_target == "logits",
+                NEED_QKV=needs.qkv,
+                NEED_KEY=needs.key,
+                NEED_VALUE=needs.value,
+                NEED_SCALE=needs.scale,
+                PRECISION=float32_precision(),
+                ACC=TRITON_DTYPES[acc_dtype],
+                **chosen,
+                **last,
+            )
+    if needs.key:
+        dkey = dkey.sum(0).to(prefix.key.dtype)
+    if needs.value:
+        dvalue = dvalue.sum(0).to(prefix.value.dtype)
+    if needs.scale:
+        dscale = dscale.sum().to(prefix.scale.dtype)
+    return dqkv, dkey, dvalue, dscale
+
+
+def last_tiles(length: int, prefix_length: int, packed: bool, block_m: int, block_n: int) -> dict[str, Any]:
+    """Sizes of the last tile of rows and of columns, and whether full tiles of columns may hold prefix columns.
+
+    The lengths of packed sequences are not known before the kernel runs; their last tiles are full ones.
+    """
+
+    def last(count: int, block: int) -> int:
+        rest = count % block
+        return block if packed or rest == 0 else min(block, max(16, triton.next_power_of_2(rest)))
+
+    columns = length + prefix_length
+    last_n = last(columns, block_n)
+    mixed = last_n == block_n or (columns - 1) // block_n > length // block_n
+    return dict(LAST_M=last(length, block_m), LAST_N=last_n, MIXED_TILES=mixed)
+
+
+def addressable(tensor: Tensor, packed: bool) -> Tensor:
+    """The tensor itself, or a contiguous copy where the kernels cannot address it.
+
+    The elements of a row must be adjacent (the gradient of a sum has stride 0), and offsets within a tile must fit 32
+    bits.
+    """
+    between_rows = tensor.stride(0 if packed else 1)
+    return tensor if tensor.stride(-1) == 1 and between_rows < 2**24 else tensor.contiguous()
+
+
+def sizes_of(qkv: Tensor, packing: Packing) -> Sizes:
+    if packing.cu_seqlens is None:
+        return Sizes(qkv.shape[0], qkv.shape[1], qkv.shape[0] * qkv.shape[1])
+    return Sizes(packing.cu_seqlens.shape[0] - 1, min(packing.max_seqlen, qkv.shape[0]), qkv.shape[0])
+
+
+def strides(tensor: Tensor, packed: bool) -> tuple[int, ...]:
+    """The strides of (B, N, …) without the innermost one; of (T, …) with a 0 in the place of the batch's."""
+    return (0, *tensor.stride()[:-1]) if packed else tensor.stride()[:-1]
