@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 from operators import GPU, attention_functions, attention_inputs, packed_inputs, randn, run
+from torch.utils._pytree import tree_leaves
 from upperson_kernels import tiles
 
 ROOT = Path(__file__).parents[1]

@@ -4,6 +4,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import traceback
@@ -36,6 +37,7 @@ from upperson.data.loaders import stable_seed
 from upperson.errors import DataError
 from upperson.losses.names import NOT_MASKED
 from upperson.machine import share_of
+from upperson.model.captions import CaptionPacker, PackedCaptions, pack_captions, words_of
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 START_ID, END_ID, MASK_ID = 49406, 49407, 49405
@@ -697,6 +699,50 @@ class Plain:
 
     def draw(self) -> Image.Image:
         return Image.new("RGB", (32, 96), (self.brightness,) * 3)
+
+
+class TestPackedCaptions:
+    """Captions are packed where they are loaded, by the object that the loader is given."""
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("mask_labels", [False, True])
+    def test_in_training(self, samples, tokenizer, workers, mask_labels):
+        options = dict(
+            tokenizer=tokenizer, image_size=(48, 16), batch_size=4, seed=1, mask_captions=True, workers=workers,
+            epoch=1, mask_labels=mask_labels,
+        )  # fmt: skip
+        packer = CaptionPacker(packs=True, first_position=0, room=77)
+        plain, packed = (list(train_loader(samples, **options, pack=pack)) for pack in (None, packer))
+        for first, second in zip(plain, packed, strict=True):
+            assert first.keys() == second.keys()
+            for name, values in first.items():
+                if name in ("captions", "masked_captions"):
+                    assert isinstance(second[name], PackedCaptions)
+                    expected, found = pack_captions(values), second[name]
+                    assert torch.equal(found.token_ids, expected.token_ids) and found.longest == expected.longest
+                    assert torch.equal(found.cu_seqlens, expected.cu_seqlens)
+                else:
+                    assert torch.equal(values, second[name])
+
+    def test_in_evaluation(self, samples, tokenizer):
+        captions, _ = queries(samples)
+        packer = CaptionPacker(packs=True, first_position=3, room=20)
+        for tokens, packed in zip(
+            caption_loader(captions, tokenizer=tokenizer, batch_size=4),
+            caption_loader(captions, tokenizer=tokenizer, batch_size=4, pack=packer),
+            strict=True,
+        ):
+            expected = pack_captions(words_of(tokens, 20), 3)
+            assert torch.equal(packed.token_ids, expected.token_ids) and packed.first_position == 3
+            assert torch.equal(packed.positions, expected.positions)
+
+    def test_or_left_as_they_are(self, tokenizer):
+        tokens = tokenizer(["a man"])
+        assert CaptionPacker(packs=False, first_position=0, room=77)(tokens) is tokens
+
+    def test_a_packer_reaches_processes_that_are_spawned(self):
+        packer = CaptionPacker(packs=True, first_position=3, room=20)
+        assert pickle.loads(pickle.dumps(packer)) == packer
 
 
 class TestEvaluationLoaders:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from tiny import tiny_training
 
 from upperson.config import SELECTIONS
@@ -231,6 +232,31 @@ def test_a_folder_without_a_train_split(checkpoint, config, parameters, capsys):
     other = own_data(checkpoint.parent / "other")
     assert run(checkpoint, "--data", "folder", "--data-root", other) == 0
     assert "cross-domain" in capsys.readouterr().out
+
+
+def test_people_keep_the_names_of_the_file(checkpoint, tmp_path):
+    root = own_data(tmp_path / "mine")
+    lines = (root / "captions.csv").read_text(encoding="utf-8").splitlines()
+    names = {"0": "0025", "1": "25", "2": "Ann"}
+    lines[1:] = [f"{line.rpartition(',')[0]},{names[line.rpartition(',')[2]]}" for line in lines[1:]]
+    (root / "captions.csv").write_text("\n".join(lines), encoding="utf-8")
+    assert run(checkpoint, "--data", "folder", "--data-root", root) == 0
+    for name in ("text-to-image", "image-to-text"):
+        found = lines_of(checkpoint.parent / "best-folder-test" / f"queries-{name}.jsonl")
+        assert [line["person_id"] for line in found] == ["0025", "0025", "25", "25", "Ann", "Ann"]
+        assert {entry["person_id"] for entry in found[0]["top"]} == {"0025", "25", "Ann"}
+
+
+def test_a_checkpoint_is_read_once(checkpoint, monkeypatch):
+    opened = []
+
+    def counting(path, *arguments, **options):
+        opened.append(path)
+        return safe_open(path, *arguments, **options)
+
+    monkeypatch.setattr("upperson.model.tensor_files.safe_open", counting)
+    assert run(checkpoint) == 0
+    assert opened == [checkpoint]
 
 
 # ------------------------------------------------------------------------------------ what goes wrong

@@ -178,3 +178,17 @@ def test_curve_shows_stages_beside_each_other(staged):
 def test_curve_of_one_epoch(results):
     history = [{"epoch": 0, **ZERO_SHOT}, {"epoch": 1, "loss": 3.0, **ADAPTED}]
     assert pixels(pictures.curve([history], "test", results.replace(epoch=1))).std() > 0
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_no_point_of_the_curve_is_cut(results, epochs, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "as_png", lambda figure: figures.append(figure) or b"")
+    history = [{"epoch": 0, **ZERO_SHOT}, *({"epoch": e, "loss": 3.0, **ADAPTED} for e in range(1, epochs + 1))]
+    pictures.curve([history], "val", results.replace(epoch=1))
+    for axes in figures[0].axes:
+        low, high = axes.get_xlim()
+        assert low < 1 and high > epochs
+        figures[0].canvas.draw()
+        shown = [label.get_text() for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
+        assert shown == [str(epoch) for epoch in range(1, epochs + 1)]

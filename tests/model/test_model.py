@@ -1,10 +1,12 @@
 """AdaptedCLIP on open_clip: what is trained, what is frozen, depths, fused against plain, loading, what is refused."""
 
 import json
+import time
 
 import open_clip
 import pytest
 import torch
+from huggingface_hub import constants
 from operators import DEVICE, EXACT
 from safetensors.torch import save_file
 from tiny import TINY_CLIP, build, inputs, stirred, tiny_config
@@ -13,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from upperson import PRESETS, AdaptedCLIP, ModelConfig
 from upperson.errors import BackboneError, MethodError
 from upperson.losses.pairs import sdm_loss
+from upperson.model import download
 from upperson.model.backbone import build_clip, fit_image_size, resize_position_embedding
 from upperson.model.block import Stream
 
@@ -253,15 +256,31 @@ def test_a_named_model_takes_a_local_file(tmp_path, monkeypatch):
 
 
 def test_a_tag_without_a_network_is_explained(monkeypatch):
+    """Without a network nothing is tried for minutes: the hub's library is told that there is none."""
+    seen = []
+
     def refuse(*args, **kwargs):
+        seen.append(constants.HF_HUB_OFFLINE)
         raise OSError("no route to host")
 
     monkeypatch.setattr(open_clip.factory, "download_pretrained", refuse)
-    with pytest.raises(
-        BackboneError,
-        match="'openai' of ViT-B-32-quickgelu are not in the local cache.* cannot be reached",
+    config = ModelConfig(model="ViT-B-32-quickgelu", pretrained="openai", image_size=(224, 224))
+    for online, message in (
+        (False, "could not be downloaded: https://.* cannot be reached"),
+        (True, "no route to host"),
     ):
-        build_clip(ModelConfig(model="ViT-B-32-quickgelu", pretrained="openai", image_size=(224, 224)))
+        monkeypatch.setattr(download, "reachable", lambda url, online=online: online)
+        with pytest.raises(BackboneError, match=f"'openai' of ViT-B-32-quickgelu are not in .* cache.*{message}"):
+            build_clip(config)
+    assert seen == [True, False] and not constants.HF_HUB_OFFLINE
+
+
+def test_a_host_that_does_not_answer_is_known_within_seconds(monkeypatch):
+    begun = time.monotonic()
+    assert not download.reachable("http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert not download.reachable("https://huggingface.co")
+    assert time.monotonic() - begun < download.TIMEOUT + 1
 
 
 @pytest.mark.parametrize(

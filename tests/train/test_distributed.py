@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import distributed_worker
 import pytest
 import torch
 from tiny import TINY_CLIP, TRAIN_PY, assert_same_run, flags_of, inputs, log_of
+from upperson_kernels import resolve_backend
 
 from upperson.config import DataConfig, ModelConfig
 from upperson.config.presets import PRESETS
@@ -272,6 +274,18 @@ def test_devices_of_a_group(monkeypatch):
         device_and_precision("cuda:0", "auto", second)
     with pytest.raises(RunError, match="cuda:2 is not there; PyTorch sees 2"):
         device_and_precision("cuda", "auto", third)
+
+
+def test_an_apple_gpu_runs_the_pytorch_backend(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    mps = torch.device("mps")
+    assert device_and_precision("mps", "auto") == (mps, "fp32")
+    assert device_and_precision("mps", "bf16") == (mps, "bf16")
+    with pytest.raises(RunError, match="precision: fp16 needs a CUDA GPU; expected fp32 or bf16 on mps"):
+        device_and_precision("mps", "fp16")
+    assert device_and_precision("auto", "auto")[0].type != "mps"  # only where it is asked for
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert resolve_backend(None, SimpleNamespace(is_cuda=False, device=mps, dtype=torch.float32)) == "torch"
 
 
 def test_a_batch_that_is_too_small_for_the_group(config, monkeypatch):

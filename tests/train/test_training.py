@@ -32,6 +32,7 @@ from upperson.config import PRESETS, TrainConfig
 from upperson.data import read_splits
 from upperson.errors import CheckpointError, DataError, RunError
 from upperson.evaluate.embed import evaluate
+from upperson.evaluate.pictures import top_ten
 from upperson.evaluate.results import Results
 from upperson.model import AdaptedCLIP, load_model
 from upperson.model.checkpoint import load_checkpoint
@@ -88,6 +89,23 @@ def test_a_run_leaves_everything_it_promises(config, capsys):
     shown = capsys.readouterr().out
     assert (run_dir / "results.md").read_text().splitlines()[0] in shown
     assert "10 identities" in shown and "top10.png" in shown
+
+
+def test_the_picture_shows_zero_shot_above_the_trained_model(config, monkeypatch):
+    """Also in a run that was resumed."""
+    shown = []
+    monkeypatch.setattr("upperson.train.loop.top_ten", lambda *given: shown.append(given) or top_ten(*given))
+    with monkeypatch.context() as patch:
+        fail_at(patch, 8, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config)
+    fit(config.replace(resume=True))
+    ((samples, queries, tops),) = shown
+    assert list(tops) == ["zero-shot CLIP", "UP-Person"] and len(queries) == 2
+    model = load_model(config.train.run_dir / "best.safetensors")
+    assert tops["UP-Person"] == evaluate(model, samples).top[queries].tolist()
+    with model.zero_shot():
+        assert tops["zero-shot CLIP"] == evaluate(model, samples).top[queries].tolist()
 
 
 def test_only_the_adaptation_is_trained_and_the_checkpoint_reproduces_the_result(config):
@@ -559,6 +577,7 @@ def test_resume_refuses_what_it_cannot_continue(config, whole):
     [
         (dict(precision="fp16"), "precision: fp16 needs a CUDA GPU"),
         (dict(device="cuda:99"), "device: cuda:99 is not there"),
+        (dict(device="mps"), "device: mps is not there; PyTorch finds no Apple GPU on this machine"),
         (dict(depth_prefix=0, depth_lora=0, depth_adapter=2), "nothing to train"),
     ],
 )

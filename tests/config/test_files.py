@@ -1,0 +1,167 @@
+"""--config FILE, shorter warm-ups, and what importing the configuration costs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import TRAIN_PY
+
+from upperson.config import PRESETS, Config, preset
+from upperson.config.command_line import parse_arguments
+from upperson.config.files import read_changes, read_configuration
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------ --config FILE
+
+
+def test_a_runs_own_configuration_gives_the_same_run(tmp_path):
+    for name, method in (("rstpreid", None), ("embedded", "cskt"), ("cuhk-pedes", "prompt-decoupling")):
+        config = preset(name, method).replace(seed=7, learning_rate=0.5, workers=1)
+        assert parse_arguments(["--config", write(tmp_path / "config.json", config.to_json())]) == config
+
+
+def test_some_values_in_json_and_in_toml(tmp_path):
+    expected = PRESETS["rstpreid"].replace(lora_rank=4, image_size=(192, 64), epochs=9, data_root=Path("x"))
+    changes = {
+        "model": {"image_size": [192, 64], "method": {"name": "up-person", "lora_rank": 4}},
+        "data": {"data_root": "x"},
+        "train": {"epochs": 9},
+    }
+    toml = """
+        [model]
+        image_size = [192, 64]
+        method = { name = "up-person", lora_rank = 4 }
+        [data]
+        data_root = "x"
+        [train]
+        epochs = 9
+    """
+    for path in (write(tmp_path / "some.json", changes), write(tmp_path / "some.toml", toml)):
+        assert parse_arguments(["--preset", "rstpreid", "--config", path]) == expected
+        assert parse_arguments(["--config", path, "--preset", "rstpreid", "--epochs", "12", "--lora-rank", "2"]) == (
+            expected.replace(epochs=12, lora_rank=2)
+        )
+
+
+def test_a_method_in_the_file_brings_its_recipe(tmp_path):
+    path = write(tmp_path / "some.toml", '[model]\nmethod = "cskt"')
+    assert parse_arguments(["--preset", "cuhk-pedes", "--config", path]) == preset("cuhk-pedes", "cskt")
+
+
+def test_a_method_on_the_command_line_takes_the_place_of_the_files(tmp_path):
+    config = preset("embedded", "cskt").replace(epochs=9, prompt_length=2)
+    path = write(tmp_path / "config.json", config.to_json())
+    found = parse_arguments(["--config", path, "--method", "up-person"])
+    assert found.model.method == preset("embedded").replace(adapter_reduction=4).model.method
+    assert found.train.epochs == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "{", "a.json: not JSON"),
+        ("a.toml", "[train", "a.toml: not TOML"),
+        ("a.yaml", "train: 1", "a.yaml: expected a file whose name ends in .json or .toml"),
+        ("a.json", [1], "a.json: configuration: expected an object"),
+        ("a.json", {"training": {}}, "a.json: configuration: unknown keys: training"),
+        ("a.json", {"train": {"epoch": 3}}, "a.json: train: unknown keys: epoch"),
+        ("a.json", {"train": 3}, "a.json: train: expected an object"),
+        ("a.toml", "[train]\nepochs = 2.5", "epochs: 2.5 is not allowed; expected a whole number"),
+        ("a.toml", "[train]\nseed = -1", "seed: -1 is not allowed; it must be at least 0"),
+        ("a.json", {"model": {"method": "lora"}}, "a.json: method: 'lora' is not allowed; expected one of up-person"),
+        ("a.json", {"model": {"method": {"lora_rank": 3}}}, "a.json: method: None is not allowed"),
+        ("a.json", {"model": {"method": {"name": "cskt", "lora_rank": 3}}}, "method cskt: unknown keys: lora_rank"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, capsys, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(["--config", path])
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in shown and "Traceback" not in shown
+
+
+def test_a_missing_file_and_a_resumed_run(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(Config().to_json())
+    some = write(tmp_path / "some.json", {})
+    for arguments, message in (
+        (["--config", str(tmp_path / "none.json")], "none.json: cannot be read (No such file or directory)"),
+        (["--config", some, "--resume", str(tmp_path)], "--config and --resume RUN_DIR exclude each other"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_arguments(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_reading_from_python(tmp_path):
+    config = preset("embedded", "cskt").replace(seed=3)
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json())
+    assert read_configuration(path) == config == preset("embedded").replace(**read_changes(path))
+
+
+# ------------------------------------------------------------------------------------ shorter warm-ups
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warmups", "lines"),
+    [
+        (["--epochs", "1"], {"warmup_epochs": 0}, ["warmup_epochs: 1 is not below epochs, 1; shortened to 0"]),
+        (
+            ["--preset", "cuhk-pedes", "--epochs", "5"],
+            {"warmup_epochs": 1},
+            ["warmup_epochs: 5 is not below epochs, 5; shortened to 1"],
+        ),
+        (["--preset", "cuhk-pedes", "--epochs", "6"], {"warmup_epochs": 5}, []),
+        (
+            ["--preset", "cuhk-pedes", "--method", "prompt-decoupling", "--epochs", "2", "--encoder-epochs", "3"],
+            {"warmup_epochs": 0, "encoder_warmup_epochs": 0},
+            [
+                "encoder_warmup_epochs: 5 is not below encoder_epochs, 3; shortened to 0",
+                "warmup_epochs: 5 is not below epochs, 2; shortened to 0",
+            ],
+        ),
+    ],
+)
+def test_a_warmup_that_does_not_fit_is_shortened(arguments, warmups, lines, capsys):
+    values = parse_arguments(arguments).values()
+    assert {name: values[name] for name in warmups} == warmups
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_warmup_that_is_asked_for_is_not_shortened(tmp_path, capsys):
+    path = write(tmp_path / "some.json", {"train": {"epochs": 2}})
+    assert parse_arguments(["--preset", "cuhk-pedes", "--config", path]).train.warmup_epochs == 0
+    for arguments in (["--epochs", "2", "--warmup-epochs", "2"], ["--epochs", "0"]):
+        with pytest.raises(SystemExit):
+            parse_arguments(arguments)
+    assert "must be below epochs, which is 2" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ start-up
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-c", "import upperson; print(upperson.__version__)"],
+        ["-c", "import upperson.config.command_line"],
+        [str(TRAIN_PY), "--help"],
+        ["-m", "upperson", "evaluate", "--help"],
+    ],
+    ids=["import", "configuration", "train --help", "evaluate --help"],
+)
+def test_nothing_heavy_is_imported(command, tmp_path):
+    """torch alone takes seconds."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    ended = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
