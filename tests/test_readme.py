@@ -1,23 +1,75 @@
-"""The README's Python examples run."""
+"""The Python examples of the pages run, and what the pages name exists."""
 
 import re
 from pathlib import Path
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+import pytest
+import torch
+from PIL import Image
+from tiny import build, stirred, tiny_clip, tiny_config
+
+from upperson import Config
+from upperson.model.checkpoint import save_checkpoint
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "kernels/README.md",
+    "bench/README.md",
+    "upperson/data/README.md",
+    "upperson/methods/README.md",
+    "upperson/tables/README.md",
+]
+
+
+def example(page: str, word: str) -> str:
+    """The one Python example of a page that contains `word`."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    (found,) = [code for code in examples if word in code]
+    return found
 
 
 def test_the_kernels_alone(capsys):
-    examples = [code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "from kernels" in code]
-    assert len(examples) == 1
-    code = examples[0].replace("8, 193, 3", "1, 17, 3")  # the interpreter is slow
+    code = example("kernels/README.md", "prefix_attention").replace("8, 193, 3", "1, 17, 3")  # the interpreter is slow
     exec(code, {})
     assert "torch.Size([1, 17, 3, 12, 64])" in capsys.readouterr().out
 
 
-def test_named_files_exist():
-    root = Path(__file__).parents[1]
-    quoted = re.findall(r"`((?:kernels|upperson|bench|tests)/[\w/.-]+)`", README)
-    linked = re.findall(r"\]\(([\w/.-]+)\)", README)
-    assert quoted and linked
-    for name in quoted + linked:
-        assert (root / name).exists(), name
+def test_search_of_a_folder(tmp_path, monkeypatch, capsys):
+    """The example prints the images of a folder, the most similar first."""
+    config = tiny_config(tmp_path, tiny_clip(context_length=77))
+    run_folder, images = tmp_path / "runs" / "embedded-1", tmp_path / "my" / "images"
+    run_folder.mkdir(parents=True)
+    images.mkdir(parents=True)
+    model = stirred(build(config)).eval()
+    save_checkpoint(run_folder / "best.safetensors", model.trained_parameters(), Config(config), {})
+    paths = [images / f"{colour}.jpg" for colour in ("red", "green", "blue")]
+    for path in paths:
+        Image.new("RGB", (30, 80), path.stem).save(path)
+    monkeypatch.chdir(tmp_path)
+    exec(example("README.md", "load_model"), {})
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    similarities = [float(similarity) for similarity, _ in printed]
+    assert similarities == sorted(similarities, reverse=True)
+    assert all(abs(similarity) <= 1 for similarity in similarities)
+    assert {name for _, name in printed} == {f"my/images/{path.name}" for path in paths}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page):
+    text = (ROOT / page).read_text()
+    quoted = re.findall(r"`((?:kernels|upperson|bench|tests)/[\w/.-]+)`", text)
+    linked = [link.split("#")[0] for link in re.findall(r"\]\(([\w/.#-]+)\)", text)]
+    assert quoted or linked
+    for name in quoted:
+        assert (ROOT / name).exists(), name
+    for name in linked:
+        assert ((ROOT / page).parent / name).exists(), name
+
+
+def test_named_functions_exist():
+    rows = re.findall(r"`(\w+)` in `([\w/.]+)`", (ROOT / "README.md").read_text())
+    assert len(rows) >= 6
+    for name, path in rows:
+        assert re.search(rf"^(?:def|class) {name}\b", (ROOT / path).read_text(), re.MULTILINE), (name, path)

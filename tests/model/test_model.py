@@ -270,7 +270,8 @@ def test_a_tag_without_a_network_is_explained(monkeypatch):
         (True, "no route to host"),
     ):
         monkeypatch.setattr(download, "reachable", lambda url, online=online: online)
-        with pytest.raises(BackboneError, match=f"'openai' of ViT-B-32-quickgelu are not in .* cache.*{message}"):
+        beginning = "'openai' of ViT-B-32-quickgelu are not in .* cache.*"
+        with pytest.raises(BackboneError, match=beginning + message):
             build_clip(config)
     assert seen == [True, False] and not constants.HF_HUB_OFFLINE
 
