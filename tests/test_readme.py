@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from tiny import build, stirred, tiny_clip, tiny_config
 
