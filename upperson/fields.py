@@ -64,10 +64,8 @@ def _in_words(hint: Any) -> str:
         return "one of " + ", ".join(map(str, arguments))
     if typing.get_origin(hint) is tuple:
         return f"{len(arguments)} values of type {arguments[0].__name__}"
-    return " or ".join(
-        {float: "a finite number", int: "a whole number", types.NoneType: "none"}.get(kind, kind.__name__)
-        for kind in arguments or (hint,)
-    )
+    words: dict[Any, str] = {float: "a finite number", int: "a whole number", types.NoneType: "none"}
+    return " or ".join(str(words.get(kind, kind.__name__)) for kind in arguments or (hint,))
 
 
 def _within(number: float, name: str, bound: float) -> bool:

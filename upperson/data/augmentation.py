@@ -8,6 +8,7 @@ proportional to the height elsewhere.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ def augment(images: Tensor, augmentation: Tensor, mean: tuple[float, ...], std: 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """[..., 3, H, W] uint8 -> float32, with `mean` and `std` of the values in [0, 1]."""
     scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
-    return v2.functional.normalize(scaled, _channels(mean, pixels.device), _channels(std, pixels.device), inplace=True)
+    channels: list[Any] = [_channels(values, pixels.device) for values in (mean, std)]  # tensors: no copy to the GPU
+    return v2.functional.normalize(scaled, *channels, inplace=True)
 
 
 def _rectangle(rows: Tensor, columns: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class ImageCache:
     """The pixels of a data set's image files, at one size. It can be pickled; each process maps the file itself."""
 
     def __init__(self, image_size: tuple[int, int], rows: dict[Path, int], file: Path | None):
-        self.image_size, self.rows, self.file = tuple(image_size), rows, file
+        self.image_size, self.rows, self.file = image_size, rows, file
         self._pixels: np.ndarray | None = None
 
     @classmethod
@@ -78,9 +78,11 @@ class ImageCache:
         """[3, H, W] uint8, as `load_pixels` gives it. KeyError for an image that the cache was not opened with."""
         if image not in self.rows:
             raise KeyError(f"{image}: expected one of the {len(self.rows)} images that the cache was opened with")
-        if self._pixels is None:
-            self._pixels = np.load(self.file, mmap_mode="r")
-        return torch.from_numpy(np.array(self._pixels[self.rows[image]]))
+        pixels = self._pixels
+        if pixels is None:
+            assert self.file is not None  # there are rows
+            pixels = self._pixels = np.load(self.file, mmap_mode="r")
+        return torch.from_numpy(np.array(pixels[self.rows[image]]))
 
     def load(self, image: Path | Drawing) -> torch.Tensor:
         """[3, H, W] uint8: a file from the cache, a drawing as it is drawn."""

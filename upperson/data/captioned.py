@@ -35,8 +35,9 @@ def read_captioned(
         source = str(folder / flat.format(split="{train,val,test}"))
         files = {split: folder / name for split, name in lists.items() if (folder / name).is_file()}
         annotations = [annotation for split, file in files.items() for annotation in _read_flat(file, split)]
-    if annotations:
-        images = _image_root(title, folder, annotations[0][1], image_folders)
+    if not annotations:
+        return source, []
+    images = _image_root(title, folder, annotations[0][1], image_folders)
     return source, [Annotation(split, images / path, captions, None) for split, path, captions in annotations]
 
 

@@ -39,19 +39,19 @@ class DeviceBatches:
             return
         batches = iter(self.loader)
         with ThreadPoolExecutor(1) as thread:
-            ahead = thread.submit(self._fetch, batches)
+            ahead = thread.submit(self._fetch, batches, self.stream)
             while (fetched := ahead.result()) is not None:
-                ahead = thread.submit(self._fetch, batches)
+                ahead = thread.submit(self._fetch, batches, self.stream)
                 yield self._hand_out(*fetched)
 
-    def _fetch(self, batches: Iterator[Batch]) -> tuple[Batch, torch.cuda.Event] | None:
+    def _fetch(self, batches: Iterator[Batch], stream: torch.cuda.Stream) -> tuple[Batch, Any] | None:
         batch = next(batches, None)
         if batch is None:
             return None
-        with torch.cuda.stream(self.stream):
-            return to_device(batch, self.device, *self.options), self.stream.record_event()
+        with torch.cuda.stream(stream):
+            return to_device(batch, self.device, *self.options), stream.record_event()
 
-    def _hand_out(self, batch: Batch, ready: torch.cuda.Event) -> Batch:
+    def _hand_out(self, batch: Batch, ready: Any) -> Batch:
         current = torch.cuda.current_stream(self.device)
         current.wait_event(ready)  # not for the stream, which already works on the batch after this one
         for tensor in batch.values():

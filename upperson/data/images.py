@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -41,7 +42,8 @@ def load_image(image: Path | Drawing | Image.Image) -> Image.Image:
 
 def load_pixels(image: Path | Drawing | Image.Image, image_size: tuple[int, int]) -> torch.Tensor:
     """[3, H, W] uint8: the image in `image_size` (height, width), bilinear and antialiased. Raises as `load_image`."""
-    resized = v2.functional.resize(load_image(image), list(image_size), v2.InterpolationMode.BILINEAR, antialias=True)
+    loaded: Any = load_image(image)  # torchvision resizes PIL images too, and is annotated for tensors only
+    resized = v2.functional.resize(loaded, list(image_size), v2.InterpolationMode.BILINEAR, antialias=True)
     return v2.functional.pil_to_tensor(resized)
 
 

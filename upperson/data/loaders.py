@@ -133,7 +133,7 @@ def _leave_process_group(_: int) -> None:
         os.setpgid(0, 0)
 
 
-def _loader(dataset: Dataset, workers: int, **options) -> DataLoader:
+def _loader(dataset: Any, workers: int, **options: Any) -> DataLoader:
     # With a generator of its own, a DataLoader leaves the global one alone.
     return DataLoader(
         dataset,
@@ -245,7 +245,7 @@ class EvaluationImages(Dataset):
 def _token_ids(captions: Sequence[str], tokenizer: Tokenizer) -> torch.Tensor:
     """[captions, L] int32, half the memory of int64. A bar appears if it takes long: 500,000 captions take 40 s."""
     starts = tqdm(range(0, len(captions), 1000), desc="tokenizing captions", delay=2, leave=False, disable=None)
-    return torch.cat([tokenizer(captions[start : start + 1000]).to(torch.int32) for start in starts])
+    return torch.cat([tokenizer(list(captions[start : start + 1000])).to(torch.int32) for start in starts])
 
 
 def _generator(*key: str | int) -> torch.Generator:

@@ -47,7 +47,7 @@ def noun_phrase(
     name = rng.choice(names[item.kind][: None if synonyms else 1])
     colour = colour_word(rng, item.colour, synonyms)
     ending = ""
-    if item.pattern != "plain" and rng.random() < 0.85:
+    if item.accent is not None and item.pattern != "plain" and rng.random() < 0.85:
         adjectives, endings = PATTERNS[item.pattern]
         accent = colour_word(rng, item.accent, synonyms)
         way = rng.random()

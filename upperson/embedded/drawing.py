@@ -23,12 +23,14 @@ class Drawing(Hashable, Protocol):
 
 def shade(rgb: RGB, factor: float) -> RGB:
     """The colour made darker (factor < 1) or brighter."""
-    return tuple(min(255, max(0, round(channel * factor))) for channel in rgb)
+    red, green, blue = (min(255, max(0, round(channel * factor))) for channel in rgb)
+    return red, green, blue
 
 
 def mix(a: RGB, b: RGB, share: float) -> RGB:
     """`share` of b in a."""
-    return tuple(round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+    red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+    return red, green, blue
 
 
 def edge(rgb: RGB) -> RGB:
@@ -75,7 +77,7 @@ class Paint:
         elif self.pattern == "vertical stripes":
             for x in across:
                 draw.rectangle((x, 0, x + 0.4 * step, height), fill=self.accent)
-        elif self.pattern == "checks":
+        elif self.pattern == "checks" and self.accent is not None:
             between = mix(self.rgb, self.accent, 0.5)
             for y in down:
                 draw.rectangle((0, y, width, y + 0.4 * step), fill=between)

@@ -169,7 +169,7 @@ class _Figure(Brush):
         self.shape(*chest, *spine, paint=Paint.of(upper))
         self._neckline(upper)
         self._trimmings(upper, hem_wide)
-        if upper.pattern == "logo" and self.front:
+        if upper.accent_rgb is not None and upper.pattern == "logo" and self.front:
             self.oval(0, 0.69, 0.046, 0.042, upper.accent_rgb)
             self.oval(0, 0.69, 0.022, 0.02, upper.rgb)
         inner = [(0.55 * u, v) for u, v in reversed(chest)]

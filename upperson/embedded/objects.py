@@ -78,7 +78,7 @@ def _upper(b: _Brush, item: Item) -> None:
         b.both((0.24, 0.35), (0.34, 0.75), paint=b.crease)
         for s in (-1, 1):
             b.line((s * 0.07, -0.65), (s * 0.09, -0.2), width=1.1, fill=(240, 240, 240))
-    if item.pattern == "logo":
+    if item.accent_rgb is not None and item.pattern == "logo":
         b.oval(0, -0.12, 0.25, 0.24, item.accent_rgb)
         b.oval(0, -0.12, 0.12, 0.11, item.rgb)
 

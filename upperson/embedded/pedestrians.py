@@ -41,16 +41,16 @@ class Pedestrian:
             parts["glasses"] = Item("glasses", "black", (25, 25, 30))
         if not self.view.occluded:
             parts["shoes"] = person.shoes
-        if person.bag and _bag_shows(person, facing):
+        if person.bag and _bag_shows(person.bag, person.bag_hand, facing):
             parts["bag"] = person.bag
         return {part: item for part, item in parts.items() if item is not None}
 
 
-def _bag_shows(person: Identity, facing: str) -> bool:
+def _bag_shows(bag: Item, hand: int, facing: str) -> bool:
     """From the side the far hand, and what it holds, is behind the body."""
-    if person.bag.kind == "backpack" or facing in ("front", "back"):
+    if bag.kind == "backpack" or facing in ("front", "back"):
         return True
-    return person.bag_hand == (-1 if facing == "right" else 1)
+    return hand == (-1 if facing == "right" else 1)
 
 
 def _draw_obstacle(canvas: Canvas, rng: random.Random) -> None:
@@ -62,6 +62,7 @@ def _draw_obstacle(canvas: Canvas, rng: random.Random) -> None:
             canvas.ellipse(x, top + 10, 10, 10 + rng.uniform(-3, 3), shade(hedge, rng.uniform(0.85, 1.15)))
         canvas.rectangle(0, top + 10, WIDTH, HEIGHT, hedge)
     else:
-        stone = (rng.randint(110, 180),) * 3
+        grey = rng.randint(110, 180)
+        stone = (grey, grey, grey)
         canvas.rectangle(0, top, WIDTH, HEIGHT, stone)
         canvas.rectangle(0, top, WIDTH, top + 4, shade(stone, 1.2))

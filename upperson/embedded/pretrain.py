@@ -7,6 +7,7 @@ is drawn when step i // batch needs it, so what is seen depends on the seed alon
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -42,7 +43,7 @@ class Scenes(Dataset):
         return torch.from_numpy(np.array(scene.draw())).permute(2, 0, 1), self.tokenizer(scene.caption)[0]
 
 
-def encode_short_text(clip: open_clip.CLIP, tokens: Tensor) -> Tensor:
+def encode_short_text(clip: Any, tokens: Tensor) -> Tensor:
     """clip.encode_text without the padding behind the longest text, which a causal tower never sees."""
     ends = tokens.argmax(dim=-1)
     length = int(ends.max()) + 1

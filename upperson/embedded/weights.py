@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -26,7 +27,7 @@ class EmbeddedWeightsError(RuntimeError):
 
 def build_embedded_clip() -> open_clip.CLIP:
     """The small CLIP with random weights, float32; its token embedding is always the same."""
-    clip = open_clip.CLIP(**json.loads(CLIP_CONFIG.read_text()))
+    clip: Any = open_clip.CLIP(**json.loads(CLIP_CONFIG.read_text()))
     with torch.no_grad():
         clip.token_embedding.weight.copy_(untrained_embedding(*clip.token_embedding.weight.shape))
     return clip
@@ -53,7 +54,7 @@ def load_embedded_clip(path: Path = CLIP_WEIGHTS) -> open_clip.CLIP:
 
     Raises EmbeddedWeightsError where the file is missing, damaged or of another model.
     """
-    clip = build_embedded_clip()
+    clip: Any = build_embedded_clip()
     try:
         tensors = load(path.read_bytes())
         rows, ids = tensors.pop(_ROWS), tensors.pop(_IDS)

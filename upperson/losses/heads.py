@@ -7,6 +7,7 @@ Checkpoints do not hold these heads.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ class IdentityClassifier(nn.Module):
 
     def __init__(self, width: int, person_ids: Iterable[int]):
         super().__init__()
+        self.person_ids: Tensor
         self.register_buffer("person_ids", torch.tensor(sorted(set(person_ids))), persistent=False)
         self.weight = nn.Parameter(torch.empty(len(self.person_ids), width).normal_(std=0.001))
         self.bias = nn.Parameter(torch.zeros(len(self.person_ids)))
@@ -40,13 +42,13 @@ class IdentityClassifier(nn.Module):
         message = "person_ids: the id loss knows the people of the training split alone, found others"
         if known.device.type == "cpu" and not known:
             raise ValueError(message)
-        torch._assert_async(known, message)
+        torch._assert_async(known, message)  # pyright: ignore[reportPrivateImportUsage]
         with torch.autocast(image_features.device.type, enabled=False):
-            losses = [
+            image_loss, text_loss = (
                 F.cross_entropy(F.linear(features.to(self.weight.dtype), self.weight, self.bias), classes)
                 for features in (image_features, text_features)
-            ]
-        return sum(losses) / 2
+            )
+        return (image_loss + text_loss) / 2
 
 
 class MaskedLanguageModel(nn.Module):
@@ -75,16 +77,19 @@ class MaskedLanguageModel(nn.Module):
     def initialise(self, width: int) -> None:
         """CLIP's own start of a transformer, as IRRA takes it: standard deviations by width and depth."""
         inner, outer, wide = width**-0.5, width**-0.5 * (2 * DEPTH) ** -0.5, (2 * width) ** -0.5
-        for attention in (self.attention, *(block.self_attn for block in self.transformer.layers)):
+        blocks: list[Any] = list(self.transformer.layers)
+        for attention in (self.attention, *(block.self_attn for block in blocks)):
             nn.init.normal_(attention.in_proj_weight, std=inner)
             nn.init.normal_(attention.out_proj.weight, std=outer)
-        for block in self.transformer.layers:
+        for block in blocks:
             block.linear1.reset_parameters()  # torch copies one block; biases of its own
             block.linear2.reset_parameters()
             nn.init.normal_(block.linear1.weight, std=wide)
             nn.init.normal_(block.linear2.weight, std=outer)
-        nn.init.normal_(self.head[0].weight, std=wide)
-        nn.init.normal_(self.head[3].weight, std=outer)
+        layers: list[Any] = list(self.head)
+        hidden, logits = layers[0], layers[3]
+        nn.init.normal_(hidden.weight, std=wide)
+        nn.init.normal_(logits.weight, std=outer)
 
     def forward(self, image_tokens: Tensor, text_tokens: Tensor, ends: Tensor, labels: Tensor) -> Tensor:
         """Mean cross entropy over the masked tokens of all processes, a scalar in float32 at least; 0 without any.

@@ -91,7 +91,8 @@ class Objective(nn.Module):
         for name in (name for name in self.weights if name in PAIR_LOSSES):
             options = {} if name == "cmpm" else {"temperature": self.temperature}
             losses[name] = PAIR_LOSSES[name](image_features, text_features, person_ids, **options)
-        return sum(weight * losses[name] for name, weight in self.weights.items()), losses
+        weighted = [weight * losses[name] for name, weight in self.weights.items()]
+        return sum(weighted[1:], weighted[0]), losses
 
 
 class LossesOfModel(nn.Module):

@@ -13,7 +13,7 @@ from upperson.config import ModelConfig
 from upperson.data import Preprocess
 from upperson.errors import MethodError, RunError
 from upperson.methods import Place
-from upperson.model.backbone import build_clip, fit_image_size, pooling, require_transformers, text_tower
+from upperson.model.backbone import Clip, build_clip, fit_image_size, pooling, require_transformers, text_tower
 from upperson.model.block import KINDS, Block, Sequences, Stream, rows_of
 from upperson.model.captions import CaptionPacker, PackedCaptions
 from upperson.model.prompts import run_captions, run_images
@@ -38,7 +38,7 @@ class AdaptedCLIP(nn.Module):
     def __init__(self, config: ModelConfig, clip: nn.Module | None = None):
         super().__init__()
         self.config = config
-        self.clip = build_clip(config) if clip is None else clip
+        self.clip: Clip = build_clip(config) if clip is None else clip
         require_transformers(config.model, self.clip)
         self.clip.eval().requires_grad_(False)
         fit_image_size(self.clip.visual, config.image_size)
@@ -49,8 +49,8 @@ class AdaptedCLIP(nn.Module):
         options = dict(backend=backend, low_rank_gradients=config.low_rank_gradients)
         self.image_blocks = replace_blocks(self.clip.visual.transformer, causal=False, **options)
         self.text_blocks = replace_blocks(text.transformer, causal=self.text_causal, **options)
-        self.context_length = text.context_length
-        self.embedding_width = self.clip.visual.output_dim  # E
+        self.context_length: int = text.context_length
+        self.embedding_width: int = self.clip.visual.output_dim  # E
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
         self.set_modules(config, self.new_modules(config))
         if config.method.trains_clip:
@@ -58,7 +58,7 @@ class AdaptedCLIP(nn.Module):
                 parameter.requires_grad_()
         preprocessing = open_clip.get_model_preprocess_cfg(self.clip)
         self.preprocess = Preprocess(
-            tuple(config.image_size),
+            config.image_size,
             tuple(preprocessing.get("mean", open_clip.OPENAI_DATASET_MEAN)),
             tuple(preprocessing.get("std", open_clip.OPENAI_DATASET_STD)),
         )
@@ -288,7 +288,7 @@ class AdaptedCLIP(nn.Module):
         if not kinds - set(kinds_in(freeze)):
             raise RunError(nothing_to_train(config, freeze))
 
-    def set_modules(self, config: ModelConfig, modules: dict[Place, nn.Module]) -> None:
+    def set_modules(self, config: ModelConfig, modules: dict[Place, Any]) -> None:
         """Makes these modules, which `config` describes, the trained ones. The backbone must be that of `config`."""
         self.config = config
         for tower, blocks in self.towers.items():
@@ -347,7 +347,7 @@ class AdaptedCLIP(nn.Module):
                 block.adapted = True
 
 
-def replace_blocks(transformer: nn.Module, **options: Any) -> list[Block]:
+def replace_blocks(transformer: Any, **options: Any) -> list[Block]:
     """Replaces the blocks of an open_clip Transformer, and returns the new ones; `options` are those of Block."""
     for i, frozen in enumerate(transformer.resblocks):
         transformer.resblocks[i] = Block(frozen, **options)

@@ -19,6 +19,7 @@ from upperson.model.download import load_published
 from upperson.model.weights import ACCEPTED, mismatch, read_weights
 
 CLIP_VOCABULARY = 49408
+Clip = Any  # an open_clip.CLIP or CustomTextCLIP, whose towers open_clip does not annotate
 
 
 def build_clip(config: ModelConfig) -> nn.Module:
@@ -77,7 +78,7 @@ def configuration_file(model: str) -> Path | None:
     return Path(model) if model.endswith(".json") else None
 
 
-def load_weights(clip: nn.Module, path: Path, image_size: tuple[int, int]) -> None:
+def load_weights(clip: Clip, path: Path, image_size: tuple[int, int]) -> None:
     """Loads weights from a file of open_clip's or of OpenAI's; no pickled code is run.
 
     The image tower then takes images of the size that the file's position embedding is for: of the published size,
@@ -123,19 +124,19 @@ def image_size_of(
     )
 
 
-def text_tower(clip: nn.Module) -> nn.Module:
+def text_tower(clip: Clip) -> Any:
     """The module that holds the text transformer: a part of CustomTextCLIP, the model itself in CLIP."""
     return getattr(clip, "text", clip)
 
 
-def pooling(clip: nn.Module) -> tuple[str, int | None]:
+def pooling(clip: Clip) -> tuple[str, int | None]:
     """How the text tower picks the token that stands for the caption: open_clip's pool type and end token id."""
-    if isinstance(clip, open_clip.CustomTextCLIP):
+    if hasattr(clip, "text"):  # CustomTextCLIP
         return clip.text.pool_type, clip.text.eos_id
     return clip.text_pool_type, clip.text_eos_id
 
 
-def require_transformers(name: str, clip: nn.Module) -> None:
+def require_transformers(name: str, clip: Clip) -> None:
     """Raises BackboneError unless both towers are open_clip's own transformers and read CLIP's vocabulary."""
     if not isinstance(clip.visual, VisionTransformer):
         raise BackboneError(

@@ -1,6 +1,6 @@
 """One transformer block of either tower: open_clip's frozen layers around the trained modules."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -146,8 +146,9 @@ class Block(nn.Module):
             visible = torch.arange(tokens.shape[1], device=y.device) <= read[:, None]
         prefix_key, prefix_value, scale, target = self.prefix_columns(key_value, shared)
         query = query.unflatten(-1, (heads, -1))
+        key, value = key_value.unbind(2)
         return attend_once(
-            query, *key_value.unbind(2), prefix_key, prefix_value, scale, scale_target=target, visible=visible
+            query, key, value, prefix_key, prefix_value, scale, scale_target=target, visible=visible
         ).flatten(-2)
 
     def project(self, y: Tensor, first: int = 0) -> Tensor:
@@ -162,9 +163,11 @@ class Block(nn.Module):
         if shared is not None:
             y, _ = self.active(self.adapter_attn).normalise(self.ln_1, shared, None, self.backend)
             key_value = self.project(y, self.attn.embed_dim).unflatten(-1, (2, *like.shape[-2:]))
-            return *key_value.unbind(1), like.new_ones(()), "weights"
+            key, value = key_value.unbind(1)
+            return key, value, like.new_ones(()), "weights"
         if self.prefix is not None and self.adapted:
-            return *self.prefix(self.attn.num_heads), self.prefix.target
+            key, value, scale = self.prefix(self.attn.num_heads)
+            return key, value, scale, self.prefix.target
         key = value = like.new_empty(0, *like.shape[-2:])
         return key, value, like.new_ones(()), "weights"
 
@@ -172,8 +175,9 @@ class Block(nn.Module):
         """The MLP."""
         if self.activation is None:
             return self.mlp(y)
-        hidden = self.activation(F.linear(y, self.mlp.c_fc.weight), self.mlp.c_fc.bias, backend=self.backend)
-        return self.mlp.c_proj(hidden)
+        first: Any = self.mlp.c_fc
+        second: Any = self.mlp.c_proj
+        return second(self.activation(F.linear(y, first.weight), first.bias, backend=self.backend))
 
 
 def rows_of(x: Tensor, read: Tensor) -> Tensor:

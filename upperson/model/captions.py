@@ -1,6 +1,6 @@
 """Captions without padding: packed one after the other, since padding is most of what a text tower would compute."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,15 +17,21 @@ class PackedCaptions:
     first_position: int  # of each caption's first token: 0, or behind the prompts
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedCaptions":
-        tensors = (self.token_ids, self.positions, self.cu_seqlens)
-        return PackedCaptions(
-            *(tensor.to(device, non_blocking=non_blocking) for tensor in tensors), self.longest, self.first_position
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device, non_blocking=non_blocking),
+            positions=self.positions.to(device, non_blocking=non_blocking),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "PackedCaptions":
         """The same captions in pinned memory; a DataLoader calls this."""
-        tensors = (self.token_ids, self.positions, self.cu_seqlens)
-        return PackedCaptions(*(tensor.pin_memory() for tensor in tensors), self.longest, self.first_position)
+        return replace(
+            self,
+            token_ids=self.token_ids.pin_memory(),
+            positions=self.positions.pin_memory(),
+            cu_seqlens=self.cu_seqlens.pin_memory(),
+        )
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """As Tensor.record_stream: the memory is not used again before `stream` is done with it."""

@@ -27,15 +27,18 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     The errors are those of the libraries that read it.
     """
-    preprocessing = {}
+    preprocessing: dict[str, Any] = {}
+    state: dict[str, Any]
     if is_torchscript(path):
         # OpenAI's own files. Restoring an archive runs TorchScript, an interpreter without access to Python, and no
         # pickle; torch.load refuses it with weights_only.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of deprecation
-            state = dict(torch.jit.load(path, map_location="cpu").state_dict())
+            archive: Any = torch.jit.load(path, map_location="cpu")
+            state = dict(archive.state_dict())
     else:
-        state = dict(open_clip.factory.load_state_dict(str(path), weights_only=True))
+        loaded: Any = open_clip.factory.load_state_dict(str(path), weights_only=True)
+        state = dict(loaded)
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             preprocessing = json.loads((file.metadata() or {}).get(PREPROCESSING, "{}"))

@@ -11,6 +11,8 @@ With the frozen sublayer F, the residual stream x, the bottleneck A(u) = s · up
     normed        x + F(LN(x)) + A(LN'(x)), LN' trained     beside the sublayer (arXiv 2309.09496), s a constant
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,7 +76,7 @@ class LAdapter(Bottleneck):
         self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, backend: str | None
     ) -> tuple[Tensor, Tensor]:
         backend = backend_for(len(self.down_weight), backend)
-        result = layernorm_adapter(
+        result: Any = layernorm_adapter(  # a pair with a residual
             x,
             norm.weight,
             norm.bias,
@@ -135,7 +137,7 @@ class NormedAdapter(Adapter):
         """What the adapter makes of the stream is added to it here, and so reaches the sum with the sublayer's."""
         backend = backend_for(len(self.down_weight), backend)
         scale = torch.full_like(self.up_bias[0], self.scale, requires_grad=False)  # exact in every dtype
-        return layernorm_adapter(
+        pair: Any = layernorm_adapter(
             x,
             norm.weight,
             norm.bias,
@@ -150,6 +152,7 @@ class NormedAdapter(Adapter):
             norm_bias=self.norm_bias,
             backend=backend,
         )
+        return pair
 
 
 class LayerNormTuning(Adapter):

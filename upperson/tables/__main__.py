@@ -225,12 +225,14 @@ def write(
     name = f"{number}-{options.method}" if number == "sweeps" else number
     name = f"{name}-{table.rows[0].config.data.dataset}"
     title = heading(number, table.title)
-    (model, costs_of_rows), *others = costs.items() if costs else [("", None)]
+    first = next(iter(costs)) if costs else None
+    costs_of_rows = costs[first] if costs and first else None
     text = markdown(number, table.title, rows, directions, how_trained(table, seeds), costs_of_rows)
     if costs:
+        others = {model: of_rows for model, of_rows in costs.items() if model != first}
         text += (
-            f"\nThe costs are those of {model}; a / b, of the first and the second stage. "
-            f"{how_measured(table.rows[0].config, options.device)}\n\n{costs_markdown(dict(others))}"
+            f"\nThe costs are those of {first}; a / b, of the first and the second stage. "
+            f"{how_measured(table.rows[0].config, options.device)}\n\n{costs_markdown(others)}"
         )
     print(f"\n{text}", flush=True)
     files = {f"{name}.md": text.encode(), f"{name}.csv": comma_separated(number, rows, directions, seeds).encode()}

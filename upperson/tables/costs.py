@@ -80,9 +80,11 @@ def how_measured(config: Config, device: str) -> str:
 
 def measure_apart(config: Config, batch_size: int) -> list[Cost]:
     """measure() in a fresh process, for each stage of the method; one cost where it has none."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as process:
-        return [process.submit(measure, part, batch_size).result() for part in trainings(config)]
+    costs = []
+    for part in trainings(config):
+        with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as process:
+            costs.append(process.submit(measure, part, batch_size).result())
+    return costs
 
 
 def measure(config: Config, batch_size: int) -> Cost:

@@ -67,7 +67,9 @@ class Runs:
     def identity(data: DataConfig) -> dict[str, Any]:
         """What tells one data set from another."""
         values = fields_that_matter(data)
-        return values if data.is_drawn else values | {"data_root": str(data.data_root.expanduser().resolve())}
+        if data.is_drawn or data.data_root is None:
+            return values
+        return values | {"data_root": str(data.data_root.expanduser().resolve())}
 
     def is_done(self, config: Config) -> bool:
         place = self.folder_of(config)
@@ -139,7 +141,8 @@ def begin_process(threads: int) -> None:
     torch.set_num_threads(threads)
 
     def follow() -> None:
-        multiprocessing.parent_process().join()
+        if parent := multiprocessing.parent_process():
+            parent.join()
         os._exit(1)  # what is saved is whole: files are moved to their places
 
     threading.Thread(target=follow, daemon=True).start()

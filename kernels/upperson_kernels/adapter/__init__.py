@@ -86,7 +86,7 @@ def layernorm_adapter(
     if (norm_weight is None) != (norm_bias is None):
         missing = "norm_bias" if norm_bias is None else "norm_weight"
         raise ValueError(f"{name}: norm_weight and norm_bias go together, and {missing} is missing")
-    if norm_weight is not None:
+    if norm_weight is not None and norm_bias is not None:
         require_shape(name, "norm_weight", norm_weight, (width,))
         require_shape(name, "norm_bias", norm_bias, (width,))
         parameters |= dict(norm_weight=norm_weight, norm_bias=norm_bias)

@@ -1,5 +1,8 @@
 """Launches the kernels of LayerNorm with a parallel adapter (device.py): torch tensors in and out."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+# A kernel's constants are constexpr to Triton and plain values to its caller, which a type checker cannot see.
+
 from typing import NamedTuple
 
 import torch
@@ -60,13 +63,13 @@ class Needs(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """The sums of parameter_gradient_kernel; None for every sum that is not wanted."""
+    """The sums of parameter_gradient_kernel; empty for every sum that is not wanted."""
 
-    up: Tensor | None  # (C, R), dyᵀ h
-    column: Tensor | None  # (C,), Σ dy
-    down: Tensor | None  # (C, R), (dhᵀ x)ᵀ
-    down_bias: Tensor | None  # (R,), Σ dh
-    weight: Tensor | None  # (C,), Σ dy x̂
+    up: Tensor  # (C, R), dyᵀ h
+    column: Tensor  # (C,), Σ dy
+    down: Tensor  # (C, R), (dhᵀ x)ᵀ
+    down_bias: Tensor  # (R,), Σ dh
+    weight: Tensor  # (C,), Σ dy x̂
 
 
 def forward(
@@ -178,7 +181,7 @@ def backward(
     if needs.scale:
         of_weight, of_bias = sums.up * layers.up_weight.to(acc_dtype), sums.column * layers.up_bias.to(acc_dtype)
         gradients["scale"] = (of_weight.sum() + of_bias.sum()).to(layers.scale.dtype)
-    if needs.norm_weight or needs.norm_bias:
+    if own_norm is not None and (needs.norm_weight or needs.norm_bias):
         wide_down = layers.down_weight.contiguous().to(acc_dtype)
         if needs.norm_weight:
             gradients["norm_weight"] = (wide_down.t() * sums.down).sum(1).to(own_norm.weight.dtype)
@@ -295,7 +298,7 @@ def parameter_sums(
                 ACC=TRITON_DTYPES[acc_dtype],
                 **chosen,
             )
-    return Sums(*(buffer.sum(0) if wanted else None for buffer, (wanted, _) in zip(buffers, shapes, strict=True)))
+    return Sums(*(buffer.sum(0) if wanted else buffer for buffer, (wanted, _) in zip(buffers, shapes, strict=True)))
 
 
 def down_gradient(sums: Sums, own_norm: Norm | None, acc_dtype: torch.dtype) -> Tensor:

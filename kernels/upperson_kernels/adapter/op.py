@@ -34,7 +34,7 @@ def layernorm_adapter_forward(
     y, stream, total, saved = launch.forward(
         x, residual, Norm(weight, bias), layers, own_norm_of(norm_weight, norm_bias), eps
     )
-    return y, stream, total, *saved
+    return y, stream, total, saved.mean, saved.rstd, saved.hidden
 
 
 def own_norm_of(weight: Tensor | None, bias: Tensor | None) -> Norm | None:

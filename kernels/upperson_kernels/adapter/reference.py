@@ -31,11 +31,9 @@ def plain(
             t.to(x.dtype) for t in (weight, bias, down_weight, down_bias, up_weight, up_bias, scale)
         )
         normalised = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
-        read = (
-            total
-            if norm_weight is None
-            else F.layer_norm(total, total.shape[-1:], norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps)
-        )
+        read = total
+        if norm_weight is not None and norm_bias is not None:
+            read = F.layer_norm(total, total.shape[-1:], norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps)
         hidden = F.relu(F.linear(read, down_weight, down_bias))
         adapter = scale * F.linear(hidden, up_weight, up_bias)
         return (normalised + adapter, total) if norm_weight is None else (normalised, total + adapter)
