@@ -4,6 +4,7 @@ How they are compared stands in operators.py.
 """
 
 import math
+import re
 
 import pytest
 import torch
@@ -591,6 +592,32 @@ def test_backend_rule(monkeypatch):
         upperson_kernels.backend.resolve(None, cpu.bfloat16())
     with pytest.raises(ValueError, match="backend must be None, 'triton' or 'torch', not 'cuda'"):
         upperson_kernels.backend.resolve("cuda", cpu)
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [
+        ("3.6.0", "2.3.5", True),
+        ("3.6.0", "2.4.0", False),
+        ("3.6.0+git1", "2.4rc1", False),
+        ("3.6.0", "2.10.1", False),
+        ("3.6.0", "3.0.0", False),
+        ("3.7.0", "2.4.6", True),
+        ("3.10.0", "2.4.6", True),
+    ],
+)
+def test_interpreter_that_numpy_breaks_is_refused(monkeypatch, triton, numpy, works):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    problem = upperson_kernels.backend.interpreter_problem(triton, numpy)
+    monkeypatch.setattr(upperson_kernels.backend, "INTERPRETER_PROBLEM", problem)
+    if works:
+        assert upperson_kernels.backend.resolve(None, torch.zeros(1)) == "triton"
+        return
+    with pytest.raises(
+        RuntimeError, match=re.escape(f"the interpreter of Triton {triton} does not work with NumPy {numpy}:")
+    ):
+        upperson_kernels.backend.resolve(None, torch.zeros(1))
+    assert upperson_kernels.backend.resolve("torch", torch.zeros(1)) == "torch"
 
 
 @pytest.mark.skipif(GPU, reason="the rule for the interpreter")

@@ -7,8 +7,10 @@
 Nothing falls back in silence: inputs that the chosen backend does not take are an error.
 """
 
+import importlib.metadata
 import importlib.util
 import os
+import re
 
 import torch
 
@@ -16,6 +18,33 @@ BACKENDS = ("triton", "torch")
 COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # NumPy, which the interpreter computes with, has no bfloat16: products of it are wrong there.
 INTERPRETED_DTYPES = (torch.float64, torch.float32, torch.float16)
+
+
+def interpreter_problem(triton: str, numpy: str) -> str | None:
+    """Why Triton's interpreter fails with these versions; None where it works.
+
+    Triton before 3.7 converts arrays of one element to int, which NumPy 2.4 no longer allows.
+    """
+    if release(triton) >= (3, 7) or release(numpy) < (2, 4):
+        return None
+    return (
+        f"the interpreter of Triton {triton} does not work with NumPy {numpy}: install 'triton>=3.7' or 'numpy<2.4', "
+        "or use backend='torch'"
+    )
+
+
+def release(version: str) -> tuple[int, int]:
+    """(2, 4) of "2.4.6", of "2.4rc1" and of "2.4.0+cpu"."""
+    major, minor = re.findall(r"\d+", version)[:2]
+    return int(major), int(minor)
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETER_PROBLEM = (
+    interpreter_problem(importlib.metadata.version("triton"), importlib.metadata.version("numpy"))
+    if HAS_TRITON
+    else None
+)
 
 
 def interpreting() -> bool:
@@ -26,8 +55,8 @@ def interpreting() -> bool:
 def resolve(backend: str | None, tensor: torch.Tensor) -> str:
     """The backend that runs for `tensor`: "triton" or "torch".
 
-    Raises ValueError for an unknown name, RuntimeError where Triton cannot run at all, TypeError for a
-    dtype that the Triton kernels do not take.
+    Raises ValueError for an unknown name, RuntimeError where Triton cannot run, TypeError for a dtype that the Triton
+    kernels do not support.
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be None, 'triton' or 'torch', not {backend!r}")
@@ -46,6 +75,8 @@ def resolve(backend: str | None, tensor: torch.Tensor) -> str:
             "TRITON_INTERPRET=1 before Triton is imported to interpret the kernels on the CPU, "
             "or use backend='torch'"
         )
+    if interpreting() and INTERPRETER_PROBLEM is not None:
+        raise RuntimeError(INTERPRETER_PROBLEM)
     allowed = INTERPRETED_DTYPES if interpreting() else COMPILED_DTYPES
     if tensor.dtype not in allowed:
         where = "in Triton's interpreter" if interpreting() else "on a GPU"
