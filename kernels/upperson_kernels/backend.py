@@ -39,12 +39,10 @@ def release(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETER_PROBLEM = (
-    interpreter_problem(importlib.metadata.version("triton"), importlib.metadata.version("numpy"))
-    if HAS_TRITON
-    else None
-)
+try:
+    INTERPRETER_PROBLEM = interpreter_problem(importlib.metadata.version("triton"), importlib.metadata.version("numpy"))
+except importlib.metadata.PackageNotFoundError:  # no Triton, or a nightly build under another name
+    INTERPRETER_PROBLEM = None
 
 
 def interpreting() -> bool:
