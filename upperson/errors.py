@@ -18,7 +18,7 @@ class BackboneError(ValueError):
 
 
 class MethodError(ValueError):
-    """Options of a method that do not fit the backbone or each other."""
+    """Options of a method that are incompatible with the backbone or with each other."""
 
 
 class CheckpointError(ValueError):

@@ -1,12 +1,13 @@
-"""Fused Triton operators for parameter-efficient CLIP. They need torch, and Triton where they run fused.
+"""Fused Triton operators for parameter-efficient CLIP. They need torch, and Triton for the fused kernels.
 
 prefix_attention    multi-head attention with a learned prefix that a learnable λ scales
 layernorm_adapter   LayerNorm with a bottleneck adapter in parallel, optionally after a residual addition, or with a
                     LayerNorm of the adapter's own
-quick_gelu          the activation of OpenAI's CLIP with the bias before it, whose backward starts from its input alone
+quick_gelu          the activation of OpenAI's CLIP with the bias before it, whose backward needs its input only
 
-PrefixAttention and LayerNormAdapter are the same as modules that own their parameters. resolve_backend tells which
-implementation runs for a tensor, unpack_sequences pads packed sequences, TilesError is the error of a file of tiles.
+PrefixAttention and LayerNormAdapter are the same operators as modules that own their parameters. resolve_backend says
+which implementation runs for a tensor. unpack_sequences pads packed sequences. TilesError is the error of a file of
+tiles.
 """
 
 from upperson_kernels.adapter import LayerNormAdapter, layernorm_adapter

@@ -4,7 +4,7 @@
     backend="triton"  the fused kernels, or an error that says why they cannot run
     backend="torch"   plain PyTorch, on any device and in any dtype
 
-Nothing falls back in silence: inputs that the chosen backend does not take are an error.
+There is no silent fallback: inputs that the chosen backend does not support are an error.
 """
 
 import importlib.metadata

@@ -25,7 +25,7 @@ def require_rows(operator: str, name: str, tensor: Tensor) -> None:
 
 
 def require_shape(operator: str, name: str, tensor: Tensor, shape: tuple) -> None:
-    """`shape` holds sizes, or a letter where any size will do."""
+    """Raises TypeError, ValueError. `shape` holds sizes, or a letter where every size is allowed."""
     require_tensor(operator, name, tensor)
     fits = tensor.dim() == len(shape) and all(
         isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True)
@@ -41,7 +41,7 @@ def require_device(operator: str, name: str, tensor: Tensor, main_name: str, mai
 
 
 def require_dtype(operator: str, name: str, tensor: Tensor, main_name: str, main: Tensor) -> None:
-    """Parameters come in the dtype of the activations, or stay float32 beside float16 or bfloat16 ones."""
+    """Raises TypeError unless a parameter has the activations' dtype, or is float32 beside 16-bit activations."""
     mixed = tensor.dtype == torch.float32 and main.dtype in (torch.float16, torch.bfloat16)
     if tensor.dtype != main.dtype and not mixed:
         wanted = {main.dtype, torch.float32} if main.dtype in (torch.float16, torch.bfloat16) else {main.dtype}
@@ -52,7 +52,7 @@ def require_dtype(operator: str, name: str, tensor: Tensor, main_name: str, main
 
 
 def refuse_forward_mode(operator: str, tensors: Iterable[Tensor]) -> None:
-    """Custom operators drop tangents in silence, and a derivative of zero would come out."""
+    """Raises NotImplementedError for forward-mode inputs: a custom operator ignores tangents and would return zero."""
     if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(
             f"{operator}: backend 'triton' has no forward-mode derivative (jvp, jacfwd); use reverse mode"

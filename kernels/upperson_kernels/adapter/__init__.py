@@ -47,18 +47,18 @@ def layernorm_adapter(
         up_weight, up_bias: (C, R) and (C,), as nn.Linear(R, C) keeps them.
         scale: (), the adapter's learnable scale.
         eps: added to the variance.
-        residual: x's shape and dtype. With it x + residual takes the place of x and is returned too. Under autocast
-            their dtypes may differ; the wider one holds for both.
+        residual: x's shape and dtype. With a residual, x + residual takes the place of x and is returned too. Under
+            autocast their dtypes may differ; both are then cast to the wider one.
         norm_weight, norm_bias: (C,), of the adapter's own LayerNorm; both or neither.
         backend: None (Triton on CUDA or under TRITON_INTERPRET=1, else PyTorch), "triton" or "torch".
 
     Returns:
-        (..., C) in x's dtype; with a residual a pair: that, and x + residual. With norm_weight always a pair: LN(x),
-        and the residual stream that the adapter has been added to. Differentiable once, in every tensor.
+        (..., C) in x's dtype. With a residual, a pair: this tensor, and x + residual. With norm_weight always a pair:
+        LN(x), and the residual stream with the adapter's output added. Differentiable once, in every tensor.
 
     Raises:
-        ValueError: a shape or a device that does not fit; norm_weight without norm_bias or the reverse.
-        TypeError: a dtype that does not fit, here or with the backend; what is no tensor.
+        ValueError: an unsupported shape or device; norm_weight without norm_bias or the reverse.
+        TypeError: an unsupported dtype, here or with the backend; an argument that is not a tensor.
         RuntimeError: the backend cannot run on this machine.
     """
     name = "layernorm_adapter"

@@ -49,18 +49,19 @@ def prefix_attention(
         prefix_scale: λ, a tensor of shape (); in qkv's dtype or float32.
         causal: token i of a sequence sees its tokens 0 … i only.
         cu_seqlens: (S + 1,), int32: sequence i holds the tokens cu_seqlens[i] to cu_seqlens[i + 1] of a packed qkv, and
-            sees no others. Begins with 0, never falls, ends with T; sequences may be empty. Its values are checked
-            where that costs nothing, on the CPU or without max_seqlen; elsewhere, tokens that belong to no sequence
-            come out undefined.
-        max_seqlen: tokens of the longest sequence, or more. Without it cu_seqlens is asked, which waits for the GPU.
+            sees no others. The values begin with 0, never fall, and end with T; sequences may be empty. They are
+            checked where that costs nothing, on the CPU or without max_seqlen; elsewhere, the output of tokens that
+            belong to no sequence is undefined.
+        max_seqlen: tokens of the longest sequence, or more. If it is None it is read from cu_seqlens, which waits for
+            the GPU.
         backend: None (Triton on CUDA or under TRITON_INTERPRET=1, else PyTorch), "triton" or "torch".
 
     Returns:
         (B, N, H, D), or (T, H, D) packed, in qkv's dtype. Differentiable once, in qkv and the three prefix tensors.
 
     Raises:
-        ValueError: a shape, a device or an option that does not fit.
-        TypeError: a dtype that does not fit, here or with the backend; what is no tensor.
+        ValueError: an unsupported shape, device or option.
+        TypeError: an unsupported dtype, here or with the backend; an argument that is not a tensor.
         RuntimeError: the backend cannot run on this machine.
     """
     name = "prefix_attention"
