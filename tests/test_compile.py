@@ -13,8 +13,8 @@ import pytest
 
 RESOURCES = Path(__file__).parents[1] / "bench" / "resources.py"
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KB a program may have
-# Bytes a thread. Register allocation changes with Triton's version: Triton 3.8 spills 8 bytes in two kernels of 292, 3.6
-# and 3.9 in none. A tile that is too large spills hundreds.
+# Bytes a thread. Register allocation changes with Triton's version: Triton 3.8 spills 8 bytes in two kernels of 292,
+# 3.6 and 3.9 in none. A tile that is too large spills hundreds.
 STACK = 16
 PREFIXES = (2, 10, 14)
 ATTENTION = ("image", "image L/14", "text", "text, short", "text, packed")

@@ -1,4 +1,4 @@
-"""What a field of the configuration is: a default, a help text, a type and bounds, checked on construction."""
+"""Fields of the configuration: each has a default, a help text, a type and bounds, checked on construction."""
 
 import dataclasses
 import math

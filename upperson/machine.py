@@ -1,4 +1,4 @@
-"""What a run computes on: a device, a precision, and the processes that share a batch.
+"""The device, the precision, and the processes that share a batch.
 
 torchrun starts several processes. Each computes its share of a batch, and all take the same optimizer step. A loss
 compares the pairs of the whole batch with each other, so every process gathers the features of all processes and

@@ -1,4 +1,4 @@
-"""What is asked for: the configuration of a run, the presets, the command line. Importing it does not import torch.
+"""The configuration of a run, the presets, the command line. Importing it does not import torch.
 
 configuration.py   the dataclasses, and JSON
 presets.py         a configuration for every data set, and for every method on it

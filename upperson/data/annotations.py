@@ -26,7 +26,7 @@ TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", list: "a li
 
 @dataclass(frozen=True)
 class Annotation:
-    """What an annotation file says about an image, or a part of it."""
+    """An entry of an annotation file, or a part of an entry."""
 
     split: str
     image: Path

@@ -191,7 +191,7 @@ def _build(
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What a killed process left behind. Only for the process that holds the lock: nobody else writes then."""
+    """Deletes the files that a killed process left. Only the process that holds the lock may call this."""
     for path in folder.iterdir():
         own = OWN_FILE.fullmatch(path.name)
         if own and (own["temporary"] or not (folder / f"{own['name']}.json").exists()):

@@ -49,7 +49,7 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What `check_dataset` found."""
+    """The result of `check_dataset`."""
 
     title: str
     splits: dict[str, SplitReport]  # also a published split that is not there

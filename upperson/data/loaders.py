@@ -172,7 +172,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.set_epoch(epoch, first_batch)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """What the next iteration gives: the batches of `epoch`, from `first_batch` on."""
+        """Sets the batches of the next iteration: those of `epoch`, from `first_batch` on."""
         if not 0 <= first_batch <= self.total:
             raise ValueError(f"first_batch: expected 0 to {self.total}, the end, found {first_batch}")
         self.epoch, self.first_batch = epoch, first_batch

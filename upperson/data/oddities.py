@@ -1,4 +1,4 @@
-"""What the lists of samples alone tell about a data set: its size, and what should not be in it."""
+"""Checks of a data set that need no images: its size, and entries that should not be in it."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

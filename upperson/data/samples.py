@@ -1,4 +1,4 @@
-"""What every data set is turned into: one `Sample` for each caption."""
+"""The common form of every data set: one `Sample` for each caption."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

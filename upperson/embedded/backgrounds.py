@@ -1,4 +1,4 @@
-"""What is behind a figure or an object: public places for pedestrians, rooms for the pretraining scenes."""
+"""The background of a figure or an object: public places for pedestrians, rooms for the pretraining scenes."""
 
 import random
 

@@ -103,7 +103,7 @@ def listed(words: list[str]) -> str:
 
 
 def _clothes(rng: random.Random, words: dict[str, str]) -> list[str]:
-    """What is worn, mostly from top to bottom."""
+    """The clothes, mostly from top to bottom."""
     worn = [words[part] for part in ("upper", "lower", "shoes") if part in words]
     if rng.random() < 0.25:
         rng.shuffle(worn)

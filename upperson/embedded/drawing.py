@@ -126,7 +126,7 @@ class Canvas:
         self._fill(((x0, y0), (x1, y1)), 0, paint, shape)
 
     def chord(self, x: float, y: float, rx: float, ry: float, start: float, end: float, fill: Fill) -> None:
-        """What a chord between two angles (degrees, clockwise from the right) cuts off an ellipse."""
+        """The segment of an ellipse between two angles (degrees, clockwise from the right)."""
         s = self.scale
         self.pen.chord(((x - rx) * s, (y - ry) * s, (x + rx) * s, (y + ry) * s), start, end, fill)
 

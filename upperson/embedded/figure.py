@@ -356,7 +356,7 @@ class _Figure(Brush):
     # -- bags
 
     def _backpack_behind(self) -> None:
-        """What shows of a backpack from the front or the side, behind the body."""
+        """The visible part of a backpack from the front or the side, behind the body."""
         bag = self.person.bag
         if bag is None or bag.kind != "backpack" or self.back:
             return

@@ -63,7 +63,7 @@ class Identity:
 
     @property
     def appearance(self) -> tuple:
-        """What can be told from every side; no two identities of a data set share it."""
+        """The features that are visible from every side; no two identities of a data set share all of them."""
         items = (self.hat, self.upper.without_logo(), self.lower, self.shoes)
         worn = tuple(item and (item.kind, item.colour, item.pattern, item.accent) for item in items)
         return (self.hair.colour, *worn)
@@ -71,7 +71,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class View:
-    """How an identity is shown in one image."""
+    """The view of an identity in one image."""
 
     facing: str  # one of FACINGS
     phase: float  # of the walk, radians

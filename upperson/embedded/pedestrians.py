@@ -30,7 +30,7 @@ class Pedestrian:
         return self.view.light.apply(canvas.finish(), self.view.seed)
 
     def visible(self) -> dict[str, Item]:
-        """What a caption may speak of: items by part, without what this view hides."""
+        """The items that a caption may name, by part; items that this view hides are left out."""
         person, facing = self.identity, self.view.facing
         parts = {"upper": person.upper, "lower": person.lower, "hair": person.hair, "hat": person.hat}
         if facing != "front":

@@ -1,4 +1,4 @@
-"""What the drawings can show and what it is called: shared by pedestrians, scenes and captions."""
+"""The things that the drawings show, and their names: shared by pedestrians, scenes and captions."""
 
 import random
 from dataclasses import dataclass

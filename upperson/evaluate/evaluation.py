@@ -90,12 +90,12 @@ def name_of(data: DataConfig) -> str:
 
 
 def _captions(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """What a line says about each caption, in the order of upperson.data.queries."""
+    """The fields of a line for each caption, in the order of upperson.data.queries."""
     return [{"caption": sample.caption, "person_id": sample.person} for sample in samples]
 
 
 def _images(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """What a line says about each image, in the order of upperson.data.gallery; a drawing has a number, not a path."""
+    """The fields of a line for each image in the order of upperson.data.gallery; a drawing has a number, not a path."""
     images, person_ids = gallery(samples)
     image_ids = dict.fromkeys(sample.image_id for sample in samples)
     names = names_of(samples)

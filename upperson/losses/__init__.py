@@ -1,4 +1,4 @@
-"""What training minimises.
+"""The losses of a training.
 
 names.py      the losses by name, and a weighted sum of them as text: "sdm+0.5*id"
 pairs.py      sdm, itc, cmpm: losses over the pairs of a batch

@@ -48,7 +48,7 @@ class CSKT(Method):
 
     @classmethod
     def recipe(cls, drawn: bool) -> dict[str, Any]:
-        """That of the released code; weight decay, schedule and temperature are UP-Person's."""
+        """The recipe of the released code; weight decay, schedule and temperature are UP-Person's."""
         if drawn:
             return {"adapter_reduction": 4}
         return {"learning_rate": 3e-4, "bias_learning_rate": 6e-4, "mask_captions": False}

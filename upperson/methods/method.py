@@ -1,4 +1,4 @@
-"""What a method is: what it trains in a CLIP, by which recipe, in which stages."""
+"""A method: the modules that it trains in a CLIP, the recipe, the stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """Where a trained module is in the model: a kind of module in a block of a tower."""
+    """The place of a trained module in the model: tower, block, kind."""
 
     tower: str  # "image" or "text"
     block: int  # counted from the input

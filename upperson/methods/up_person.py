@@ -30,7 +30,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class UPPerson(Method):
-    """What is added to each block. Depths count blocks from the input."""
+    """The modules of each block. Depths count blocks from the input."""
 
     name: ClassVar[str] = "up-person"
 

@@ -82,7 +82,7 @@ class AdaptedCLIP(nn.Module):
         return visual._pool(x)[0] @ visual.proj, visual.ln_post(x) @ visual.proj
 
     def image_stream(self, images: Tensor, read: Tensor | None = None) -> Tensor:
-        """What the image tower's last block leaves: of all tokens (B, N, C), or of those at `read` (B,), (B, C)."""
+        """The output of the image tower's last block: all tokens (B, N, C), or (B, C), those at `read` (B,)."""
         x = self.clip.visual._embeds(images)
         if not prompted(self.image_blocks):
             return run(self.image_blocks, x, None, read)
@@ -157,10 +157,10 @@ class AdaptedCLIP(nn.Module):
     def text_stream(
         self, captions: Tensor | PackedCaptions, read: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """What the text tower's last block leaves: of all tokens, (B, L, C) or packed (T, C), or of those at `read`.
+        """The output of the text tower's last block: all tokens, (B, L, C) or packed (T, C), or those at `read`.
 
-        With prompts, the captions are without their start tokens. What it leaves of those, (1, C), comes second, if all
-        tokens are wanted; else None.
+        With prompts, the captions come without their start tokens. The output of the start token, (1, C), is returned
+        second if all tokens are wanted; else None.
         """
         text, sequences = text_tower(self.clip), None
         if isinstance(captions, PackedCaptions):
@@ -337,7 +337,7 @@ class AdaptedCLIP(nn.Module):
 
     @contextmanager
     def zero_shot(self) -> Iterator[None]:
-        """Within it the model computes the backbone alone (as far as that has been trained)."""
+        """A context in which the model computes the backbone only, with the weights that training left there."""
         for block in self.blocks():
             block.adapted = False
         try:

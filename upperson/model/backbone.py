@@ -130,7 +130,7 @@ def text_tower(clip: Clip) -> Any:
 
 
 def pooling(clip: Clip) -> tuple[str, int | None]:
-    """How the text tower picks the token that stands for the caption: open_clip's pool type and end token id."""
+    """open_clip's pool type, by which the text tower selects the caption's token, and the id of the end token."""
     if hasattr(clip, "text"):  # CustomTextCLIP
         return clip.text.pool_type, clip.text.eos_id
     return clip.text_pool_type, clip.text_eos_id

@@ -25,7 +25,7 @@ class Stream(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Where the sequences of a packed (T, C) lie; see upperson_kernels.prefix_attention."""
+    """The offsets of the sequences in a packed (T, C); see upperson_kernels.prefix_attention."""
 
     cu_seqlens: Tensor
     longest: int
@@ -38,9 +38,9 @@ class Block(nn.Module):
         x = x + out_proj(prefix_attention(in_proj(y)))          low-rank updates on in_proj's keys and values
         x = x + MLP(LN₂(x) + adapter_mlp(x))
 
-    with L-Adapters; the others stand elsewhere, see petl/adapters.py. Prompts are tokens, which the tower puts in front
-    of the block (prompts.py). The trained modules are None until `set_modules` puts them in. With `adapted` False the
-    block computes what open_clip's own does.
+    with L-Adapters; petl/adapters.py has the equations of the other adapters. Prompts are tokens, which the tower
+    inserts before the block (prompts.py). The trained modules are None until `set_modules` sets them. With `adapted`
+    False the block computes the same as open_clip's own block.
 
     `attention` is the operator upperson_kernels.prefix_attention. `activation` is upperson_kernels.quick_gelu where the
     model has QuickGELU, else None, and open_clip's activation runs.
@@ -114,7 +114,7 @@ class Block(nn.Module):
         return FROZEN if adapter is None or not self.adapted else adapter
 
     def attend(self, y: Tensor, sequences: Sequences | None, shared: Tensor | None) -> Tensor:
-        """What the heads read, side by side, for the normalised input y: both (B, N, C), or packed (T, C)."""
+        """The concatenated outputs of the heads for the normalised input y: both (B, N, C), or packed (T, C)."""
         heads = self.attn.num_heads
         qkv = self.project(y).unflatten(-1, (3, heads, -1))
         key, value, scale, target = self.prefix_columns(qkv, shared)
@@ -152,7 +152,7 @@ class Block(nn.Module):
         ).flatten(-2)
 
     def project(self, y: Tensor, first: int = 0) -> Tensor:
-        """Queries, keys and values, or what stands from row `first` of their packed weight on."""
+        """Queries, keys and values; with `first`, only the outputs from that row of the packed weight on."""
         weight, bias = self.attn.in_proj_weight[first:], self.attn.in_proj_bias[first:]
         if self.lora is None or not self.adapted:
             return F.linear(y, weight, bias)

@@ -37,7 +37,7 @@ class Checkpoint:
 
     @property
     def selection(self) -> str | None:
-        """How the epoch was chosen, a key of SELECTIONS."""
+        """The rule by which the epoch was selected, a key of SELECTIONS."""
         return self.results.get("selection")
 
 

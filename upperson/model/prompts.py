@@ -21,7 +21,7 @@ from upperson.model.block import Block, Sequences, Stream
 
 
 def run_images(blocks: Sequence[Block], x: Tensor, rows: Sequence[Tensor], read: Tensor | None) -> Tensor:
-    """What the last block leaves of images x (B, N, C), or of their tokens `read` (B,) alone, (B, C).
+    """The output of the last block for images x (B, N, C), or of their tokens `read` (B,) alone, (B, C).
 
     rows: the prompts (m, C) of layers 0, 1, …, of as many blocks or of fewer.
     """
@@ -44,7 +44,7 @@ def run_captions(
     sequences: Sequences | None,
     read: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the last block leaves of captions without their start token, (B, N, C) or packed (T, C), and of the start
+    """The output of the last block for captions without their start token, (B, N, C) or packed (T, C), and of the start
     token, (1, C). With `read`, of these tokens of the captions alone, (B, C), and None.
 
     start: the start token (1, C), in the first layer. rows: as above.

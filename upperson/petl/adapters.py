@@ -23,7 +23,7 @@ from upperson.petl.initial import normal, scalar, uniform_fan_in
 
 
 class Adapter(nn.Module):
-    """What stands around a sublayer. This one, FROZEN below, adds nothing: the subclasses change a step each."""
+    """An adapter around a sublayer. The base class, FROZEN below, adds nothing; each subclass overrides one step."""
 
     def normalise(
         self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, backend: str | None
@@ -38,7 +38,7 @@ class Adapter(nn.Module):
         return norm(x)
 
     def finish(self, y: Tensor, out: Tensor) -> Tensor:
-        """What is added to the residual stream, given the sublayer's input and output; all (B, N, C)."""
+        """The update of the residual stream, given the input and the output of the sublayer; all (B, N, C)."""
         return out
 
 
@@ -134,7 +134,7 @@ class NormedAdapter(Adapter):
     def normalise(
         self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, backend: str | None
     ) -> tuple[Tensor, Tensor]:
-        """What the adapter makes of the stream is added to it here, and so reaches the sum with the sublayer's."""
+        """The adapter's output is added to the stream here, before the output of the sublayer is."""
         backend = backend_for(len(self.down_weight), backend)
         scale = torch.full_like(self.up_bias[0], self.scale, requires_grad=False)  # exact in every dtype
         pair: Any = layernorm_adapter(

@@ -1,4 +1,4 @@
-"""What methods cost on the machine at hand: parameters, FLOPs, memory, time.
+"""The costs of methods on this machine: parameters, FLOPs, memory, time.
 
 Measured with random images and captions of full length, in a process of its own for each row and stage, so that none
 finds memory or caches that another left.
@@ -38,7 +38,7 @@ REPETITIONS = 5
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training, or a stage of one, costs. FLOPs count a multiplication and an addition as two."""
+    """The costs of a training, or of one stage. FLOPs count a multiplication and an addition as two."""
 
     trained_parameters: int
     all_parameters: int

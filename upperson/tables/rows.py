@@ -1,4 +1,4 @@
-"""Which runs each table is made of: those of the paper, and those that compare and vary the methods."""
+"""The runs of each table: those of the paper, and those that compare and vary the methods."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ def every_method(base: Config) -> Configs:
 
 
 def modules_alone(base: Config) -> Configs:
-    """What Table IV measures: the baselines, each kind of module alone, all together."""
+    """The rows of Table IV: the baselines, each kind of module alone, all together."""
     alone = {"S-Prefix": {"prefix": "salable"}, "LoRA": {"lora": "lora"}, "L-Adapter": L_ADAPTER}
     return (
         by_method(base, BASELINES)
@@ -197,7 +197,7 @@ def swept(base: Config) -> Iterator[Row]:
 
 
 def crossings(datasets: Configs) -> Iterator[Row]:
-    """What the paper compares on each ordered pair of data sets; what is not trained, once a test set."""
+    """The methods that the paper compares, on each ordered pair of data sets; zero-shot once for each test set."""
     for method in (*BASELINES, DEFAULT):
         configs = {name: with_method(config, method) for name, config in datasets.items()}
         title = METHODS[method]().title

@@ -1,4 +1,4 @@
-"""Training the runs of a table, one folder a run and seed, so that what is there is not trained again."""
+"""The runs of a table, one folder a run and seed. Each run is cached; an interrupted run is resumed."""
 
 import dataclasses
 import hashlib
@@ -65,7 +65,7 @@ class Runs:
 
     @staticmethod
     def identity(data: DataConfig) -> dict[str, Any]:
-        """What tells one data set from another."""
+        """The fields by which data sets differ."""
         values = fields_that_matter(data)
         if data.is_drawn or data.data_root is None:
             return values

@@ -1,4 +1,4 @@
-"""How far a run is, and how long it will take."""
+"""The progress of a run: epochs done, time left."""
 
 import time
 from dataclasses import dataclass, field
