@@ -176,15 +176,20 @@ def start(*flags):
     )
 
 
-def kill_when(process, run_dir, kind, step):
-    """SIGKILL as soon as that line stands in metrics.jsonl."""
+def wait_for(processes, run_dir, kind, step):
+    """Returns as soon as that line is in metrics.jsonl."""
     wanted = f'{{"kind": "{kind}", "step": {step},'
-    deadline = time.monotonic() + 120
-    log = run_dir / "metrics.jsonl"
+    log, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
     while not (log.exists() and wanted in log.read_text()):
-        assert process.poll() is None, process.stderr.read().decode()
+        for process in processes:
+            assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def kill_when(process, run_dir, kind, step):
+    """SIGKILL as soon as that line is in metrics.jsonl."""
+    wait_for([process], run_dir, kind, step)
     process.kill()
     process.communicate()
 
@@ -212,15 +217,21 @@ def run_command(monkeypatch, *flags):
 # ---------------------------------------------------------------------------------------- a data set in files
 
 
+def write_image(path, seed=0, size=(20, 60)):
+    """The path of a file with noise, which the seed decides; `size` is width and height."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, quality=95)
+    return path
+
+
 def cuhk_pedes(folder, *, train, test):
     """A folder in the format of CUHK-PEDES, with JPEG files, one a person, and one caption each."""
     colours = ["red", "green", "blue", "black", "white", "yellow"]
     entries = []
     for index in range(train + test):
-        pixels = np.random.default_rng(index).integers(0, 255, (60, 25, 3), dtype=np.uint8)
         path = Path("CUHK01") / f"{index}.jpg"
-        (folder / "imgs" / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(folder / "imgs" / path)
+        write_image(folder / "imgs" / path, index, (25, 60))
         caption = f"A person in a {colours[index % 6]} coat and {colours[index // 6]} shoes."
         split = "train" if index < train else "test"
         entries.append({"split": split, "captions": [caption], "file_path": str(path), "id": index + 1})

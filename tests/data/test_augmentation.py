@@ -4,10 +4,10 @@ import pickle
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import write_image
 from torchvision.transforms import v2
 
 from upperson.data import DeviceBatches, Preprocess, augment, to_device
@@ -39,10 +39,7 @@ def one_at_a_time(size: tuple[int, int], *, train: bool = True) -> v2.Compose:
 def paths(tmp_path_factory) -> list[Path]:
     """Noise of eight sizes."""
     folder = tmp_path_factory.mktemp("images")
-    for number in range(8):
-        pixels = np.random.default_rng(number).integers(0, 256, (90 + 40 * number, 50 + 11 * number, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return sorted(folder.iterdir())
+    return [write_image(folder / f"{i}.png", i, (50 + 11 * i, 90 + 40 * i)) for i in range(8)]
 
 
 def drawn(size: tuple[int, int], seeds: range) -> torch.Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import write_image
 
 from upperson.data import ImageCache, Preprocess, Sample, image_loader, train_loader
 from upperson.data.images import load_pixels
@@ -25,17 +26,9 @@ ROW = 3 * 48 * 16
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 
-def write_image(path: Path, seed: int) -> Path:
-    pixels = np.random.default_rng(seed).integers(0, 256, (70 + seed, 30, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, quality=95)
-    return path
-
-
 @pytest.fixture
 def images(tmp_path) -> list[Path]:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    return [write_image(folder / f"{number}.jpg", number) for number in range(7)]
+    return [write_image(tmp_path / "images" / f"{number}.jpg", number, (30, 70 + number)) for number in range(7)]
 
 
 @pytest.fixture
@@ -137,7 +130,7 @@ class TestReuse:
     def test_changed_images_alone_are_decoded_again(self, images, folder, decoded):
         opened(images, folder)
         decoded.clear()
-        write_image(images[2], 20)
+        write_image(images[2], 20, (30, 90))
         status = images[5].stat()
         os.utime(images[5], ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # same size, another time
         cache = opened(images, folder)
@@ -152,7 +145,7 @@ class TestReuse:
     def test_an_open_cache_outlives_its_successor(self, images, folder):
         cache = opened(images[:4], folder)
         before = [cache[image].clone() for image in images[:4]]
-        write_image(images[0], 30)
+        write_image(images[0], 30, (30, 100))
         opened(images, folder)
         for each in (cache, pickle.loads(pickle.dumps(cache))):  # as a loader's new process gets it
             assert all(torch.equal(each[image], old) for image, old in zip(images[:4], before, strict=True))

@@ -4,9 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
+from tiny import write_image
 
 from upperson.config import DataConfig
 from upperson.config.presets import PRESETS
@@ -17,12 +17,6 @@ from upperson.train.__main__ import main
 LONG = "a man " * 38  # 76 words: with start and end, one token too many
 
 
-def write_image(path: Path, width: int = 20, height: int = 60) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
 @pytest.fixture
 def sound(tmp_path) -> dict[str, list[Sample]]:
     """Three identities with two images each in every split, and nothing wrong."""
@@ -30,7 +24,7 @@ def sound(tmp_path) -> dict[str, list[Sample]]:
     number = 0
     for split, samples in splits.items():
         for _ in range(6):
-            image = write_image(tmp_path / f"{split}{number}.jpg", 20 + number, 60 + number)
+            image = write_image(tmp_path / f"{split}{number}.jpg", size=(20 + number, 60 + number))
             samples.append(Sample(image, f"person {number}", number // 2, number))
             number += 1
     return splits
@@ -180,7 +174,6 @@ def test_drawn_data(capsys):
 
 class TestCommandLine:
     def write(self, folder: Path, entries: list[dict]) -> list[str]:
-        (folder / "imgs").mkdir()
         (folder / "reid_raw.json").write_text(json.dumps(entries))
         for entry in entries:
             write_image(folder / "imgs" / entry["file_path"])

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import write_image
 
 from upperson.data import (
     Preprocess,
@@ -48,13 +49,6 @@ ANNOTATIONS = {
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*published are.*:UserWarning")
-
-
-def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (20, 60)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, quality=95)
-    return path
 
 
 def entries_of(name: str) -> list[dict]:

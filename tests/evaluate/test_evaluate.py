@@ -6,9 +6,8 @@ import resource
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
-from tiny import tiny_training
+from tiny import tiny_training, write_image
 
 from upperson.config import SELECTIONS
 from upperson.data import load_image
@@ -205,11 +204,9 @@ def test_a_checkpoint_of_a_gpu_is_evaluated_on_a_cpu(checkpoint, config, paramet
 
 def own_data(folder, people=3):
     """A folder of one's own, two images a person and a caption each, test split alone."""
-    folder.mkdir()
     lines = ["image,caption,identity"]
     for index in range(2 * people):
-        pixels = np.random.default_rng(index).integers(0, 255, (60, 25, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
+        write_image(folder / f"{index}.png", index)
         lines.append(f'{index}.png,"Ein Mädchen, Nummer {index}.",{index // 2}')
     (folder / "captions.csv").write_text("\n".join(lines), encoding="utf-8")
     return folder

@@ -1,24 +1,21 @@
 """Two processes compute what one does: losses, gradients, embeddings, trainings; and one that dies is reported."""
 
-import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import distributed_worker
 import pytest
 import torch
-from tiny import TINY_CLIP, TRAIN_PY, assert_same_run, flags_of, inputs, log_of
+from tiny import TRAIN_PY, assert_same_run, flags_of, inputs, log_of, tiny_config, tiny_training, wait_for
 from upperson_kernels import resolve_backend
 
-from upperson.config import DataConfig, ModelConfig
-from upperson.config.presets import PRESETS
+from upperson.config import DataConfig
 from upperson.data.splits import read_splits
 from upperson.errors import RunError
 from upperson.losses.names import NOT_MASKED
@@ -67,10 +64,7 @@ def finish_all(processes):
 def computed(tmp_path_factory):
     """What one process and each of two computed from the same inputs."""
     folder = tmp_path_factory.mktemp("computed")
-    description = folder / "tiny.json"
-    description.write_text(json.dumps(TINY_CLIP))
-    config = ModelConfig(str(description), "none", (48, 16), backend="torch")
-    config = config.replace(prefix_length=3, lora_rank=2, adapter_reduction=4)
+    config = tiny_config(folder)
     size = max(size for _, size in distributed_worker.CASES)
     images, captions = (
         torch.cat([tensor, tensor.flip(-1) if tensor.is_floating_point() else tensor])[:size]
@@ -124,12 +118,9 @@ def test_embeddings_are_those_of_one_process(computed):
 def config(tmp_path_factory):
     """Two epochs of seven batches of 11 pairs and one of 3, with a tiny random CLIP and heads to train along."""
     folder = tmp_path_factory.mktemp("trained")
-    description = folder / "tiny.json"
-    description.write_text(json.dumps(TINY_CLIP))
-    return PRESETS["embedded"].replace(
-        model=str(description), pretrained="none", image_size=(48, 16), backend="torch", device="cpu",
-        losses="sdm+id+mlm", embedded_identities=(20, 3, 4), embedded_views=2, batch_size=11, epochs=2, warmup_epochs=1,
-        learning_rate=0.01, log_every=1, save_every=1, workers=0, run_dir=folder / "together",
+    return tiny_training(
+        folder, losses="sdm+id+mlm", embedded_identities=(20, 3, 4), batch_size=11, save_every=1,
+        run_dir=folder / "together",
     )  # fmt: skip
 
 
@@ -164,12 +155,12 @@ def test_stages_of_two_processes_are_those_of_one(config, tmp_path):
                             encoder_learning_rate=1e-4, adam_epsilon=1e-3, run_dir=tmp_path / "together")  # fmt: skip
     run_dir = config.train.run_dir
     processes = start_all(TRAIN_PY, *flags_of(config))
-    wait_for(processes, run_dir / "encoders", 3)
+    wait_for(processes, run_dir / "encoders", "step", 3)
     processes[1].kill()
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert processes[0].returncode == 1 and errors[0].strip().endswith(f"continue with --resume {run_dir}")
     shown = torchrun("--resume", run_dir)
-    assert shown.count("stage 1 of 2: domain adaptation, prompts, is done; test R@1") == 1, shown
+    assert shown.count("stage 1 of 2: domain adaptation, prompts, is finished; test R@1") == 1, shown
     assert shown.count("stage 2 of 2: task adaptation, encoders\n") == 1, shown
     alone = fit(config.replace(run_dir=tmp_path / "alone")).run_dir
     assert sorted(path.name for path in run_dir.iterdir()) == sorted(path.name for path in alone.iterdir())
@@ -193,21 +184,13 @@ def assert_alike(together, alone):
         )  # Adam magnifies what rounding leaves of 0
 
 
-def wait_for(processes, run_dir, step):
-    """Until that step stands in metrics.jsonl."""
-    log, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
-    while not (log.exists() and f'{{"kind": "step", "step": {step},' in log.read_text()):
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
-        time.sleep(0.001)
-
-
 def test_a_process_that_dies_ends_the_job_and_the_run_goes_on(config, together, tmp_path):
     """First the second process is killed, then, when the run has been taken up again, the one that writes."""
     config = config.replace(run_dir=tmp_path / "run")
     run_dir = config.train.run_dir
     for killed, step, flags in ((1, 5, flags_of(config)), (0, 11, ["--resume", run_dir])):
         processes = start_all(TRAIN_PY, *flags)
-        wait_for(processes, run_dir, step)
+        wait_for(processes, run_dir, "step", step)
         processes[killed].kill()
         _, errors = processes[1 - killed].communicate(timeout=60)
         processes[killed].communicate()
@@ -228,7 +211,7 @@ def test_ctrl_c_at_one_process_stops_both_at_the_same_step(config, together, tmp
     config = config.replace(run_dir=tmp_path / "run")
     run_dir = config.train.run_dir
     processes = start_all(TRAIN_PY, *flags_of(config))
-    wait_for(processes, run_dir, 2)
+    wait_for(processes, run_dir, "step", 2)
     processes[1].send_signal(signal.SIGINT)
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [130, 130]
