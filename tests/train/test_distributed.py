@@ -169,7 +169,7 @@ def test_stages_of_two_processes_are_those_of_one(config, tmp_path):
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert processes[0].returncode == 1 and errors[0].strip().endswith(f"continue with --resume {run_dir}")
     shown = torchrun("--resume", run_dir)
-    assert shown.count("stage 1 of 2: domain adaptation, prompts, is done; test R@1") == 1, shown
+    assert shown.count("stage 1 of 2: domain adaptation, prompts, is finished; test R@1") == 1, shown
     assert shown.count("stage 2 of 2: task adaptation, encoders\n") == 1, shown
     alone = fit(config.replace(run_dir=tmp_path / "alone")).run_dir
     assert sorted(path.name for path in run_dir.iterdir()) == sorted(path.name for path in alone.iterdir())
