@@ -247,7 +247,7 @@ class AdaptedCLIP(nn.Module):
             if (
                 place.tower not in self.towers
                 or place.kind not in KINDS
-                or place.block >= len(self.towers[place.tower])
+                or not 0 <= place.block < len(self.towers[place.tower])
             ):
                 raise MethodError(
                     f"{method.name}: there is no place for a module at {place}; expected a block of the image or text "
