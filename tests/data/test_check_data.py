@@ -214,6 +214,19 @@ class TestCommandLine:
         assert main(["--check-data", "--dataset", "folder", "--data-root", str(tmp_path)]) == 0
         assert capsys.readouterr().out.startswith("Own data\n")
 
+    def test_people_keep_the_names_of_the_file(self, tmp_path, capsys):
+        for name in "abc":
+            write_image(tmp_path / f"{name}.jpg")
+        (tmp_path / "captions.csv").write_text(
+            "image,caption,identity,split\na.jpg,a man,0025,train\na.jpg,a boy,25,train\nb.jpg,a man,0007,train\n"
+            "c.jpg,a man,0025,test\n"
+        )
+        assert main(["--check-data", "--dataset", "folder", "--data-root", str(tmp_path)]) == 0
+        shown = capsys.readouterr().out
+        assert "a.jpg: identities 0025, 25\n" in shown
+        assert f"1 identities of test that are in train too\n           0025, such as {tmp_path / 'c.jpg'}\n" in shown
+        assert "'a man': identities 0025, 0007\n" in shown
+
     def test_what_cannot_be_read_at_all(self, tmp_path, capsys):
         arguments = self.write(tmp_path, [*self.entries, {"file_path": "5.jpg"}])
         assert main(arguments) == 1

@@ -117,6 +117,7 @@ class TestReaders:
         ]
         found = [(split, s.image, s.person_id, s.caption) for split in splits for s in splits[split]]
         assert found == expected
+        assert all(s.person == s.person_id for split in splits.values() for s in split)  # the number that is published
         images = {s.image: s.image_id for split in splits.values() for s in split}
         assert len(set(images.values())) == len(images) == len(entries_of(name))
         check_images([s for split in splits.values() for s in split], progress=False)

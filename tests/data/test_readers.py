@@ -434,6 +434,27 @@ class TestFolder:
         rows = [LINES[3] | {"identity": identity} for identity in (5, "5", " 5", 5.5, "x")]
         assert [s.person_id for s in read_own(tmp_path / "own.jsonl", as_json_lines(rows))["test"]] == [0, 0, 0, 1, 2]
 
+    @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+    def test_people_keep_the_names_of_the_file(self, tmp_path, suffix):
+        """ "0025" and "25" are two people; ids are counted, names stay."""
+        rows = [LINES[3] | {"identity": identity, "split": "test"} for identity in ("0025", "25", "Ann", "0025")]
+        lines = [f"e.jpg,a boy,{row['identity']},test\n" for row in rows]
+        text = f"{HEADER},split\n{''.join(lines)}" if suffix == ".csv" else as_json_lines(rows)
+        test = read_own(tmp_path / f"own{suffix}", text)["test"]
+        assert [sample.person for sample in test] == ["0025", "25", "Ann", "0025"]
+        assert [sample.person_id for sample in test] == [0, 1, 2, 0]
+
+    def test_warnings_name_people_as_the_file_does(self, tmp_path):
+        file = tmp_path / "own.csv"
+        file.write_text(
+            f"{HEADER},split\na.jpg,a man,7,train\nb.jpg,a boy,0025,train\nb.jpg,he,25,test\nc.jpg,he,0025,test\n"
+        )
+        with pytest.warns(UserWarning) as caught:
+            read_dataset("folder", file)
+        first, second = (str(warning.message) for warning in caught)
+        assert "split 'test': 1 identities are in split 'train' too, first 0025." in first
+        assert f"image {tmp_path / 'b.jpg'} is listed under the identities 0025 and 25; 1 such images" in second
+
     def test_which_file(self, tmp_path):
         csv, lines = tmp_path / "captions.csv", tmp_path / "captions.jsonl"
         with pytest.raises(DataError, match=re.escape(f"file not found; looked for {csv} and {lines}")):

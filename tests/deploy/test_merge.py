@@ -207,6 +207,20 @@ def test_a_model_by_name_and_its_normalisation(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("also_rest", [False, True])
+def test_a_checkpoint_is_read_once(tiny, tmp_path, monkeypatch, also_rest):
+    path = written(tmp_path, tiny.replace(lora="lora", prefix="salable" if also_rest else "none"))
+    opened = []
+
+    def counting(file, *arguments, **options):
+        opened.append(file)
+        return safe_open(file, *arguments, **options)
+
+    monkeypatch.setattr("upperson.model.tensor_files.safe_open", counting)
+    assert run(path, tmp_path / "merged.safetensors", *(["--rest", tmp_path / "rest.safetensors"] * also_rest)) == 0
+    assert opened.count(path) == 1 and len(opened) == 1 + also_rest  # what was written is read to be compared
+
+
+@pytest.mark.parametrize("also_rest", [False, True])
 @pytest.mark.parametrize("wrong", ["weights", "nan"])
 def test_a_wrong_result_is_not_written(tiny, tmp_path, monkeypatch, capsys, also_rest, wrong):
     """What stood at those places before still stands there, and nothing else does."""

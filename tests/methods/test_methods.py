@@ -292,10 +292,13 @@ def test_switching_between_methods(tiny, tmp_path):
 
 
 class Misplaced(METHODS["up-person"]):
+    """With one more module, whose place a test chooses."""
+
     name = "misplaced"
+    place = Place("image", 3, "lora")
 
     def modules(self, towers):
-        return super().modules(towers) | {Place("image", 3, "lora"): torch.nn.Identity()}
+        return super().modules(towers) | {self.place: torch.nn.Identity()}
 
 
 class Gap(METHODS["prompt-decoupling"]):
@@ -318,10 +321,6 @@ class Both(METHODS["prompt-decoupling"]):
     ("method", "message"),
     [
         (
-            Misplaced,
-            r"misplaced: there is no place for a module at image.blocks.3.lora; expected a block of the image or text ",
-        ),
-        (
             Gap,
             r"gap: expected prompts in layers 0, 1, … of the image tower.* found prompts in \[0, 2\], a prefix in \[\]",
         ),
@@ -332,6 +331,22 @@ def test_places_that_a_method_cannot_use(tiny, method, message):
     with pytest.raises(MethodError, match=message):
         options = {Gap: dict(stage="prompts"), Both: dict(stage="prompts", depth_prompt=2)}.get(method, {})
         AdaptedCLIP(dataclasses.replace(tiny, method=method(**options)))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [Place("image", 3, "lora"), Place("text", -1, "lora"), Place("audio", 0, "lora"), Place("text", 0, "bias")],
+    ids=str,
+)
+def test_modules_without_a_place_in_the_model(tiny, monkeypatch, place):
+    """Block, tower and kind: nothing that a method makes is dropped without a word."""
+    monkeypatch.setattr(Misplaced, "place", place)
+    message = re.escape(
+        f"misplaced: there is no place for a module at {place}; expected a block of the image or text tower, and one "
+        "of prefix, lora, adapter_attn, adapter_mlp, prompt"
+    )
+    with pytest.raises(MethodError, match=message):
+        AdaptedCLIP(dataclasses.replace(tiny, method=Misplaced()))
 
 
 def test_an_option_with_the_name_of_another_field(tiny):

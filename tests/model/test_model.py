@@ -1,5 +1,6 @@
 """AdaptedCLIP on open_clip: what is trained, what is frozen, depths, fused against plain, loading, what is refused."""
 
+import functools
 import json
 import time
 
@@ -12,12 +13,14 @@ from safetensors.torch import save_file
 from tiny import TINY_CLIP, build, inputs, stirred, tiny_config
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from upperson import PRESETS, AdaptedCLIP, ModelConfig
+from upperson import PRESETS, AdaptedCLIP, DataConfig, ModelConfig
+from upperson.data import read_splits, train_loader
 from upperson.errors import BackboneError, MethodError
 from upperson.losses.pairs import sdm_loss
 from upperson.model import download
 from upperson.model.backbone import build_clip, fit_image_size, resize_position_embedding
 from upperson.model.block import Stream
+from upperson.model.captions import PackedCaptions
 
 
 @pytest.fixture
@@ -222,6 +225,26 @@ def test_position_embedding_resize(golden, recipe):
     torch.testing.assert_close(resized[:, 0], torch.from_numpy(numbers["first_column"]), rtol=1e-9, atol=1e-9)
     rows = torch.from_numpy(numbers["rows"])
     torch.testing.assert_close(resized[rows], torch.from_numpy(numbers["rows_value"]), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("changes", [{}, dict(method="cskt", prompt_length=2), dict(pack_captions=False)], ids=str)
+def test_loaders_pack_captions_as_the_model_does(tiny, changes, workers):
+    """Also the masked ones: the same features, to the bit, whoever packs."""
+    model = stirred(build(tiny.replace(**changes)))
+    samples = read_splits(DataConfig(embedded_identities=(3, 1, 1), embedded_views=2))["train"]
+    options = dict(
+        tokenizer=functools.partial(model.tokenizer, context_length=model.caption_length), image_size=(48, 16),
+        batch_size=5, seed=1, mask_captions=True, mask_labels=True, workers=workers, epoch=1,
+    )  # fmt: skip
+    plain, packed = (list(train_loader(samples, **options, pack=pack)) for pack in (None, model.caption_packer()))
+    assert len(plain) == len(packed) == 3
+    for first, second in zip(plain, packed, strict=True):
+        for name in ("captions", "masked_captions"):
+            assert isinstance(second[name], PackedCaptions) == model.config.pack_captions
+            with torch.no_grad():
+                assert torch.equal(model.encode_text(second[name]), model.encode_text(first[name]))
+        assert torch.equal(first["mask_labels"], second["mask_labels"])
 
 
 # ------------------------------------------------------------------------------------ loading

@@ -577,7 +577,6 @@ def test_resume_refuses_what_it_cannot_continue(config, whole):
     [
         (dict(precision="fp16"), "precision: fp16 needs a CUDA GPU"),
         (dict(device="cuda:99"), "device: cuda:99 is not there"),
-        (dict(device="mps"), "device: mps is not there; PyTorch finds no Apple GPU on this machine"),
         (dict(depth_prefix=0, depth_lora=0, depth_adapter=2), "nothing to train"),
     ],
 )
@@ -600,6 +599,13 @@ def test_command_line_shows_errors_in_a_line(config, tmp_path, monkeypatch, caps
     assert capsys.readouterr().err.startswith(f"error: CUHK-PEDES: folder {tmp_path / 'nowhere'} does not exist")
     assert run_command(monkeypatch, *flags, "--epochs", "none") == 2
     assert not config.train.run_dir.exists()
+
+
+def test_a_device_that_is_not_there_is_one_line(config, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert run_command(monkeypatch, *flags_of(config.replace(device="mps"))) == 1
+    message = "error: device: mps is not there; PyTorch finds no Apple GPU on this machine\n"
+    assert capsys.readouterr() == ("", message)
 
 
 def test_command_line_says_how_to_resume(config, monkeypatch, capsys):
