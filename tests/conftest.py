@@ -1,10 +1,14 @@
 """Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
 
+import functools
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 
@@ -12,6 +16,31 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("network") and not index_answers():
+        pytest.skip("pip reaches no package index")
+
+
+@functools.cache
+def index_answers():
+    """Whether pip's own index, whichever is configured, answers within seconds."""
+    question = [sys.executable, "-m", "pip", "index", "versions", "kernels", "--retries", "0", "--timeout", "5"]
+    return subprocess.run(question, capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """UP-Person on a tiny random CLIP; a module may have another fixture of this name."""
+    from tiny import tiny_config  # after the choice of the interpreter above
+
+    return tiny_config(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return open_clip.SimpleTokenizer()
 
 
 @pytest.fixture(scope="session")

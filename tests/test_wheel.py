@@ -1,5 +1,6 @@
 """The wheel installs beside Hugging Face's package `kernels` in either order, and does all that the checkout does."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,9 @@ print(kernels.__file__, upperson.__file__, upperson_kernels.__file__, sep="\\n")
 
 
 def run(*command, **options):
-    """The standard output of a command, which must succeed."""
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    """The standard output of a command, which must succeed, without what finds or changes this checkout."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, **options)
     assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -320,11 +319,6 @@ class TestProcesses:
 
 def samples_of(images: list[Path]) -> list[Sample]:
     return [Sample(image, f"a man in coat {number}", number, number) for number, image in enumerate(images)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return open_clip.get_tokenizer("ViT-B-16-quickgelu")
 
 
 class TestLoaders:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -87,11 +86,6 @@ def write_dataset(parent: Path, name: str, entries: object = None) -> Path:
         entries = entries_of(name)
     (folder / ANNOTATIONS[name]).write_text(entries if isinstance(entries, str) else json.dumps(entries))
     return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return open_clip.get_tokenizer("ViT-B-16-quickgelu")
 
 
 @pytest.fixture(scope="module")

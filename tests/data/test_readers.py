@@ -436,7 +436,7 @@ class TestFolder:
 
     @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
     def test_people_keep_the_names_of_the_file(self, tmp_path, suffix):
-        """ "0025" and "25" are two people; ids are counted, names stay."""
+        """People 0025 and 25 are two; ids are counted, names stay."""
         rows = [LINES[3] | {"identity": identity, "split": "test"} for identity in ("0025", "25", "Ann", "0025")]
         lines = [f"e.jpg,a boy,{row['identity']},test\n" for row in rows]
         text = f"{HEADER},split\n{''.join(lines)}" if suffix == ".csv" else as_json_lines(rows)

@@ -69,11 +69,8 @@ def fingerprint() -> str:
 def test_same_samples_and_pixels_in_another_process():
     here = Path(__file__)
     command = [sys.executable, "-c", f"import {here.stem}; print({here.stem}.fingerprint())"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{here.parents[1]}{os.pathsep}{here.parent}",
-        "PYTHONHASHSEED": "7",
-    }
+    path = os.pathsep.join([str(here.parent), *filter(None, sys.path)])
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "7"}
     other = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)
     assert other.stdout.split()[-1] == fingerprint()
 

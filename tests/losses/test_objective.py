@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import build, inputs, stirred, tiny_config
+from tiny import build, inputs, stirred
 
 from upperson import PRESETS, AdaptedCLIP
 from upperson.losses.names import NOT_MASKED
@@ -18,12 +18,7 @@ WORDS = 49408
 
 
 @pytest.fixture
-def tiny(tmp_path):
-    return tiny_config(tmp_path)
-
-
-@pytest.fixture
-def model(tiny):  # noqa: F811
+def model(tiny):
     return stirred(build(tiny))
 
 

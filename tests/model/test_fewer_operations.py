@@ -7,7 +7,7 @@ from dataclasses import replace
 import open_clip
 import pytest
 import torch
-from tiny import NOTHING, TINY_CLIP, VARIANTS, build, inputs, stirred, tiny_config
+from tiny import NOTHING, TINY_CLIP, VARIANTS, build, inputs, stirred
 from upperson_kernels import unpack_sequences
 from upperson_kernels.attention import reference
 
@@ -23,11 +23,6 @@ SWITCHES = ("skip_unread", "pack_captions", "low_rank_gradients")
 OFF = dict.fromkeys(SWITCHES, False)
 WHOLE = dict(prefix="salable", lora="lora", adapter_attn="l-parallel", adapter_mlp="l-parallel")
 PERSON_IDS = torch.tensor([0, 1, 1, 2])
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    return tiny_config(tmp_path)
 
 
 def identify(variant):

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import constants
 from operators import DEVICE, EXACT
 from safetensors.torch import save_file
-from tiny import TINY_CLIP, build, inputs, stirred, tiny_config
+from tiny import TINY_CLIP, build, inputs, stirred
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from upperson import PRESETS, AdaptedCLIP, DataConfig, ModelConfig
@@ -21,12 +21,6 @@ from upperson.model import download
 from upperson.model.backbone import build_clip, fit_image_size, resize_position_embedding
 from upperson.model.block import Stream
 from upperson.model.captions import PackedCaptions
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    return tiny_config(tmp_path)
-
 
 # ------------------------------------------------------------------------------------ what is trained
 
