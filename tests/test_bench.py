@@ -134,6 +134,7 @@ def test_bad_options(module, arguments, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_cpu_comparisons_run_when_asked_alone():
     pytest.importorskip("pytest_benchmark")
     pytest.importorskip("open_clip")
@@ -326,6 +327,7 @@ def read_report(folder: Path) -> tuple[dict, str]:
     return json.loads(data.read_text()), text.read_text()
 
 
+@pytest.mark.slow
 def test_report_goes_on_after_a_kill(tmp_path):
     """The first part counts its runs; the second kills the report the first time, as nothing could catch."""
     script = tmp_path / "killed.py"

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 RESOURCES = Path(__file__).parents[1] / "bench" / "resources.py"
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KB a program may have
 # Bytes a thread. Register allocation changes with Triton's version: Triton 3.8 spills 8 bytes in two kernels of 292,

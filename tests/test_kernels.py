@@ -68,6 +68,7 @@ PAIRS = sorted(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["weights", "logits"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("length", "prefix"), PAIRS)
@@ -141,6 +142,7 @@ def test_attention_of_packed_sequences_is_that_of_each_alone(backend):
         torch.testing.assert_close(out, same)
 
 
+@pytest.mark.slow
 @drawn
 @given(data=st.data())
 def test_attention_of_anything(data, monkeypatch):
@@ -334,6 +336,7 @@ def test_adapter_shapes(rows, width, hidden, residual, own_norm):
     check_adapter(adapter_inputs(rows, width, hidden, residual=residual, own_norm=own_norm), residual, own_norm)
 
 
+@pytest.mark.slow
 @drawn
 @given(data=st.data())
 def test_adapter_of_anything(data):
@@ -352,6 +355,7 @@ def test_adapter_dtypes(dtype, residual, own_norm):
     check_adapter(adapter_inputs((70,), 96, 24, dtype=dtype, residual=residual, own_norm=own_norm), residual, own_norm)
 
 
+@pytest.mark.slow
 def test_adapter_of_a_whole_batch_of_images():
     check_adapter(adapter_inputs((128, 193), 8, 2, dtype=torch.float16))
 

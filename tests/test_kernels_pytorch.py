@@ -75,6 +75,7 @@ def test_an_output_used_twice(operator):
         torch.testing.assert_close(a, b, rtol=1e-4 if GPU else 1e-9, atol=1e-4 if GPU else 1e-9)
 
 
+@pytest.mark.slow
 def test_opcheck():
     """Schema, fake tensors, autograd registration and ahead-of-time dispatch, as PyTorch itself checks them."""
     tensors = require_grad(attention_inputs(length=5))
@@ -218,6 +219,7 @@ def test_modules_are_the_functions():
 # ------------------------------------------------------------------------------------ torch.compile and its kin
 
 
+@pytest.mark.slow
 def test_compiles_whole_and_once_for_every_batch():
     block = small_block()
     counter = CompileCounterWithBackend("aot_eager")

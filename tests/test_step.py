@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("open_clip")
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))  # the scripts find each other like this too
 counting, count_step, measure, paths, profile_step, report, step = map(

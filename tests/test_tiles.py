@@ -185,6 +185,7 @@ def test_tuning_times_what_is_right_and_saves_what_loads(tune, tmp_path, monkeyp
     assert tiles.choose("attention_forward", 16, 2, 90)["BLOCK_N"] == 32
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="calls the kernels at full width in the interpreter")
 def test_every_tuning_job_runs(tune):
     kernels = {}

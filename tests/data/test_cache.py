@@ -300,6 +300,7 @@ class TestProcesses:
         opened(images, folder)
         assert all(file.read_text() == "mine" for file in foreign)
 
+    @pytest.mark.slow
     def test_two_at_once(self, images, folder):
         """One waits for the other, and takes what that has made."""
         total = str(sum(int(load_pixels(image, SIZE).sum()) for image in images))

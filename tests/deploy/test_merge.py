@@ -160,6 +160,7 @@ def test_what_remains_is_a_checkpoint_on_the_merged_weights(tiny, tmp_path, monk
         assert torch.equal(ours.encode_text(tokens), theirs.encode_text(tokens))
 
 
+@pytest.mark.slow
 def test_the_embedded_clip(tmp_path, capsys):
     """Its weights are of 128×128 images; 256×64 has as many patches."""
     for number, (image_size, changes) in enumerate(

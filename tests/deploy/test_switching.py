@@ -180,5 +180,5 @@ def test_refused(tmp_path, tiny, files, adaptations):
     assert adaptations.active == "icfg" and torch.equal(features(adaptations.model), expected)
     with pytest.raises(CheckpointError, match="method 'full' has changed its backbone"):
         Adaptations(AdaptedCLIP(full))
-    with pytest.raises(CheckpointError, match="pretrained: none, random weights"):
+    with pytest.raises(CheckpointError, match="a checkpoint with pretrained 'none', whose random weights may differ"):
         Adaptations(AdaptedCLIP(random)).add("new", checkpoint(tmp_path / "random.safetensors", random))

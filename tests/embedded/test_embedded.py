@@ -66,6 +66,7 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.slow
 def test_same_samples_and_pixels_in_another_process():
     here = Path(__file__)
     command = [sys.executable, "-c", f"import {here.stem}; print({here.stem}.fingerprint())"]

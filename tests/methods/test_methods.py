@@ -189,6 +189,7 @@ def token_by_token(model, images, tokens):
     return image_features, model.project_text(x[torch.arange(len(x)), ends])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("changes", PROMPTED, ids=words)
 def test_prompts_that_the_batch_shares_are_tokens_of_each_sample(tiny, changes, backend):
@@ -396,6 +397,7 @@ def test_autocast_keeps_parameters_and_gradients_in_float32(tiny, changes):
         assert parameter.dtype == parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.slow
 def test_compiled_blocks_compute_the_same(tiny):
     images, tokens = inputs()
     model = stirred(build(tiny.replace(method="cskt", prompt_length=2)), scale=0.05)

@@ -71,6 +71,7 @@ def test_each_switch_changes_no_result(tiny, variant, on):
     assert_equal(results(replace(config, **dict.fromkeys(on, True))), results(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_all_switches_together_with_the_kernels(tiny, backend):
     """Each backend with everything on against PyTorch with everything off."""

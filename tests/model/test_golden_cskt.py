@@ -187,6 +187,7 @@ def test_captions_are_cut_alike_by_the_tokenizer(model, recipe, batch, numbers):
         torch.testing.assert_close(model.encode_text(tokens), model.encode_text(batch[1]), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_features_gradients_and_three_steps(model, batch, numbers, recipe):
     parameters = model.trained_parameters()
     start = {name: p.detach().clone() for name, p in parameters.items()}
@@ -243,6 +244,7 @@ def test_written_out_token_by_token_it_is_the_released_code(recipe, batch, numbe
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switches", [dict(), dict(skip_unread=False, pack_captions=False)], ids=["shared", "plain"])
 def test_fewer_prompts_in_fewer_layers(recipe, batch, switches):
     """n = 2 to depth 9: above it prompts run on as tokens. Features, and gradients of everything."""

@@ -205,6 +205,7 @@ def test_number_of_trained_parameters(model):
     }
 
 
+@pytest.mark.slow
 def test_features_gradients_and_three_steps(model, batch, golden, recipe):
     optimizer = build_optimizer(model.trained_parameters(), TrainConfig(learning_rate=1e-3))
     assert_three_steps(model, batch, golden("cuhk"), recipe, optimizer, neutral_name)

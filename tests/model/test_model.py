@@ -132,6 +132,7 @@ def test_every_option_changes_the_features(tiny):
             assert (a - b).abs().max() > 1e-4, options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["weights", "logits"])
 def test_three_training_steps_with_the_kernels_and_without(tiny, target):
     """The switch: the same losses and the same parameters, fused or not."""
@@ -171,6 +172,7 @@ def test_autocast_keeps_parameters_in_float32(tiny):
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.trained_parameters().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_a_block_compiles_whole_and_once_for_every_batch(tiny, backend):
     block = stirred(build(tiny.replace(backend=backend))).image_blocks[0].to(DEVICE)
@@ -184,6 +186,7 @@ def test_a_block_compiles_whole_and_once_for_every_batch(tiny, backend):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_the_model_compiles_whole_and_once_for_every_batch(tiny, backend):
     """Both towers, the loss and backward; the compiled text tower computes the padding too, which changes nothing."""
@@ -352,6 +355,7 @@ def test_another_vocabulary_is_refused(tiny, tmp_path):
         AdaptedCLIP(tiny.replace(model=str(path)))
 
 
+@pytest.mark.slow
 def test_compiled_blocks_share_their_graphs(tiny):
     """First, middle and last of each tower; batches and captions of any length, evaluation too, without a fallback."""
     model, eager = (stirred(build(tiny)).to(torch.float64) for _ in range(2))

@@ -175,6 +175,7 @@ def test_the_papers_figures_have_rows_and_sources():
 # ------------------------------------------------------------------------------------ running
 
 
+@pytest.mark.slow
 def test_a_table_from_its_command(run, setting, output, capsys):
     assert run("V", "--seeds", "2", "--jobs", "2") == 0
     shown = capsys.readouterr().out
@@ -200,6 +201,7 @@ def test_a_table_from_its_command(run, setting, output, capsys):
     Image.open(output / "V-embedded.png").verify()
 
 
+@pytest.mark.slow
 def test_nothing_is_trained_twice(run, setting, output, capsys):
     run("V")
     capsys.readouterr()
@@ -225,6 +227,7 @@ def test_listing_trains_nothing(run, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_tested_on_another_data_set(run, setting, output, capsys):
     assert run("XI") == 0
     text = (output / "XI-embedded.md").read_text()
@@ -246,6 +249,7 @@ def test_a_figure_of_another_data_set(run, setting, output):
     assert (place / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_both_directions(run, setting, output):
     assert run("XII") == 0
     header, _, *lines = [
@@ -260,6 +264,7 @@ def test_both_directions(run, setting, output):
     assert cells[-5] == f"{found.image_to_text().metrics['R@1']:.2f}"
 
 
+@pytest.mark.slow
 def test_figures(run, output, monkeypatch):
     points = {"lora_rank": {"1": {"lora_rank": 1}, "2": {"lora_rank": 2}}, "prefix_length": {"1": {"prefix_length": 1}}}
     monkeypatch.setattr(UPPerson, "sweeps", staticmethod(lambda drawn: points))
@@ -269,6 +274,7 @@ def test_figures(run, output, monkeypatch):
     assert "lora_rank 1" in (output / "figure6-embedded.csv").read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_of_several_fields(run, output, monkeypatch, capsys):
     points = {
         "prompts": {"4": {"prompt_length": 2}, "8, without positions": {"prompt_length": 4, "prompt_positions": False}}
@@ -281,6 +287,7 @@ def test_a_sweep_of_several_fields(run, output, monkeypatch, capsys):
     Image.open(output / "sweeps-cskt-embedded.png").verify()
 
 
+@pytest.mark.slow
 def test_every_method_in_one_table(run, setting, output, monkeypatch, capsys):
     monkeypatch.setitem(measurement.PRESETS, measurement.FULL_SIZE, setting["embedded"])
     monkeypatch.setattr(measurement, "DRAWN_BATCH", 4)
@@ -306,6 +313,7 @@ def test_every_method_in_one_table(run, setting, output, monkeypatch, capsys):
     Image.open(output / "methods-embedded.png").verify()
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_a_result(run, setting, output, capsys, monkeypatch):
     monkeypatch.setattr(FullFineTuning, "recipe", staticmethod(lambda drawn: {"learning_rate": 1e30}))
     assert run("V") == 0
@@ -315,6 +323,7 @@ def test_a_run_that_diverges_is_a_result(run, setting, output, capsys, monkeypat
     assert run("V") == 0 and "9 runs, 9 of them are there already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_command_leaves_no_process_behind(tmp_path):
     """SIGKILL, which nobody can clean up after."""
     script = tmp_path / "command.py"
@@ -375,6 +384,7 @@ def measure_parts(config, batch_size):
     return [measure(part, batch_size) for part in trainings(config)]
 
 
+@pytest.mark.slow
 def test_costs(setting):
     found = {name: measure(config, 4) for name, config in modules_alone(setting["embedded"]).items()}
     fused = measure(setting["embedded"].replace(backend="triton"), 4)

@@ -24,6 +24,8 @@ from upperson.model.checkpoint import load_checkpoint
 from upperson.train.fit import fit
 from upperson.train.resume import load_state
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 WORLD_SIZE = 2
 

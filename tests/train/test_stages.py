@@ -182,6 +182,7 @@ def test_tables_take_it_as_one_run(config, whole, tmp_path):
 # ------------------------------------------------------------------------------------ stopped and resumed
 
 
+@pytest.mark.slow
 def test_killed_in_each_stage_and_resumed_ends_the_same(config, whole):
     run_dir = config.train.run_dir
     kill_when(start(*flags_of(config)), run_dir / "prompts", "step", 3)
@@ -195,6 +196,7 @@ class Killed(BaseException):
     """In the place of SIGKILL."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", [
     "prompts/resume.safetensors", "prompts/results.json", "encoders/config.json", "encoders/resume.safetensors",
     "encoders/results.json", "best.safetensors", "results.json",
@@ -216,6 +218,7 @@ def test_ended_while_a_file_is_written_and_resumed_ends_the_same(config, whole, 
     assert_same_stages(whole, run_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "message"), [
     (3, "after step 3, all is saved"),
     (10, "stopped before stage 2 of 2: task adaptation, encoders"),                         # the last one of stage one
@@ -232,6 +235,7 @@ def test_ctrl_c_names_the_whole_and_the_rest_follows(config, whole, monkeypatch,
     assert_same_stages(whole, run_dir)
 
 
+@pytest.mark.slow
 def test_resuming_trains_no_finished_stage_again_and_needs_its_place_no_more(config, whole, monkeypatch, capsys):
     """The folder may move; a stage under way does not read the checkpoint again that it started from."""
     with monkeypatch.context() as patch:
@@ -272,6 +276,7 @@ def test_another_configuration_or_a_used_folder_is_refused(shared, whole):
 # ------------------------------------------------------------------------------------ any method: start from, freeze
 
 
+@pytest.mark.slow
 def test_any_method_trains_in_stages(one_stage, tmp_path, monkeypatch):
     """First the prefixes, then all the rest; stopped and resumed, with a head that is trained along."""
     config = one_stage.replace(losses="sdm+id")
@@ -303,6 +308,7 @@ def assert_no_difference_when_stopped(config, run_dir, monkeypatch):
     assert_same_run(config.train.run_dir, run_dir)
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_lacks_keeps_its_initial_values(one_stage, tmp_path, capsys):
     short = one_stage.replace(epochs=1, warmup_epochs=0)
     prefixes = short.replace(lora="none", adapter_attn="none", adapter_mlp="none", run_dir=tmp_path / "prefixes")
@@ -321,6 +327,7 @@ def test_what_a_checkpoint_lacks_keeps_its_initial_values(one_stage, tmp_path, c
     assert "| start " in (tmp_path / "all" / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_zero_shot_is_clip_even_where_a_fine_tuned_one_is_started_from(one_stage, tmp_path):
     full = one_stage.replace(method="full", epochs=1, warmup_epochs=0, learning_rate=1e-3)
     path = fit(full).run_dir / "best.safetensors"

@@ -147,6 +147,7 @@ def test_every_epoch_shows_every_pair_in_another_order(config, monkeypatch):
     assert sorted(first) == sorted(second) == sorted(sample.person_id for sample in read_splits(config.data)["train"])
 
 
+@pytest.mark.slow
 def test_compiled_blocks_take_the_same_step(config):
     """On the CPU as on a GPU. Evaluations are not compiled: they are the same to the bit."""
     taken = []
@@ -664,6 +665,7 @@ def test_a_data_set_needs_its_folder(config):
         fit(config.replace(dataset="rstpreid"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:CUHK-PEDES")
 def test_an_epoch_of_cuhk_pedes_at_full_size(tmp_path):
     """The preset as it is, but for the weights (there is no network), the batch and the number of epochs."""
