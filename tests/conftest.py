@@ -61,7 +61,7 @@ def recipe():
 
 @pytest.fixture
 def poisoned_memory():
-    """Fresh memory holds NaN, so that an element which nobody wrote cannot pass; float32 products stay exact."""
+    """New memory holds NaN, so that an element that was never written fails a test; float32 products stay exact."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(True, warn_only=True)

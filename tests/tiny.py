@@ -115,13 +115,13 @@ def training_of(config: Config, model, splits):
 
 
 def log_of(run_dir):
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """The lines of metrics.jsonl without the values that depend on the clock."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
 
 
 def assert_same_run(first, second):
-    """Equal to the last bit in everything that a run leaves."""
+    """Bitwise equal in every file of a run."""
     assert log_of(first) == log_of(second)
     assert json.loads((first / "results.json").read_text()) == json.loads((second / "results.json").read_text())
     for name in ("best.safetensors", "last.safetensors", "resume.safetensors"):
@@ -135,7 +135,7 @@ def assert_same_run(first, second):
 
 
 def fail_at(monkeypatch, step, action):
-    """Calls `action` in the place of the loss of that step."""
+    """Replaces the loss of that step by `action` of it."""
     real, calls = Objective.forward, []
 
     def loss(*arguments):

@@ -132,7 +132,7 @@ def test_files_from_before_a_field_mean_its_default():
 
 
 def test_files_from_before_methods_had_options_of_their_own():
-    """There UP-Person's options stand among the model's, whatever the method."""
+    """In those files UP-Person's options are among the model's, whatever the method."""
     content = json.loads(Config().replace(prefix_length=3, lora="dora").to_json())
     options = content["model"].pop("method")
     content["model"].update(options)

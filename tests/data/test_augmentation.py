@@ -43,7 +43,7 @@ def paths(tmp_path_factory) -> list[Path]:
 
 
 def drawn(size: tuple[int, int], seeds: range) -> torch.Tensor:
-    """[seeds, 7]: what is drawn from each seed."""
+    """[seeds, 7]: the random choices of each seed."""
     random = RandomAugmentation(size)
     rows = []
     for seed in seeds:
@@ -107,7 +107,7 @@ class TestDrawing:
         assert 0.018 < areas.min() < 0.03 and 0.38 < areas.max() < 0.41
 
     def test_no_rectangle_fits(self):
-        """Of an image of one row and 1000 columns every rectangle that is drawn is too high."""
+        """In an image of one row and 1000 columns every random rectangle is too high."""
         assert (drawn((1, 1000), range(40))[:, 3:] == 0).all()
 
     def test_can_be_sent_to_another_process(self):
@@ -121,7 +121,7 @@ class TestAugment:
     plain = normalise(image, MEAN, STD)
     black = normalise(torch.zeros(3, 4, 2, dtype=torch.uint8), MEAN, STD)
 
-    def test_nothing_is_drawn(self):
+    def test_no_augmentation(self):
         assert torch.equal(augmented(self.image, chosen())[0], self.plain)
 
     def test_flip(self):

@@ -286,7 +286,7 @@ class TestProcesses:
 
     @pytest.mark.parametrize(("number", "left"), [(0, {".tmp"}), (1, {".tmp", ".npy"})])
     def test_killed_before_it_is_renamed(self, images, folder, decoded, number, left):
-        """Of the pixels, then of the index: whole pixels without an index are no cache."""
+        """Before the pixels are renamed, then before the index is: pixels without an index are not a cache."""
         found = run(DIES_AT_RENAME.format(number=number) + OPEN, images, folder, check=False)
         assert found.returncode == -signal.SIGKILL and names(folder) == left
         assert is_right(opened(images, folder), images) and len(decoded) == 7

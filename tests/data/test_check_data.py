@@ -141,7 +141,7 @@ def test_identities_with_a_single_image(sound):
     assert "1 identities of val with a single image" in text(report)
 
 
-def test_published_counts_stand_beside_the_found(sound):
+def test_published_counts_are_below_the_counts_found(sound):
     del sound["val"]
     report = check_dataset("rstpreid", sound, progress=False)
     assert report.title == "RSTPReid"
@@ -162,7 +162,7 @@ def test_published_counts_stand_beside_the_found(sound):
     assert sum("published" in row for row in rows) == 1 and not any("DIFFERS" in row for row in rows)
 
 
-def test_drawn_data(capsys):
+def test_synthetic_data(capsys):
     splits = read_splits(DataConfig(embedded_identities=(2, 1, 1), embedded_views=2))
     report = check_dataset("embedded", splits)
     assert report.usable and report.title == "embedded" and report.images == 8

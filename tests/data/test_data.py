@@ -560,8 +560,8 @@ class TestTrainLoader:
         drawn = torch.cat([batch["augmentation"] for number in range(4) for batch in loader(pairs, **{what: number})])
         assert len(drawn) == 8 and len(drawn.unique(dim=0)) >= 6
 
-    def test_what_is_drawn_is_a_function_of_seed_epoch_and_index(self, loader):
-        """Drawn from torch's generator as it is after seeding by SHA-256."""
+    def test_random_choices_depend_on_seed_epoch_and_index_alone(self, loader):
+        """They come from torch's generator, seeded by SHA-256."""
         (batch,) = loader(batch_size=11, seed=4, epoch=2)
         order = torch.randperm(11, generator=torch.Generator().manual_seed(stable_seed("order", 4, 2)))
         for index, found in zip(order.tolist(), batch["augmentation"], strict=True):

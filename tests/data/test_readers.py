@@ -1,4 +1,4 @@
-"""Flickr30k and MSCOCO in both formats, and data of one's own, in tiny files made here."""
+"""Flickr30k and MSCOCO in both formats, and a user's own data, in tiny files made here."""
 
 import json
 import re
@@ -301,7 +301,7 @@ LINES = [
 
 
 def read_own(file: Path, text: str | bytes, need=("test",)) -> dict:
-    """Of data of one's own."""
+    """The splits of a user's own file with this content."""
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

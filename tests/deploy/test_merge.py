@@ -105,7 +105,7 @@ def test_what_does_not_fold_is_named(tiny, variant):
         merge(model)
 
 
-def test_modules_that_stand_in_no_block_are_no_obstacle(tiny):
+def test_kinds_of_modules_that_no_block_has_are_no_obstacle(tiny):
     model = build(tiny.replace(prefix="salable", depth_prefix=0, adapter_mlp="l-parallel", depth_adapter=3))
     plain().load_state_dict(merge(model))
 
@@ -114,7 +114,7 @@ def test_modules_that_stand_in_no_block_are_no_obstacle(tiny):
 
 
 @pytest.mark.parametrize("variant", [dict(lora="dora", adapter_mlp="ln-tuning"), dict(method="full")], ids=words)
-def test_the_file_loads_in_open_clip_as_the_command_says(tiny, tmp_path, capsys, variant):
+def test_the_file_loads_in_open_clip_with_the_printed_lines(tiny, tmp_path, capsys, variant):
     config = tiny.replace(**variant)
     path, output = written(tmp_path, config), tmp_path / "merged.safetensors"
     assert run(path, output) == 0
@@ -166,7 +166,7 @@ def test_the_embedded_clip(tmp_path, capsys):
     for number, (image_size, changes) in enumerate(
         itertools.product([(192, 64), (256, 64)], [dict(prefix="none", adapter_attn="none", adapter_mlp="none"), {}])
     ):
-        config = PRESETS["embedded"].model.replace(image_size=image_size, **changes)
+        config = PRESETS["embedded"].model.replace(image_size=image_size, backend="torch", **changes)
         path = tmp_path / f"{number}.safetensors"
         save_checkpoint(path, stirred(build(config), scale=0.05).trained_parameters(), Config(config), {})
         output, rest = tmp_path / f"merged-{number}.safetensors", tmp_path / f"rest-{number}.safetensors"
@@ -224,7 +224,7 @@ def test_a_checkpoint_is_read_once(tiny, tmp_path, monkeypatch, also_rest):
 @pytest.mark.parametrize("also_rest", [False, True])
 @pytest.mark.parametrize("wrong", ["weights", "nan"])
 def test_a_wrong_result_is_not_written(tiny, tmp_path, monkeypatch, capsys, also_rest, wrong):
-    """What stood at those places before still stands there, and nothing else does."""
+    """The earlier files are kept, and no other file is left."""
     path = written(tmp_path, tiny.replace(lora="lora", prefix="salable" if also_rest else "none"))
     output, rest = tmp_path / "merged.safetensors", tmp_path / "rest.safetensors"
     output.write_bytes(b"earlier")

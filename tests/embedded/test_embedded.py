@@ -1,4 +1,4 @@
-"""The drawn data set says what it shows, is the same everywhere, and the small CLIP sees something in it."""
+"""The synthetic data: captions fit the images, every process gets the same, and the small CLIP is above chance."""
 
 import hashlib
 import json
@@ -174,7 +174,7 @@ def test_domains(domain):
 
 
 def test_the_embedded_set_is_the_first_one():
-    """What is drawn by day never changes: published numbers and checkpoints hang on it."""
+    """The synthetic people by day never change: published numbers and checkpoints depend on them."""
     splits = splits_of("embedded")
     drawn = read_embedded(train=30, val=10, test=20, views=3)
     assert splits == {split: [Sample(*drawing) for drawing in drawings] for split, drawings in drawn.items()}

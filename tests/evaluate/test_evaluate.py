@@ -1,4 +1,4 @@
-"""The command that evaluates a checkpoint: both directions, what it says, the files it leaves, and what it refuses."""
+"""The command that evaluates a checkpoint: both directions, its output, its files, and its errors."""
 
 import json
 import resource
@@ -45,8 +45,8 @@ def checkpoint(config, parameters, tmp_path):
 
 
 def run(*arguments):
-    """The exit status of the command."""
-    return main([str(argument) for argument in arguments])
+    """The exit status of the command, on the CPU in float32 unless a test asks for something else."""
+    return main([str(argument) for argument in ("--device", "cpu", *arguments)])
 
 
 def json_of(path):
@@ -168,7 +168,7 @@ def test_cross_domain(checkpoint, config, capsys, dataset, split, captions, imag
         ({}, "epoch not recorded"),
     ],
 )
-def test_how_the_epoch_was_selected_is_said(checkpoint, config, parameters, capsys, results, words):
+def test_the_output_names_how_the_epoch_was_selected(checkpoint, config, parameters, capsys, results, words):
     save_checkpoint(checkpoint, parameters, config, results)
     assert run(checkpoint, "--output", checkpoint.parent / "out") == 0
     assert words in capsys.readouterr().out
@@ -203,7 +203,7 @@ def test_a_checkpoint_of_a_gpu_is_evaluated_on_a_cpu(checkpoint, config, paramet
 
 
 def own_data(folder, people=3):
-    """A folder of one's own, two images a person and a caption each, test split alone."""
+    """A user's own folder: two images a person, one caption an image, the test split alone."""
     lines = ["image,caption,identity"]
     for index in range(2 * people):
         write_image(folder / f"{index}.png", index)
@@ -260,7 +260,7 @@ def test_a_checkpoint_is_read_once(checkpoint, monkeypatch):
 
 
 def refused(capsys, status, *arguments):
-    """The last line of what a refused command says."""
+    """The last line of a refused command's error."""
     try:
         found = run(*arguments)
     except SystemExit as stopped:  # of argparse

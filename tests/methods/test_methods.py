@@ -69,7 +69,7 @@ def test_no_other_file_names_a_method():
 
 
 def test_the_example_of_the_documentation(tmp_path):
-    """A method in ten lines: as it stands on the page it trains, and its checkpoint loads."""
+    """A method in ten lines: the example on the page trains, and its checkpoint loads."""
     page = (PROJECT / "upperson" / "methods" / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     code = [line for line in example.splitlines() if line and not line.startswith(("from", "import"))]
@@ -100,6 +100,7 @@ def small(config, run_dir):
         batch_size=8,
         image_size=(64, 32),
         backend="torch",
+        device="cpu",
         workers=0,
         run_dir=run_dir,
     )
@@ -220,7 +221,7 @@ def test_prompts_that_the_batch_shares_are_tokens_of_each_sample(tiny, changes, 
 @pytest.mark.parametrize("changes", PROMPTED, ids=words)
 @pytest.mark.parametrize("pack_captions", [True, False])
 def test_all_tokens_of_a_caption(tiny, changes, pack_captions):
-    """What mlm reads: its end token is the caption's embedding, its start token stands first."""
+    """The input of mlm: the start token is first, the end token is the caption's embedding."""
     model = stirred(build(tiny.replace(pack_captions=pack_captions, **changes))).double()
     captions = ["a man", "a woman in a red coat with a small white handbag and a dog", "girl"]
     tokens = model.tokenizer(captions, context_length=model.caption_length)

@@ -167,7 +167,7 @@ def test_the_number_of_trained_parameters(model):
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_caption_edit(n):
-    """Words and end tokens stand where the released code puts them, for every length of a caption."""
+    """Words and end tokens are where the released code puts them, for every length of a caption."""
     shift = np.load(GOLDEN / "shift.npz")
     tokens, expected = torch.from_numpy(shift["ids"]), torch.from_numpy(shift[f"n{n}/ids"])
     words = words_of(tokens, 76 - 2 * n)

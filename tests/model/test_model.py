@@ -276,7 +276,7 @@ def test_a_named_model_takes_a_local_file(tmp_path, monkeypatch):
 
 
 def test_a_tag_without_a_network_is_explained(monkeypatch):
-    """Without a network nothing is tried for minutes: the hub's library is told that there is none."""
+    """Without a network there are no minutes of retries: the hub's library is told that it is offline."""
     seen = []
 
     def refuse(*args, **kwargs):

@@ -179,7 +179,7 @@ def test_position_embeddings_are_resampled_once_or_not_at_all(tiny, tmp_path, im
     assert (loaded.grid_size, loaded.image_size) == ((6, 2), (48, 16))
 
 
-def test_a_file_says_its_image_size_and_normalisation(tiny, tmp_path):
+def test_a_file_holds_its_image_size_and_normalisation(tiny, tmp_path):
     """64×16 has as many patches as the published 32×32: the file must say which it is for."""
     clip, path = published((64, 16)), tmp_path / "clip.safetensors"
     path.write_bytes(weights_as_bytes(clip.state_dict(), Preprocess((64, 16), (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from operators import DEVICE
 from PIL import Image
 from tiny import tiny_training
 
@@ -55,9 +56,9 @@ def output(tmp_path_factory):
 
 @pytest.fixture
 def run(setting, output, monkeypatch):
-    """run("V", …) is the command on that setting, its status; all tests share the runs."""
+    """run("V", …) is the command on that setting, its status; all tests share the runs, which are a CPU's."""
     monkeypatch.setattr(command, "embedded_setting", lambda: setting)
-    return lambda *arguments: command.main(["--output", str(output), *arguments])
+    return lambda *arguments: command.main(["--output", str(output), "--device", "cpu", *arguments])
 
 
 # ------------------------------------------------------------------------------------ rows
@@ -137,7 +138,8 @@ def test_sweeps_go_through_all_their_values(where):
 
 @pytest.mark.parametrize("where", SETTINGS)
 def test_rows_of_a_table_are_different_runs_and_tables_share_theirs(where):
-    tables, runs = build_tables(*SETTINGS[where]), Runs(Path("x"), {})
+    # A GPU would have another precision, and so another folder.
+    tables, runs = build_tables(*SETTINGS[where]), Runs(Path("x"), {"device": "cpu"})
     for number, table in tables.items():
         places = [(runs.folder_of(row.config), row.tested_on and row.tested_on.data.dataset) for row in table.rows]
         assert len(set(places)) == len(table.rows) - 2 * (number == "figure6")  # its sweeps meet in one run
@@ -154,7 +156,7 @@ def test_rows_of_a_table_are_different_runs_and_tables_share_theirs(where):
     ]
     assert len(set(shared)) == 1
     config = tables["V"].rows[8].config
-    assert runs.folder_of(config) == runs.folder_of(config.replace(workers=3, device="cpu"))
+    assert runs.folder_of(config) == runs.folder_of(config.replace(workers=3, device="cuda"))
     assert runs.folder_of(config.replace(prefix_scale=10)) == runs.folder_of(config.replace(prefix_scale=10.0))
     assert runs.folder_of(config.replace(seed=2)).parent == runs.folder_of(config).parent
     others = (dict(precision="bf16"), dict(embedded_seed=4), dict(lora_rank=3))
@@ -325,7 +327,7 @@ def test_a_run_that_diverges_is_a_result(run, setting, output, capsys, monkeypat
 
 @pytest.mark.slow
 def test_a_killed_command_leaves_no_process_behind(tmp_path):
-    """SIGKILL, which nobody can clean up after."""
+    """SIGKILL, after which no code of the command runs."""
     script = tmp_path / "command.py"
     script.write_text(
         "import os, time\nfrom pathlib import Path\nfrom upperson.tables.runs import Runs\n"
@@ -387,7 +389,7 @@ def measure_parts(config, batch_size):
 @pytest.mark.slow
 def test_costs(setting):
     found = {name: measure(config, 4) for name, config in modules_alone(setting["embedded"]).items()}
-    fused = measure(setting["embedded"].replace(backend="triton"), 4)
+    fused = measure(setting["embedded"].replace(backend="triton", device=DEVICE), 4)
     assert (fused.inference_gflops, fused.step_gflops) == (
         found["UP-Person"].inference_gflops,
         found["UP-Person"].step_gflops,

@@ -66,7 +66,7 @@ def results_of(folder):
 
 
 def assert_same_stages(first, second):
-    """Equal to the last bit in everything that the whole and its stages leave."""
+    """Bitwise equal in every file of the run and of its stages."""
     for name in STAGES:
         assert_same_run(first / name, second / name)
     names = sorted(path.name for path in first.iterdir())

@@ -1,4 +1,4 @@
-"""The whole job on tiny models: what it leaves, what it selects, and that nothing is lost when it is stopped."""
+"""A training of tiny models: its files, the selected epoch, and no loss when it is stopped and resumed."""
 
 import math
 import os
@@ -609,7 +609,7 @@ def test_a_device_that_is_not_there_is_one_line(config, monkeypatch, capsys):
     assert capsys.readouterr() == ("", message)
 
 
-def test_command_line_says_how_to_resume(config, monkeypatch, capsys):
+def test_command_line_prints_how_to_resume(config, monkeypatch, capsys):
     fail_at(monkeypatch, 3, interrupt)
     assert run_command(monkeypatch, *flags_of(config)) == 130
     assert f"continue with --resume {config.train.run_dir}" in capsys.readouterr().err
