@@ -29,6 +29,18 @@ def index_answers():
     return subprocess.run(question, capture_output=True).returncode == 0
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_tokenizers():
+    """One tokenizer for each length of captions: reading its vocabulary takes longer than building a tiny model."""
+    open_clip = sys.modules.get("open_clip")  # the tests of the kernels run without it
+    if open_clip is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_clip, "SimpleTokenizer", functools.cache(open_clip.SimpleTokenizer))
+        yield
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """UP-Person on a tiny random CLIP; a module may have another fixture of this name."""

@@ -160,7 +160,6 @@ def test_what_remains_is_a_checkpoint_on_the_merged_weights(tiny, tmp_path, monk
         assert torch.equal(ours.encode_text(tokens), theirs.encode_text(tokens))
 
 
-@pytest.mark.slow
 def test_the_embedded_clip(tmp_path, capsys):
     """Its weights are of 128×128 images; 256×64 has as many patches."""
     for number, (image_size, changes) in enumerate(
@@ -324,8 +323,9 @@ def test_wrong_arguments(tiny, tmp_path, monkeypatch, capsys, arguments, message
     assert f"error: {message}" in capsys.readouterr().err.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_as_a_module(tmp_path):
-    """No traceback, and help that names everything."""
+    """An error without a traceback."""
     missing = subprocess.run(
         [sys.executable, "-m", "upperson.deploy.merge", "missing.safetensors", "merged.safetensors"],
         cwd=tmp_path,
