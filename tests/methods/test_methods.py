@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from operators import DEVICE, EXACT
 from safetensors.torch import save_file
-from tiny import TINY_CLIP, build, inputs, stirred, training_of, write_clip
+from tiny import TINY_CLIP, build, inputs, stirred, tiny_training, training_of, write_clip
 
 from upperson import AdaptedCLIP, Config, ModelConfig, fit, preset
 from upperson.data.splits import read_splits
@@ -104,14 +104,14 @@ def small(config, run_dir):
         workers=0,
         run_dir=run_dir,
     )
-    if config.model.method.stages():
-        changes |= dict(encoder_epochs=1, encoder_warmup_epochs=0)
     return config.replace(**changes)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_saves_loads_and_evaluates(method, tmp_path, capsys):
-    config = small(preset("embedded", method), tmp_path / "run")
+    config = tiny_training(tmp_path, method, epochs=1, warmup_epochs=0, run_dir=tmp_path / "run")
+    if config.model.method.stages():
+        config = config.replace(encoder_epochs=1, encoder_warmup_epochs=0)
     results = fit(config).results
     assert results.method == config.model.method.title and results.text_to_image["R@10"] > 0
     best = tmp_path / "run" / "best.safetensors"

@@ -144,10 +144,15 @@ def test_gradients_are_those_of_finite_differences(tiny, variant):
 @pytest.mark.parametrize(
     "variant",
     [
-        dict(prefix="vanilla", lora="dora", adapter_attn="l-sequential", adapter_mlp="parallel"),
-        dict(prefix="salable", lora="wora", adapter_attn="sequential", adapter_mlp="ln-tuning"),
         dict(prefix="salable", adapter_mlp="l-parallel"),
-        dict(method="full"),
+        *(
+            pytest.param(variant, marks=pytest.mark.slow)
+            for variant in (
+                dict(prefix="vanilla", lora="dora", adapter_attn="l-sequential", adapter_mlp="parallel"),
+                dict(prefix="salable", lora="wora", adapter_attn="sequential", adapter_mlp="ln-tuning"),
+                dict(method="full"),
+            )
+        ),
     ],
     ids=lambda variant: "-".join(variant.values()),
 )

@@ -158,6 +158,7 @@ def test_recipe_stream_is_the_golden_one(recipe, numbers):
         assert np.array_equal(drawn.reshape(-1)[:8], numbers[f"probe/{name}"].reshape(-1))
 
 
+@pytest.mark.slow
 def test_the_number_of_trained_parameters(model):
     assert len(model.trained_parameters()) == 216
     assert sum(p.numel() for p in model.trained_parameters().values()) == 12_117_888
@@ -177,6 +178,7 @@ def test_the_caption_edit(n):
     assert torch.equal(ids[:, 1 + 2 * n :], expected[:, 1 + 2 * n :]) and torch.equal(ends, words.argmax(1) + 1 + 2 * n)
 
 
+@pytest.mark.slow
 def test_captions_are_cut_alike_by_the_tokenizer(model, recipe, batch, numbers):
     """What the training loader gives has room for the prompts already."""
     tokens = model.tokenizer(recipe.CAPTIONS, context_length=model.caption_length)
@@ -222,6 +224,7 @@ def test_the_schedule(numbers):
         schedule.step()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_written_out_token_by_token_it_is_the_released_code(recipe, batch, numbers):
     """Block outputs too, of prompts as well: so the formulas below may stand for the released code."""

@@ -178,6 +178,7 @@ def test_recipe_stream_is_the_golden_one(recipe, golden):
         assert np.array_equal(drawn.reshape(-1)[:8], numbers[key].reshape(-1))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(("configuration", "count"), [("cuhk", 7_419_816), ("rstp", 6_191_016), ("mixed", 4_428_210)])
 def test_features_by_depth_and_rank(recipe, golden, batch, configuration, count):
@@ -203,6 +204,23 @@ def test_number_of_trained_parameters(model):
     assert {id(p) for p in model.parameters() if p.requires_grad} == {
         id(p) for p in model.trained_parameters().values()
     }
+
+
+def test_features_of_both_towers_and_gradients_of_the_text_tower(model, batch, golden, recipe):
+    """The part of a golden step that takes a second: its loss gives the gradients of the features."""
+    images, tokens, _ = batch
+    numbers = golden("cuhk")
+    with torch.no_grad():
+        assert_near("image features", model.encode_image(images[:2]), numbers["image_features"][:2], FEATURE_BOUND)
+    parameters = {name: p for name, p in model.trained_parameters().items() if name.startswith("text.")}
+    features = model.encode_text(tokens)
+    assert_near("text features", features.detach(), numbers["text_features"], FEATURE_BOUND)
+    outer = torch.from_numpy(numbers["grad_text_features"])
+    gradients = torch.autograd.grad(features, list(parameters.values()), outer)
+    assert len(gradients) == 252
+    for name, gradient in zip(parameters, gradients, strict=True):
+        expected = numbers[f"grad/{neutral_name(name)}"]
+        assert_near(f"gradient of {name}", recipe.summary(gradient), expected, GRADIENT_BOUND)
 
 
 @pytest.mark.slow
