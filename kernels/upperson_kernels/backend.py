@@ -39,6 +39,8 @@ def release(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+# Found out once, at import: torch.compile cannot trace these calls.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 try:
     INTERPRETER_PROBLEM = interpreter_problem(importlib.metadata.version("triton"), importlib.metadata.version("numpy"))
 except importlib.metadata.PackageNotFoundError:  # no Triton, or a nightly build under another name
@@ -63,7 +65,7 @@ def resolve(backend: str | None, tensor: torch.Tensor) -> str:
     if backend == "torch":
         return backend
 
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         raise RuntimeError(
             "backend 'triton' needs the package triton, which is not installed; backend='torch' runs without it"
         )
