@@ -95,7 +95,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def in_autocast(tensor: torch.Tensor) -> bool:
     """Whether torch.autocast is on for the tensor's device."""
     kind = tensor.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # PyTorch 2.11 cannot trace is_autocast_available; the devices that are compiled for have autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return available and torch.is_autocast_enabled(kind)
 
 
 def float32_precision() -> str:
