@@ -39,6 +39,8 @@ def release(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+# Found out once, at import: torch.compile cannot trace these calls.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 try:
     INTERPRETER_PROBLEM = interpreter_problem(importlib.metadata.version("triton"), importlib.metadata.version("numpy"))
 except importlib.metadata.PackageNotFoundError:  # no Triton, or a nightly build under another name
@@ -63,7 +65,7 @@ def resolve(backend: str | None, tensor: torch.Tensor) -> str:
     if backend == "torch":
         return backend
 
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         raise RuntimeError(
             "backend 'triton' needs the package triton, which is not installed; backend='torch' runs without it"
         )
@@ -93,7 +95,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def in_autocast(tensor: torch.Tensor) -> bool:
     """Whether torch.autocast is on for the tensor's device."""
     kind = tensor.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # PyTorch 2.11 cannot trace is_autocast_available; the devices that are compiled for have autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    return available and torch.is_autocast_enabled(kind)
 
 
 def float32_precision() -> str:

@@ -582,7 +582,7 @@ class TestTrainLoader:
 
     def test_signals_to_the_group_of_a_training_spare_its_loaders(self, loader):
         batches = iter(loader(workers=2))
-        next(batches)
+        _ = next(batches), next(batches)  # one of each process, so both have started
         groups = {os.getpgid(process.pid) for process in multiprocessing.active_children()}
         assert len(groups) == 2 and os.getpgrp() not in groups
 
