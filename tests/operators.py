@@ -7,6 +7,7 @@ the budget of a low-precision kernel is twice the error of PyTorch's own computa
 
 import itertools
 
+import pytest
 import torch
 from upperson_kernels import layernorm_adapter, prefix_attention
 from upperson_kernels.attention import reference as attention_reference
@@ -18,6 +19,11 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float
 
 # The unit roundoff bounds what any order of summation may differ by where PyTorch's own error happens to be zero.
 SLACK = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def slow_case(*values):
+    """A case of a parametrised test that `pytest -m "not slow"` leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def randn(*shape, seed=0, dtype=None, scale=1.0):

@@ -84,6 +84,7 @@ def test_operator_benchmark(module, shape, candidates, small, tmp_path, monkeypa
     assert result["environment"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 @needs_no_gpu
 @pytest.mark.parametrize("module", [attn, adapter])
 def test_sweep(module, small, tmp_path, monkeypatch):
@@ -363,6 +364,7 @@ sys.exit(report.main(lambda work: parts, FOLDER / "work"))
     assert third.returncode == 0 and (tmp_path / "runs").read_text() == "xx"
 
 
+@pytest.mark.slow
 def test_report_names_what_failed_and_runs_the_rest(tmp_path, monkeypatch, capsys):
     parts = [
         python("broken", "print('a line'); raise SystemExit('the reason it broke')"),

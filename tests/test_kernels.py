@@ -1,8 +1,9 @@
 """Both operators against their definitions: values, gradients, shapes, strides, dtypes, and what they refuse.
 
-How they are compared stands in operators.py.
+operators.py has the comparison itself.
 """
 
+import itertools
 import math
 import re
 
@@ -28,6 +29,7 @@ from operators import (
     relative_error,
     require_grad,
     run,
+    slow_case,
 )
 from upperson_kernels import layernorm_adapter, prefix_attention, tiles
 from upperson_kernels.adapter import device as adapter_device
@@ -50,9 +52,18 @@ needs_float64 = pytest.mark.skipif(GPU, reason="compiled kernels take no float64
 
 
 @needs_float64
-@pytest.mark.parametrize("target", ["weights", "logits"])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("prefix", "causal", "target"),
+    [
+        (3, False, "logits"),
+        (3, True, "weights"),
+        *(
+            slow_case(*case)
+            for case in itertools.product((0, 1, 3), (False, True), ("weights", "logits"))
+            if case not in ((3, False, "logits"), (3, True, "weights"))
+        ),
+    ],
+)
 def test_attention_gradcheck(prefix, causal, target):
     """Finite differences against the kernels' backward, in all four inputs."""
     tensors = require_grad(attention_inputs(batch=2, length=3, prefix=prefix, heads=2, width=4))
@@ -80,8 +91,8 @@ def test_attention_lengths(length, prefix, causal, target, monkeypatch):
     check_attention(attention_inputs(batch=1, heads=1, length=length, prefix=prefix), causal, target)
 
 
-@pytest.mark.parametrize("target", ["weights", "logits"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target", ["weights", slow_case("logits")])
+@pytest.mark.parametrize("dtype", [*map(slow_case, DTYPES[:-1]), DTYPES[-1]], ids=str)
 def test_attention_dtypes(dtype, target):
     for causal, length, scale in ((False, 70, 10.0), (True, 35, 0.5)):
         check_attention(
@@ -99,7 +110,7 @@ def test_attention_prefix_scales(scale, target):
     check_attention(attention_inputs(scale=scale), False, target, cancellation=cancellation)
 
 
-@pytest.mark.parametrize(("heads", "width"), [(1, 16), (3, 20), (12, 64), (1, 80), (2, 128), (1, 1)])
+@pytest.mark.parametrize(("heads", "width"), [(1, 16), (3, 20), slow_case(12, 64), (1, 80), (2, 128), (1, 1)])
 def test_attention_heads(heads, width):
     check_attention(attention_inputs(length=9, heads=heads, width=width), True, "weights")
 
@@ -113,10 +124,10 @@ def test_attention_heads(heads, width):
         ([0], 3),
         ([0, 0], 0),
         ([3, 0, 40, 1], 0),
-        ([0, 7, 33], 1),
-        ([32, 64, 31, 0], 2),
-        ([77, 12, 26], 10),
-        ([9, 70, 0], 64),
+        slow_case([0, 7, 33], 1),
+        slow_case([32, 64, 31, 0], 2),
+        slow_case([77, 12, 26], 10),
+        slow_case([9, 70, 0], 64),
     ],
 )
 def test_attention_of_packed_sequences(lengths, prefix, causal, target):
@@ -124,6 +135,7 @@ def test_attention_of_packed_sequences(lengths, prefix, causal, target):
     check_attention(tensors, causal, target, cu_seqlens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_of_packed_sequences_in_every_dtype(dtype):
     tensors, cu_seqlens = packed_inputs([26, 0, 77, 66], prefix=10, width=64, dtype=dtype)
@@ -180,6 +192,7 @@ def rearranged(tensor, data):
     return memory[..., gap:].permute(*sorted(range(tensor.dim()), key=lambda d: order[d]))
 
 
+@pytest.mark.slow
 def test_attention_many_samples_share_one_prefix():
     """The prefix gradient is the sum of the gradients of the samples, each on its own."""
     tensors = attention_inputs(batch=5, length=9)
@@ -230,6 +243,7 @@ def test_attention_targets_differ_and_causal_matters():
             assert (a - b).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_attention_strides():
     """Sliced, permuted, misaligned and expanded inputs and gradients give what their copies give."""
     big = randn(2, 9, 4, 3, 2, 17, seed=3)
@@ -281,7 +295,7 @@ def test_attention_empty(shape):
     assert all(g.abs().sum() == 0 for g in grads)
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (1, 3), (0, 2)])
+@pytest.mark.parametrize("wanted", [slow_case((0,)), slow_case((1,)), slow_case((2,)), slow_case((3,)), (1, 3), (0, 2)])
 def test_attention_computes_only_gradients_asked_for(wanted):
     tensors = attention_inputs()
     full = run(attention_functions(False, "weights")[0], tensors, [randn(2, 7, 2, 16, seed=9)])[1:]
@@ -324,12 +338,12 @@ def test_adapter_gradcheck(residual, own_norm):
         ((1,), 64, 8),
         ((31,), 65, 5),
         ((2, 33), 64, 16),
-        ((193,), 96, 12),
+        slow_case((193,), 96, 12),
         ((4,), 512, 64),
-        ((3,), 768, 96),
-        ((2,), 1024, 128),
+        slow_case((3,), 768, 96),
+        slow_case((2,), 1024, 128),
         *([] if GPU else [((5,), 1, 1)]),
-        ((2100,), 16, 2),
+        slow_case((2100,), 16, 2),
     ],
 )
 def test_adapter_shapes(rows, width, hidden, residual, own_norm):
@@ -350,7 +364,7 @@ def test_adapter_of_anything(data):
 
 
 @ADAPTER_MODES
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*map(slow_case, DTYPES[:-1]), DTYPES[-1]], ids=str)
 def test_adapter_dtypes(dtype, residual, own_norm):
     check_adapter(adapter_inputs((70,), 96, 24, dtype=dtype, residual=residual, own_norm=own_norm), residual, own_norm)
 

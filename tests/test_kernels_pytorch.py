@@ -110,6 +110,7 @@ def test_the_adapter_is_counted_as_pytorchs_own(own_norm):
     assert counts[0] == counts[1] == 12 * tensors[0].numel() * 3
 
 
+@pytest.mark.slow
 def test_opcheck_of_packed_sequences():
     tensors, cu_seqlens = packed_inputs([3, 0, 4])
     torch.library.opcheck(
@@ -235,6 +236,7 @@ def test_compiles_whole_and_once_for_every_batch():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compiles_packed_sequences():
     block = small_block()
     counter = CompileCounterWithBackend("aot_eager")
@@ -249,6 +251,7 @@ def test_compiles_packed_sequences():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_autocast_computes_in_half_precision(backend):
     block = SmallBlock(backend).to(DEVICE)
@@ -267,6 +270,7 @@ def test_autocast_computes_in_half_precision(backend):
     torch.testing.assert_close(out.float(), block(x), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
     block, x = small_block(), randn(2, 9, 32).requires_grad_()
@@ -318,6 +322,7 @@ def untouched_memory(poisoned_memory):
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("untouched_memory")
 @pytest.mark.parametrize("dimension", ["batch", "row", "part", "head"])
 def test_attention_beyond_32_bit_offsets(dimension):

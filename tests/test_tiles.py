@@ -104,6 +104,7 @@ def test_a_file_that_is_not_tiles_is_refused_and_changes_nothing(content, messag
     assert tiles.loaded == {}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="counts what the interpreter computes")
 @pytest.mark.parametrize("prefix", [2, 10, 14])
 @pytest.mark.parametrize(
@@ -202,6 +203,7 @@ def test_every_tuning_job_runs(tune):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="what a machine without a GPU prints")
 def test_tuning_needs_a_gpu(tmp_path):
     run = subprocess.run(

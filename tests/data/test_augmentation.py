@@ -63,6 +63,7 @@ def chosen(**columns: int) -> torch.Tensor:
 
 
 class TestAgainstTorchvision:
+    @pytest.mark.slow
     @pytest.mark.parametrize("size", SIZES)
     def test_training_is_equal_to_the_bit(self, paths, size):
         transform, random = one_at_a_time(size), RandomAugmentation(size)

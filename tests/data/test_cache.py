@@ -207,6 +207,7 @@ class TestErrors:
         with pytest.raises(OSError, match="image_cache: .*file is not a folder that can be written"):
             opened(images, tmp_path / "file")
 
+    @pytest.mark.slow
     def test_writing_fails(self, images, folder):
         """As on a full disk: the system lets no file grow beyond a limit."""
         limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))"
@@ -270,6 +271,7 @@ def run(script: str, images: list[Path], folder: Path, check: bool = True) -> su
 
 
 class TestProcesses:
+    @pytest.mark.slow
     def test_killed_while_decoding(self, images, folder, decoded):
         process = start(SLOWLY + OPEN, images, folder)
         deadline = time.monotonic() + 60
@@ -284,6 +286,7 @@ class TestProcesses:
         assert is_right(opened(images, folder), images) and len(decoded) == 7
         assert names(folder) == {".npy", ".json"}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("number", "left"), [(0, {".tmp"}), (1, {".tmp", ".npy"})])
     def test_killed_before_it_is_renamed(self, images, folder, decoded, number, left):
         """Before the pixels are renamed, then before the index is: pixels without an index are not a cache."""

@@ -88,6 +88,7 @@ def test_open_clip_computes_the_same(tiny, variant):
     assert changed.tolist() == ["method" not in variant] * 2
 
 
+@pytest.mark.slow
 def test_a_text_tower_of_its_own(tiny, tmp_path):
     Path(tiny.model).write_text(json.dumps(TINY_CLIP | dict(custom_text=True)))
     model = stirred(build(tiny.replace(lora="lora")).double())
@@ -160,6 +161,7 @@ def test_what_remains_is_a_checkpoint_on_the_merged_weights(tiny, tmp_path, monk
         assert torch.equal(ours.encode_text(tokens), theirs.encode_text(tokens))
 
 
+@pytest.mark.slow
 def test_the_embedded_clip(tmp_path, capsys):
     """Its weights are of 128×128 images; 256×64 has as many patches."""
     for number, (image_size, changes) in enumerate(
@@ -185,6 +187,7 @@ def test_the_embedded_clip(tmp_path, capsys):
             )
 
 
+@pytest.mark.slow
 def test_a_model_by_name_and_its_normalisation(tiny, tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "tiny-for-merge.json").write_text(json.dumps(TINY_CLIP))

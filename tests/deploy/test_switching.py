@@ -80,6 +80,7 @@ def test_each_is_its_checkpoint_alone_whatever_was_in_use_before(adaptations, fi
     assert all(not torch.equal(a, b) for i, a in enumerate(every) for b in every[:i])
 
 
+@pytest.mark.slow
 def test_a_model_with_modules_of_its_own_gets_them_back(files):
     model = load_model(files["cuhk"])
     expected, adaptations = features(model), Adaptations(model)
@@ -123,6 +124,7 @@ def test_the_dtype_of_the_backbone_is_kept(tiny, files):
         assert model.encode_image(inputs(dtype)[0]).dtype == dtype
 
 
+@pytest.mark.slow
 def test_only_what_is_in_use_is_trained(adaptations):
     adaptations.use("icfg")
     before = {name: parameter.detach().clone() for name, parameter in adaptations.model.trained_parameters().items()}
@@ -135,6 +137,7 @@ def test_only_what_is_in_use_is_trained(adaptations):
         assert parameter.grad is None and torch.equal(parameter, before[name])
 
 
+@pytest.mark.slow
 def test_the_backend_is_that_of_the_model(tiny, files):
     adaptations = Adaptations(AdaptedCLIP(tiny.replace(backend="auto")))
     adaptations.add("cuhk", files["cuhk"])
@@ -142,6 +145,7 @@ def test_the_backend_is_that_of_the_model(tiny, files):
     assert adaptations.model.config == tiny.replace(backend="auto")
 
 
+@pytest.mark.slow
 def test_a_backbone_that_lay_elsewhere(tmp_path, tiny, files, adaptations):
     moved = str(shutil.copy(tiny.pretrained, tmp_path / "moved.safetensors"))
     path = checkpoint(tmp_path / "other.safetensors", tiny.replace(pretrained=moved))

@@ -299,6 +299,7 @@ def test_what_a_view_hides_is_not_visible(data):
     assert min(hidden_bags, hidden_glasses, hidden_shoes) > 10
 
 
+@pytest.mark.slow
 def test_what_is_visible_is_drawn(data):
     """Taking a visible bag or hat away, or recolouring visible shoes, changes the picture."""
     checked = dict.fromkeys(("bag", "hat", "shoes", "glasses"), 0)
@@ -325,6 +326,7 @@ def test_captions_omit_something_and_vary(data):
     assert 0.5 < named / shown < 0.85
 
 
+@pytest.mark.slow
 def test_captions_are_clean_and_short(data):
     captions = [caption for split in SPLITS for caption in queries(data[split])[0]]
     assert all(re.fullmatch(r"[A-Z][A-Za-z,. :-]+\.", caption) for caption in captions)
@@ -337,6 +339,7 @@ def test_captions_are_clean_and_short(data):
 # -- pretraining
 
 
+@pytest.mark.slow
 def test_scenes_share_the_vocabulary_but_show_no_people(data):
     tokenizer = open_clip.SimpleTokenizer()
     scenes = [draw_scene(0, index) for index in range(3000)]
@@ -360,6 +363,7 @@ def test_short_text_is_the_same_text(clip):
     torch.testing.assert_close(short, full, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_pretraining_learns_and_repeats():
     random.seed(0)
     first, tokens = pretrain(seed=5, steps=3, batch_size=8, learning_rate=1e-3, workers=0)

@@ -114,6 +114,7 @@ def picture(samples, number=2, **tops):
     return pictures.top_ten(samples, queries, {name: [top[query] for query in queries] for name, top in tops.items()})
 
 
+@pytest.mark.slow
 def test_right_and_wrong_images_are_framed_by_person(samples):
     people = [sample.person_id for sample in samples]
     right = [[index for index, other in enumerate(people) if other == person] for person in people]
@@ -131,6 +132,7 @@ def test_picture_shows_the_images_that_were_found(samples):
     assert not {(90, 90, 100 + 9 * index) for index in range(10, 16)} & colours
 
 
+@pytest.mark.slow
 def test_methods_are_below_each_other(samples):
     first, second = [list(range(6, 16))] * 16, [list(range(10))] * 16
     one, two = pixels(picture(samples, 1, UP=second)), pixels(picture(samples, 1, zero_shot=first, UP=second))
@@ -159,6 +161,7 @@ def test_curve_follows_the_history(results):
     assert (pixels(pictures.curve([history], "val", results.replace(epoch=3))) != first).any()
 
 
+@pytest.mark.slow
 def test_curve_shows_stages_beside_each_other(staged):
     def history(epochs):
         return [

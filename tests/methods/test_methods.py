@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import DEVICE, EXACT
+from operators import DEVICE, EXACT, slow_case
 from safetensors.torch import save_file
 from tiny import TINY_CLIP, build, inputs, stirred, tiny_training, training_of, write_clip
 
@@ -107,7 +107,7 @@ def small(config, run_dir):
     return config.replace(**changes)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name if name in ("up-person", "cskt") else slow_case(name) for name in METHODS])
 def test_every_method_trains_saves_loads_and_evaluates(method, tmp_path, capsys):
     config = tiny_training(tmp_path, method, epochs=1, warmup_epochs=0, run_dir=tmp_path / "run")
     if config.model.method.stages():

@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import DEVICE, EXACT
+from operators import DEVICE, EXACT, slow_case
 from tiny import NOTHING, VARIANTS, build, inputs, stirred, tiny_clip, tiny_config
 
 from upperson import PRESETS, AdaptedCLIP
@@ -146,7 +146,7 @@ def test_gradients_are_those_of_finite_differences(tiny, variant):
     [
         dict(prefix="salable", adapter_mlp="l-parallel"),
         *(
-            pytest.param(variant, marks=pytest.mark.slow)
+            slow_case(variant)
             for variant in (
                 dict(prefix="vanilla", lora="dora", adapter_attn="l-sequential", adapter_mlp="parallel"),
                 dict(prefix="salable", lora="wora", adapter_attn="sequential", adapter_mlp="ln-tuning"),
@@ -238,6 +238,7 @@ def test_full_fine_tuning_trains_clip_and_zero_shot_nothing(tiny):
     assert not nothing.trained_parameters() and not any(p.requires_grad for p in nothing.parameters())
 
 
+@pytest.mark.slow
 def test_depths_and_numbers_of_parameters():
     """Counts written out for ViT-B/16 at the CUHK-PEDES preset, depths included."""
     width = {"image": 768, "text": 512}

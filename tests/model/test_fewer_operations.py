@@ -300,6 +300,7 @@ def test_each_switch_saves_what_it_promises(tiny):
     assert skipped > 0.2 * off  # of three blocks, most of one
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_below_the_first_trained_parameter(tiny):
     """Adapters in the last block alone: backward ends there, whatever the switches."""
     reached = []

@@ -244,6 +244,7 @@ def test_tested_on_another_data_set(run, setting, output, capsys):
     assert [f"{expected[name]:.2f}" for name in METRICS] == line.replace("|", " ").split()[-5:]
 
 
+@pytest.mark.slow
 def test_a_figure_of_another_data_set(run, setting, output):
     assert run("figure7", "--dataset", "embedded-night") == 0
     Image.open(output / "figure7-embedded-night.png").verify()
@@ -372,6 +373,7 @@ def test_wrong_arguments(arguments, message, capsys):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_missing_data_set_is_one_line(tmp_path, capsys):
     assert command.main(["V", "--data-root", str(tmp_path / "none"), "--output", str(tmp_path)]) == 1
     error = capsys.readouterr().err
@@ -412,6 +414,7 @@ def test_costs(setting):
     assert all(cost.query_seconds > 0 for cost in found.values())
 
 
+@pytest.mark.slow
 def test_costs_of_stages(setting):
     """Each trains its own parameters, all of them are those of one model."""
     config = with_method(setting["embedded"], "prompt-decoupling")
@@ -425,6 +428,7 @@ def test_costs_of_stages(setting):
     assert cost_cell(costs, "all_parameters") == f"{encoders.all_parameters:,}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Peak.CLEAR.exists(), reason="only Linux tells the peak of a process's memory")
 def test_peak_memory():
     """In a process of its own, as the command measures: one that has freed much gives it away again unseen."""

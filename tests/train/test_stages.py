@@ -80,6 +80,7 @@ def assert_same_stages(first, second):
 # ------------------------------------------------------------------------------------ what the stages leave
 
 
+@pytest.mark.slow
 def test_the_whole_leaves_what_a_run_leaves_with_a_row_for_each_stage(config, whole, capsys):
     result = fit(config)
     run_dir = config.train.run_dir
@@ -114,6 +115,7 @@ def test_the_whole_leaves_what_a_run_leaves_with_a_row_for_each_stage(config, wh
     assert f"start   {best}, 4 parameter tensors; the other 61 start as without it\n" in shown
 
 
+@pytest.mark.slow
 def test_a_stage_changes_what_is_its_own_and_nothing_else(config, monkeypatch):
     """Stage two starts from the best epoch of stage one, which is not its last."""
     Scripted(monkeypatch, [0, 0, 50, 40])  # zero-shot on test and val, two epochs
@@ -158,6 +160,7 @@ def test_stage_two_is_measured_before_it_changes_anything(whole):
     assert history[0] == {"epoch": 0, **{name: begun["val"][name] for name in results.start}}
 
 
+@pytest.mark.slow
 def test_the_stages_one_by_one_are_the_whole(config, whole, tmp_path):
     method = config.model.method
     first = fit(config.replace(stage="prompts", run_dir=tmp_path / "prompts")).run_dir
@@ -170,6 +173,7 @@ def test_the_stages_one_by_one_are_the_whole(config, whole, tmp_path):
     assert_same_run(second, whole / "encoders")
 
 
+@pytest.mark.slow
 def test_tables_take_it_as_one_run(config, whole, tmp_path):
     runs = Runs(tmp_path, {"device": "cpu"})
     config = config.replace(run_dir=None)
@@ -258,6 +262,7 @@ def test_resuming_trains_no_finished_stage_again_and_needs_its_place_no_more(con
     assert_same_stages(whole, moved)
 
 
+@pytest.mark.slow
 def test_resuming_what_is_finished_repeats_its_result(config, whole):
     run_dir = config.train.run_dir
     shutil.copytree(whole, run_dir)
@@ -341,6 +346,7 @@ def test_zero_shot_is_clip_even_where_a_fine_tuned_one_is_started_from(one_stage
 # ------------------------------------------------------------------------------------ what goes wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "error", "message"), [
     ({"freeze": "prefix+lore"}, MethodError, "freeze: 'lore' is nothing that up-person trains here; expected prefix, "
                                              "lora, adapter_attn, adapter_mlp; several are joined by [+]"),
@@ -405,6 +411,7 @@ def test_biases_of_stage_two_have_its_learning_rate(config):
     assert (first.train.bias_learning_rate, second.train.bias_learning_rate) == (0.5, None)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_parameters_is_no_start(one_stage, tmp_path):
     fit(one_stage.replace(method="zero-shot", run_dir=tmp_path / "nothing"))
     with pytest.raises(CheckpointError, match="start_from a checkpoint that holds no parameters"):
@@ -416,6 +423,7 @@ def test_a_learning_rate_for_prefixes_needs_some(config):
         fit(config.replace(prefix_learning_rate=0.1))
 
 
+@pytest.mark.slow
 def test_stage_two_by_hand_is_trained_as_its_options_say(config, whole, tmp_path):
     with pytest.raises(RunError, match="start_from: with these options .* continues an earlier training"):
         fit(config.replace(stage="encoders"))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from operators import slow_case
 from PIL import Image
 from tiny import (
     Scripted,
@@ -132,6 +133,7 @@ def test_steps_on_one_batch_bring_its_loss_down(config):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 def test_every_epoch_shows_every_pair_in_another_order(config, monkeypatch):
     real, seen = Training.step, []
 
@@ -184,11 +186,13 @@ def test_a_state_from_another_device_continues_with_this_ones_optimizer(config):
     run.step(next(iter(run.batches)))
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(config, whole):
     fit(config.replace(workers=2))
     assert_same_run(whole, config.train.run_dir)
 
 
+@pytest.mark.slow
 def test_other_losses_are_another_run(config, whole):
     """The first loss of a sum is the sum of the first losses; the second differs, as other parameters were learnt."""
     alone, run_dir = config.replace(losses="itc"), config.train.run_dir
@@ -221,6 +225,7 @@ def test_zero_shot_is_a_run_without_training(config, whole, capsys):
     )
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_a_run(config, whole):
     results = fit(config.replace(method="full", learning_rate=1e-4)).results
     model = load_model(config.train.run_dir / "best.safetensors")
@@ -230,6 +235,7 @@ def test_full_fine_tuning_is_a_run(config, whole):
     assert results.text_to_image != Results.read(whole / "results.json").text_to_image
 
 
+@pytest.mark.slow
 def test_heads_are_trained_and_resumed_but_not_in_checkpoints(config, tmp_path, monkeypatch):
     config = config.replace(losses="sdm+0.5*id+mlm")
     whole = config.replace(run_dir=tmp_path / "whole")
@@ -253,17 +259,20 @@ def test_heads_are_trained_and_resumed_but_not_in_checkpoints(config, tmp_path, 
     assert results.all_parameters > sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(config, whole):
     fit(config.replace(seed=2))
     assert log_of(whole)[2] != log_of(config.train.run_dir)[2]
 
 
+@pytest.mark.slow
 def test_run_folders_are_numbered_where_none_is_named(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     unnamed = config.replace(run_dir=None, epochs=1, warmup_epochs=0)
     assert [fit(unnamed).run_dir for _ in range(2)] == [Path("runs/embedded-1"), Path("runs/embedded-2")]
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_float32_parameters(config, whole):
     fit(config.replace(precision="bf16"))
     state = load_state(config.train.run_dir)
@@ -290,6 +299,7 @@ def test_on_a_gpu(config, tmp_path, precision, backend, monkeypatch):
     assert again == pytest.approx(losses, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_tensorboard(config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -357,6 +367,7 @@ def test_optimizer_is_the_golden_one(config, golden):
     assert not optimizer.defaults["decoupled_weight_decay"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("selection", "scores", "splits", "epoch"),
     [
@@ -379,7 +390,7 @@ def test_selection(config, monkeypatch, selection, scores, splits, epoch):
 # ------------------------------------------------------------------------------------ stopped and resumed
 
 
-@pytest.mark.parametrize("step", [1, 5, 8])
+@pytest.mark.parametrize("step", [slow_case(1), 5, slow_case(8)])
 def test_ctrl_c_saves_and_resumes(config, whole, monkeypatch, step):
     config, run_dir = config.replace(save_every=0), config.train.run_dir
     before = signal.getsignal(signal.SIGINT)  # ignored in the background of a shell
@@ -393,6 +404,7 @@ def test_ctrl_c_saves_and_resumes(config, whole, monkeypatch, step):
     assert_same_run(whole, run_dir)
 
 
+@pytest.mark.slow
 def test_killed_with_sigkill_and_resumed_ends_the_same(shared, tmp_path):
     whole = shared.replace(epochs=3, embedded_identities=(20, 3, 4), run_dir=tmp_path / "whole")
     killed = whole.replace(run_dir=tmp_path / "killed")
@@ -411,6 +423,7 @@ def test_killed_with_sigkill_and_resumed_ends_the_same(shared, tmp_path):
     assert_same_run(whole.train.run_dir, run_dir)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_state_starts_anew(config, whole):
     run_dir = config.train.run_dir
     run_dir.mkdir()
@@ -426,6 +439,7 @@ def test_resuming_a_finished_run_repeats_its_result(config, whole):
     assert_same_run(whole, config.train.run_dir)
 
 
+@pytest.mark.slow
 def test_a_state_of_an_earlier_version_is_continued(config, whole, monkeypatch):
     """From before a training could start from a checkpoint."""
     with monkeypatch.context() as patch:
@@ -439,6 +453,7 @@ def test_a_state_of_an_earlier_version_is_continued(config, whole, monkeypatch):
     assert_same_run(whole, config.train.run_dir)
 
 
+@pytest.mark.slow
 def test_resume_does_not_need_the_other_files(config, whole, monkeypatch):
     """Checkpoints that are missing, or of another moment, do not change what a resumed run ends with."""
     run_dir = config.train.run_dir
@@ -476,6 +491,7 @@ time.sleep(30)
 """
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_trains_in_a_folder(config, whole):
     """A child of the one that does, as data loaders are, does not keep the lock when that is killed."""
     run_dir = config.train.run_dir
@@ -496,7 +512,7 @@ def test_one_process_at_a_time_trains_in_a_folder(config, whole):
 # ------------------------------------------------------------------------------------ what goes wrong
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, slow_case(math.inf)])
 def test_a_loss_that_is_not_finite_stops_before_the_step(config, whole, monkeypatch, value):
     run_dir = config.train.run_dir
     with monkeypatch.context() as patch:
@@ -524,6 +540,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(config, monkeypatch
     assert all(tensor.isfinite().all() for tensor in state["parameters"].values())
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_loses_nothing(config, whole, monkeypatch):
     run_dir = config.train.run_dir
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -628,6 +645,7 @@ def test_without_a_validation_split_the_last_epoch_is_selected(config, tmp_path)
     assert splits == {"test"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:CUHK-PEDES")
 def test_an_image_cache_changes_nothing(config, tmp_path):
     """A run that finds it does not read the files any more, but for those in the picture of the top ten."""
