@@ -191,30 +191,30 @@ def token_by_token(model, images, tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("changes", PROMPTED, ids=words)
-def test_prompts_that_the_batch_shares_are_tokens_of_each_sample(tiny, changes, backend):
-    """Features and all gradients, with and without the switches that spare operations."""
+def test_prompts_that_the_batch_shares_are_tokens_of_each_sample(tiny, changes):
+    """Features and all gradients, on both backends, and without the switches that spare operations."""
     bound = 1e-9 if torch.float64 == EXACT else 1e-3
     images, tokens = (t.to(DEVICE) for t in inputs(EXACT))
-    found = []
-    for switches in (None, {}, dict(skip_unread=False), dict(pack_captions=False)):
-        model = stirred(
-            build(tiny.replace(backend="torch" if switches is None else backend, **changes, **(switches or {}))),
-            scale=0.05,
-        ).to(DEVICE, EXACT)
-        features = (
-            token_by_token(model, images, tokens)
-            if switches is None
-            else (model.encode_image(images), model.encode_text(tokens))
-        )
-        parameters = model.trained_parameters()
+
+    def computed(encode, **switches):
+        model = stirred(build(tiny.replace(**changes, **switches)), scale=0.05).to(DEVICE, EXACT)
+        features, parameters = encode(model), model.trained_parameters()
         gradients = torch.autograd.grad((features[0] * features[1]).sum(), parameters.values(), materialize_grads=True)
-        found.append((*features, *gradients))
-    names = ["image features", "text features", *parameters]
-    for others in found[1:]:
-        for name, ours, defined in zip(names, others, found[0], strict=True):
-            torch.testing.assert_close(ours, defined, rtol=bound, atol=bound, msg=lambda m, name=name: f"{name}: {m}")
+        return dict(zip(["image features", "text features", *parameters], [*features, *gradients], strict=True))
+
+    defined = computed(lambda model: token_by_token(model, images, tokens), backend="torch")
+    for switches in (
+        dict(backend="torch"),
+        dict(backend="torch", skip_unread=False),
+        dict(backend="torch", pack_captions=False),
+        dict(backend="triton"),
+    ):
+        found = computed(lambda model: (model.encode_image(images), model.encode_text(tokens)), **switches)
+        for name, value in found.items():
+            torch.testing.assert_close(
+                value, defined[name], rtol=bound, atol=bound, msg=lambda m, name=name: f"{name}, {switches}: {m}"
+            )
 
 
 @torch.no_grad()
