@@ -306,7 +306,7 @@ def test_refused_in_one_line(tiny, tmp_path, monkeypatch, capsys, variant, argum
         (["folder.safetensors"], "folder.safetensors: expected a file in a folder that is there"),
         (
             ["merged.safetensors", "--pretrained", "embedded"],
-            "pretrained: 'embedded' belongs to model 'embedded' alone",
+            "pretrained: 'embedded' belongs to model 'embedded' only",
         ),
         ([], "the following arguments are required: OUTPUT"),
     ],

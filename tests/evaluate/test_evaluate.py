@@ -297,7 +297,7 @@ def test_arguments_that_cannot_be(checkpoint, tmp_path, capsys):
 
 
 def test_data_that_are_not_there(checkpoint, config, parameters, tmp_path, capsys):
-    words = "error: data_root: rstpreid is read from a folder; name it with --data-root"
+    words = "error: data_root: rstpreid is read from a folder; set it with --data-root"
     assert refused(capsys, 1, checkpoint, "--data", "rstpreid") == words
     nowhere = tmp_path / "nowhere"
     assert f"{nowhere} does not exist" in refused(capsys, 1, checkpoint, "--data", "rstpreid", "--data-root", nowhere)

@@ -497,7 +497,7 @@ def test_cskt_remains_as_it_is_beside_merged_weights(tiny, tmp_path, monkeypatch
 
 
 def test_what_is_left_of_a_method_that_does_not_say(tiny):
-    with pytest.raises(MethodError, match="CSKT does not say what is left of it without lora"):
+    with pytest.raises(MethodError, match="CSKT does not define the method that remains without lora"):
         METHODS["cskt"]().without(["lora"])
 
 

@@ -160,7 +160,7 @@ def test_rows_of_a_table_are_different_runs_and_tables_share_theirs(where):
     assert runs.folder_of(config.replace(prefix_scale=10)) == runs.folder_of(config.replace(prefix_scale=10.0))
     assert runs.folder_of(config.replace(seed=2)).parent == runs.folder_of(config).parent
     others = (dict(precision="bf16"), dict(embedded_seed=4), dict(lora_rank=3))
-    others += () if config.data.is_drawn else (dict(data_root=Path("/elsewhere")),)
+    others += () if config.data.is_synthetic else (dict(data_root=Path("/elsewhere")),)
     assert len({runs.folder_of(config.replace(**change)) for change in ({}, *others)}) == 1 + len(others)
 
 
@@ -269,7 +269,7 @@ def test_both_directions(run, setting, output):
 @pytest.mark.slow
 def test_figures(run, output, monkeypatch):
     points = {"lora_rank": {"1": {"lora_rank": 1}, "2": {"lora_rank": 2}}, "prefix_length": {"1": {"prefix_length": 1}}}
-    monkeypatch.setattr(UPPerson, "sweeps", staticmethod(lambda drawn: points))
+    monkeypatch.setattr(UPPerson, "sweeps", staticmethod(lambda synthetic: points))
     assert run("figure6", "figure7") == 0
     for name in ("figure6-embedded.png", "figure7-embedded.png"):
         Image.open(output / name).verify()
@@ -281,7 +281,7 @@ def test_a_sweep_of_several_fields(run, output, monkeypatch, capsys):
     points = {
         "prompts": {"4": {"prompt_length": 2}, "8, without positions": {"prompt_length": 4, "prompt_positions": False}}
     }
-    monkeypatch.setattr(CSKT, "sweeps", staticmethod(lambda drawn: points))
+    monkeypatch.setattr(CSKT, "sweeps", staticmethod(lambda synthetic: points))
     assert run("sweeps", "--method", "cskt") == 0
     text = (output / "sweeps-cskt-embedded.md").read_text()
     assert text.startswith("# CSKT with other options, embedded\n") and text in capsys.readouterr().out
@@ -292,7 +292,7 @@ def test_a_sweep_of_several_fields(run, output, monkeypatch, capsys):
 @pytest.mark.slow
 def test_every_method_in_one_table(run, setting, output, monkeypatch, capsys):
     monkeypatch.setitem(measurement.PRESETS, measurement.FULL_SIZE, setting["embedded"])
-    monkeypatch.setattr(measurement, "DRAWN_BATCH", 4)
+    monkeypatch.setattr(measurement, "SYNTHETIC_BATCH", 4)
     monkeypatch.setattr(measurement, "measure_apart", measure_parts)
     assert run("methods") == 0
     text = (output / "methods-embedded.md").read_text()
@@ -317,7 +317,7 @@ def test_every_method_in_one_table(run, setting, output, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_run_that_diverges_is_a_result(run, setting, output, capsys, monkeypatch):
-    monkeypatch.setattr(FullFineTuning, "recipe", staticmethod(lambda drawn: {"learning_rate": 1e30}))
+    monkeypatch.setattr(FullFineTuning, "recipe", staticmethod(lambda synthetic: {"learning_rate": 1e30}))
     assert run("V") == 0
     line = next(line for line in (output / "V-embedded.md").read_text().splitlines() if "full fine-tuning" in line)
     assert line.count("diverged") == 5
@@ -442,7 +442,7 @@ def test_peak_memory():
 
 
 def test_costs_from_the_command(run, setting, output, monkeypatch, capsys):
-    monkeypatch.setattr(measurement, "DRAWN_BATCH", 4)
+    monkeypatch.setattr(measurement, "SYNTHETIC_BATCH", 4)
     monkeypatch.setattr(measurement, "measure_apart", measure_parts)
     monkeypatch.setitem(measurement.PRESETS, measurement.FULL_SIZE, setting["embedded"])
     assert run("IV") == 0

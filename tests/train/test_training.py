@@ -605,7 +605,7 @@ def test_command_line_shows_errors_in_a_line(config, tmp_path, monkeypatch, caps
 def test_a_device_that_is_not_there_is_one_line(config, monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert run_command(monkeypatch, *flags_of(config.replace(device="mps"))) == 1
-    message = "error: device: mps is not there; PyTorch finds no Apple GPU on this machine\n"
+    message = "error: device: mps is not available; PyTorch finds no Apple GPU on this machine\n"
     assert capsys.readouterr() == ("", message)
 
 
@@ -661,7 +661,7 @@ def test_a_broken_image_stops_before_the_first_epoch(config, tmp_path):
 
 
 def test_a_data_set_needs_its_folder(config):
-    with pytest.raises(DataError, match="rstpreid is read from a folder; name it with --data-root"):
+    with pytest.raises(DataError, match="rstpreid is read from a folder; set it with --data-root"):
         fit(config.replace(dataset="rstpreid"))
 
 

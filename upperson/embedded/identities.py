@@ -1,4 +1,4 @@
-"""Who the drawn pedestrians are, and the views that cameras take of them."""
+"""Who the synthetic pedestrians are, and the views that cameras take of them."""
 
 import math
 import random

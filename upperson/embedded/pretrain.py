@@ -1,4 +1,4 @@
-"""Trains the small CLIP on drawn scenes without people: `python -m upperson.embedded.pretrain`.
+"""Trains the small CLIP on synthetic scenes without people: `python -m upperson.embedded.pretrain`.
 
 Contrastive training as in CLIP (arXiv 2103.00020). Every pair is seen once: scene i of an endless series
 is drawn when step i // batch needs it, so what is seen depends on the seed alone.

@@ -1,4 +1,4 @@
-"""Drawn scenes without people, for pretraining: garments on a wall, bags, shoes, toys, and where they are."""
+"""Synthetic scenes without people, for pretraining: garments on a wall, bags, shoes, toys, and where they are."""
 
 import random
 from dataclasses import dataclass

@@ -77,8 +77,8 @@ def _configuration(trained: Config, options: argparse.Namespace) -> Config:
     }
     changes = {field: value for field, value in changes.items() if value is not None}
     dataset = options.data or trained.data.dataset
-    if options.data_root is not None and trained.replace(dataset=dataset).data.is_drawn:
-        raise ValueError(f"--data-root: {dataset} is drawn, not read; name a data set by --data")
+    if options.data_root is not None and trained.replace(dataset=dataset).data.is_synthetic:
+        raise ValueError(f"--data-root: {dataset} is synthetic and has no files; name a data set by --data")
     if options.data not in (None, trained.data.dataset):
         changes.setdefault("data_root", None)  # the folder in the checkpoint is that of another data set
     return trained.replace(**changes)

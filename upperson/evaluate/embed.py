@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from upperson.data import ImageCache, Sample, caption_loader, gallery, image_loader, queries
 from upperson.evaluate.metrics import Retrieval, retrieval_metrics
-from upperson.machine import ALONE, Group, autocast
+from upperson.machine import SINGLE_PROCESS, Group, autocast
 from upperson.model import AdaptedCLIP
 
 
@@ -45,7 +45,7 @@ def embed(
     workers: int = 0,
     precision: str = "fp32",
     progress: bool = True,
-    group: Group = ALONE,
+    group: Group = SINGLE_PROCESS,
     cache: ImageCache | None = None,
 ) -> Embeddings:
     """The features of the captions of `samples` and of their distinct images, computed on the model's device.

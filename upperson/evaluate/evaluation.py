@@ -36,7 +36,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, config: Config, split: str, outp
     """
     device, precision = device_and_precision(config.train.device, config.train.precision)
     samples = read_splits(config.data, need=[split])[split]
-    if not config.data.is_drawn:
+    if not config.data.is_synthetic:
         check_images(samples)
     backend = config.model.backend
     if device.type != "cuda" and backend == "triton":

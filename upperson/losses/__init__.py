@@ -1,4 +1,4 @@
-"""The losses of a training.
+"""The training losses.
 
 names.py      the losses by name, and a weighted sum of them as text: "sdm+0.5*id"
 pairs.py      sdm, itc, cmpm: losses over the pairs of a batch

@@ -1,6 +1,6 @@
 """The tables: each row is trained, tested and printed, those of the paper beside its figures.
 
-upperson tables V                                                  on the drawn data, no network
+upperson tables V                                                  on the synthetic data, no network
 upperson tables V VII --seeds 3                                    mean ± standard deviation
 upperson tables X --data-root /data --dataset cuhk-pedes           on a real data set
 upperson tables methods --seeds 3                                  every method, and what a step of it costs
@@ -103,7 +103,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data-root",
         type=Path,
         metavar="DIR",
-        help="folder that holds the data sets' own folders; without it the drawn data sets are used",
+        help="folder that holds the data sets' own folders; without it the synthetic data sets are used",
     )
     parser.add_argument(
         "--dataset",
@@ -125,7 +125,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=None,
         metavar="N",
-        help="processes that load images (default: 0 for the drawn data sets, 4 for others)",
+        help="processes that load images (default: 0 for the synthetic data sets, 4 for others)",
     )
     parser.add_argument(
         "--jobs",
@@ -139,7 +139,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1, found {getattr(options, name)}")
-    varied = [name for name, method in METHODS.items() if method.sweeps(drawn=not options.data_root)]
+    varied = [name for name, method in METHODS.items() if method.sweeps(synthetic=not options.data_root)]
     if "sweeps" in options.tables and options.method not in varied:
         parser.error(
             f"--method: the table sweeps needs one that has sweeps, {' or '.join(varied)}; found "

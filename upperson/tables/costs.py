@@ -30,7 +30,7 @@ from upperson.model import AdaptedCLIP
 from upperson.tables.rows import Configs, trainings
 from upperson.train.optimizer import build_optimizer
 
-BATCH, DRAWN_BATCH = 128, 64
+BATCH, SYNTHETIC_BATCH = 128, 64
 FULL_SIZE, FULL_SIZE_BATCH = "cuhk-pedes", 2  # whose model is measured beside the embedded one
 QUERIES, GALLERY = 50, 3000  # of a search; its time is given for 1,000 queries
 REPETITIONS = 5
@@ -53,9 +53,9 @@ Costs = dict[str, dict[str, list[Cost]]]  # by model, then by row: one, or one o
 
 
 def measure_costs(rows: Callable[[Config], Configs], base: Config, device: str) -> Costs:
-    """The costs of what `rows` makes of a preset; where that is of a drawn data set, with ViT-B/16 as well."""
-    parts = [(base, DRAWN_BATCH if base.data.is_drawn else BATCH)]
-    if base.data.is_drawn:
+    """The costs of what `rows` makes of a preset; where that is of a synthetic data set, with ViT-B/16 as well."""
+    parts = [(base, SYNTHETIC_BATCH if base.data.is_synthetic else BATCH)]
+    if base.data.is_synthetic:
         parts.append((PRESETS[FULL_SIZE], FULL_SIZE_BATCH))
     costs: Costs = {}
     for of_model, batch in parts:

@@ -108,7 +108,7 @@ def how_trained(table: Table, seeds: Sequence[int]) -> str:
     spread = f"{len(seeds)} seeds, mean ± standard deviation" if len(seeds) > 1 else "one seed"
     usual = epochs(config)
     others = ", ".join(f"{row.name} {epochs(row.config)}" for row in table.rows if epochs(row.config) != usual)
-    size = f", {config.data.embedded_identities[0]:,} identities to train on" if config.data.is_drawn else ""
+    size = f", {config.data.embedded_identities[0]:,} identities to train on" if config.data.is_synthetic else ""
     return (
         f"Percent on the test split; {spread}; the epoch that is best on the validation split (the last one where "
         f"there is none); model {config.model.model}, {usual} epochs{f' ({others})' if others else ''}{size}"

@@ -50,7 +50,7 @@ class Setting:
 
 
 def embedded_setting() -> Setting:
-    """Small runs on the drawn data sets: about a minute each on two cores."""
+    """Small runs on the synthetic data sets: about a minute each on two cores."""
     small = PRESETS["embedded"].replace(embedded_identities=(300, 40, 200), epochs=5)
     scenes = small.replace(embedded_identities=(2400, 100, 400), image_size=(128, 128))
     return Setting(
@@ -191,7 +191,7 @@ def sweep_table(setting: Setting, dataset: str, method: str) -> Table:
 
 def swept(base: Config) -> Iterator[Row]:
     method = base.model.method
-    for axis, points in method.sweeps(base.data.is_drawn).items():
+    for axis, points in method.sweeps(base.data.is_synthetic).items():
         for label, changes in points.items():
             yield Row(f"{axis} {label}", base.replace(**changes), point=(axis, label))
 

@@ -26,7 +26,7 @@ from upperson.evaluate.embed import embed
 from upperson.evaluate.evaluation import evaluate_checkpoint
 from upperson.evaluate.results import RESULTS, Results
 from upperson.files import write_atomically
-from upperson.machine import ALONE, device_and_precision
+from upperson.machine import SINGLE_PROCESS, device_and_precision
 from upperson.model.checkpoint import load_checkpoint
 from upperson.tables.rows import Row, trainings
 from upperson.train.fit import build_model, fit
@@ -67,7 +67,7 @@ class Runs:
     def identity(data: DataConfig) -> dict[str, Any]:
         """The fields by which data sets differ."""
         values = fields_that_matter(data)
-        if data.is_drawn or data.data_root is None:
+        if data.is_synthetic or data.data_root is None:
             return values
         return values | {"data_root": str(data.data_root.expanduser().resolve())}
 
@@ -160,7 +160,7 @@ def seconds_of_training(config: Config, splits: dict[str, list[Sample]]) -> floa
     model = build_model(config).to(device)
     watched = splits.get("val", splits["test"])
     with TemporaryDirectory() as folder:
-        job = Job(Path(folder), ALONE, device, precision, splits, None, Interruption())
+        job = Job(Path(folder), SINGLE_PROCESS, device, precision, splits, None, Interruption())
         training = Training(config, model, job, Path(folder))
         batches, seconds = iter(training.batches), []
         for _ in range(min(3, len(training.loader))):  # the first pays for what is done once

@@ -61,7 +61,7 @@ def fit(config: Config) -> Run:
     with `resume=True` and ends with the numbers of a run that was not stopped.
     """
     config = config.settled()
-    group = Group.of_environment()
+    group = Group.from_environment()
     device, precision = device_and_precision(config.train.device, config.train.precision, group)
     require_settings(config, group, device)
     with contact(lambda: "before anything was saved; its own message says why it ended"), process_group(group, device):
@@ -190,7 +190,7 @@ def build_first(stages: Sequence[tuple[Stage, Config]], device: torch.device) ->
 
 def read_images(config: Config, samples: list[Sample], group: Group) -> ImageCache | None:
     """Makes or opens the image cache, where one is wanted; otherwise opens each image once, where that is wanted."""
-    if config.data.is_drawn:
+    if config.data.is_synthetic:
         return None
     if config.data.image_cache is None:
         if config.data.check_images:

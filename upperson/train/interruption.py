@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from upperson.machine import ALONE, Group
+from upperson.machine import SINGLE_PROCESS, Group
 
 Batch = TypeVar("Batch")
 
@@ -21,7 +21,7 @@ class Interruption:
     know of the request; see `asked`.
     """
 
-    def __init__(self, group: Group = ALONE) -> None:
+    def __init__(self, group: Group = SINGLE_PROCESS) -> None:
         self.group = group
         self.requested = False  # of this process
         self.agreed = False  # by all

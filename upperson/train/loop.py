@@ -24,7 +24,7 @@ from upperson.evaluate.results import METRICS, RESULTS, TABLE, Metrics, Results
 from upperson.evaluate.tables import markdown, short, text
 from upperson.files import write_atomically
 from upperson.losses.objective import LossesOfModel, Objective
-from upperson.machine import ALONE, Group, autocast, data_parallel
+from upperson.machine import SINGLE_PROCESS, Group, autocast, data_parallel
 from upperson.model import AdaptedCLIP
 from upperson.model.checkpoint import copy_parameters, save_checkpoint
 from upperson.train.interruption import Interruption
@@ -364,7 +364,9 @@ class Training:
         return self.results(epoch, self.watched, {name: entry[name] for name in METRICS})
 
 
-def build_objective(config: Config, model: AdaptedCLIP, samples: list[Sample], group: Group = ALONE) -> Objective:
+def build_objective(
+    config: Config, model: AdaptedCLIP, samples: list[Sample], group: Group = SINGLE_PROCESS
+) -> Objective:
     """The losses that `config` names; `samples`: the training split, whose people the id loss knows."""
     return Objective(
         config.train.losses,
