@@ -453,7 +453,7 @@ class TestFolder:
             read_dataset("folder", file)
         first, second = (str(warning.message) for warning in caught)
         assert "split 'test': 1 identities are also in split 'train', the first is 0025." in first
-        assert f"image {tmp_path / 'b.jpg'} is listed under the identities 0025 and 25; 1 such images" in second
+        assert f"image {tmp_path / 'b.jpg'} is listed under the identities 0025 and 25; 1 images have" in second
 
     def test_which_file(self, tmp_path):
         csv, lines = tmp_path / "captions.csv", tmp_path / "captions.jsonl"

@@ -220,7 +220,7 @@ def test_nothing_is_trained_twice(run, setting, output, capsys):
     assert run("V") == 0
     assert "9 runs, 8 of them" in capsys.readouterr().out
     assert (places[-1] / "results.json").read_bytes() == whole
-    assert "continuing in epoch 2" in places[-1].with_suffix(".log").read_text()
+    assert "resuming in epoch 2" in places[-1].with_suffix(".log").read_text()
 
 
 def test_listing_trains_nothing(run, tmp_path, capsys):

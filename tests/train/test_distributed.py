@@ -160,7 +160,7 @@ def test_stages_of_two_processes_are_those_of_one(config, tmp_path):
     wait_for(processes, run_dir / "encoders", "step", 3)
     processes[1].kill()
     errors = [process.communicate(timeout=60)[1] for process in processes]
-    assert processes[0].returncode == 1 and errors[0].strip().endswith(f"continue with --resume {run_dir}")
+    assert processes[0].returncode == 1 and errors[0].strip().endswith(f"resume with --resume {run_dir}")
     shown = torchrun("--resume", run_dir)
     assert shown.count("stage 1 of 2: domain adaptation, prompts, is finished; test R@1") == 1, shown
     assert shown.count("stage 2 of 2: task adaptation, encoders\n") == 1, shown
@@ -199,13 +199,13 @@ def test_a_process_that_dies_ends_the_job_and_the_run_goes_on(config, together, 
         assert processes[1 - killed].returncode == 1
         assert re.fullmatch(
             f"error: process {1 - killed} of 2: lost contact with another process [(].*Connection .* by peer.*[)] in "
-            "epoch [12], after step [0-9]+; see its message; everything saved "
-            f"in {re.escape(str(run_dir))} is good, continue with --resume {re.escape(str(run_dir))}",
+            "epoch [12], after step [0-9]+; see the message of that process; the saved files "
+            f"in {re.escape(str(run_dir))} are intact, resume with --resume {re.escape(str(run_dir))}",
             errors.strip().splitlines()[-1],
         ), errors
         assert not (run_dir / "results.json").exists()
     out, silence = finish_all(start_all(TRAIN_PY, "--resume", run_dir))
-    assert "continuing in epoch 2 after step" in out and silence == ""
+    assert "resuming in epoch 2 after step" in out and silence == ""
     assert_same_run(together, run_dir)
 
 
@@ -217,7 +217,7 @@ def test_ctrl_c_at_one_process_stops_both_at_the_same_step(config, together, tmp
     processes[1].send_signal(signal.SIGINT)
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [130, 130]
-    assert f"all is saved; continue with --resume {run_dir}" in errors[0]
+    assert f"the state is saved; resume with --resume {run_dir}" in errors[0]
     last = log_of(run_dir)[-1]["step"]
     assert load_state(run_dir)["progress"]["step"] == last < 16
     fit(config.replace(resume=True))  # and one process can go on
@@ -281,5 +281,5 @@ def test_an_apple_gpu_runs_the_pytorch_backend(monkeypatch):
 
 def test_a_batch_that_is_too_small_for_the_group(config, monkeypatch):
     monkeypatch.setattr(Group, "from_environment", lambda: Group(0, 12, 0))
-    with pytest.raises(RunError, match="batch_size: 11 pairs leave some of 12 processes without any"):
+    with pytest.raises(RunError, match="batch_size: 11 pairs are too few for 12 processes"):
         fit(config)

@@ -10,8 +10,8 @@ small. Prompts and the normed adapter do not start in this way.
 
 Both prefixes, prompts, the parallel L-Adapter and the normed adapter are fused. Prefixes use prefix_attention, with
 λ = 1 for the vanilla prefix. Prompts enter as a prefix, see upperson/model/prompts.py. The two adapters use the two
-modes of layernorm_adapter, up to a width of 256. The other adapters, LN-tuning, and the merging of low-rank updates into
-a weight in every step are plain PyTorch.
+modes of layernorm_adapter, up to a width of 256. The other adapters, LN-tuning, and the merging of low-rank updates
+into a weight in every step are plain PyTorch.
 """
 
 from upperson.petl.adapters import ADAPTERS, FROZEN, Adapter, LayerNormTuning, NormedAdapter
