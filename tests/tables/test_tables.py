@@ -26,8 +26,8 @@ from upperson.tables.rows import (
     Setting,
     build_tables,
     embedded_setting,
-    modules_alone,
     real_setting,
+    single_modules,
     sweep_table,
     trainings,
 )
@@ -181,7 +181,7 @@ def test_the_papers_figures_have_rows_and_sources():
 def test_a_table_from_its_command(run, setting, output, capsys):
     assert run("V", "--seeds", "2", "--jobs", "2") == 0
     shown = capsys.readouterr().out
-    assert "17 to run, at about" in shown and "[17/17]" in shown
+    assert "17 to run, about" in shown and "[17/17]" in shown
     rows = build_tables(setting, "embedded")["V"].rows
     text = (output / "V-embedded.md").read_text()
     assert text in shown and "68.19" in text and "2 seeds, mean ± standard deviation" in text
@@ -211,7 +211,7 @@ def test_nothing_is_trained_twice(run, setting, output, capsys):
     places = [runs.folder_of(row.config) for row in build_tables(setting, "embedded")["V"].rows]
     before = [(place / "results.json").stat().st_mtime_ns for place in places]
     assert run("V") == 0
-    assert "9 runs, 9 of them are there already" in (shown := capsys.readouterr().out) and "to run" not in shown
+    assert "9 runs, 9 of them already done" in (shown := capsys.readouterr().out) and "to run" not in shown
     assert [(place / "results.json").stat().st_mtime_ns for place in places] == before
 
     # A run that was stopped goes on: the finished one again writes the same results, from its saved state.
@@ -322,7 +322,7 @@ def test_a_run_that_diverges_is_a_result(run, setting, output, capsys, monkeypat
     line = next(line for line in (output / "V-embedded.md").read_text().splitlines() if "full fine-tuning" in line)
     assert line.count("diverged") == 5
     capsys.readouterr()
-    assert run("V") == 0 and "9 runs, 9 of them are there already" in capsys.readouterr().out
+    assert run("V") == 0 and "9 runs, 9 of them already done" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -357,11 +357,11 @@ def test_distinct_keeps_the_order():
         (["V", "--device", "tpu"], "device: 'tpu' is not allowed"),
         (["V", "--workers", "-1"], "workers: -1 is not allowed"),
         (["V", "--jobs", "0"], "--jobs: expected at least 1, found 0"),
-        (["V", "--dataset", "cuhk-pedes"], "found cuhk-pedes; the real ones need --data-root"),
-        (["sweeps"], "--method: the table sweeps needs one that has sweeps, up-person or cskt; found none"),
+        (["V", "--dataset", "cuhk-pedes"], "found cuhk-pedes; real data sets need --data-root"),
+        (["sweeps"], "--method: the table sweeps needs a method with sweeps, up-person or cskt; found none"),
         (
             ["sweeps", "--method", "full"],
-            "--method: the table sweeps needs one that has sweeps, up-person or cskt; found",
+            "--method: the table sweeps needs a method with sweeps, up-person or cskt; found",
         ),
         (["V", "--method", "cskt"], "--method: only for the table sweeps"),
     ],
@@ -388,7 +388,7 @@ def measure_parts(config, batch_size):
 
 @pytest.mark.slow
 def test_costs(setting):
-    found = {name: measure(config, 4) for name, config in modules_alone(setting["embedded"]).items()}
+    found = {name: measure(config, 4) for name, config in single_modules(setting["embedded"]).items()}
     fused = measure(setting["embedded"].replace(backend="triton", device=DEVICE), 4)
     assert (fused.inference_gflops, fused.step_gflops) == (
         found["UP-Person"].inference_gflops,
