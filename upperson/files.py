@@ -30,7 +30,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable. Only POSIX allows this: the folder itself is opened and synced."""
+    """Makes a rename durable by syncing the folder, which only POSIX allows."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

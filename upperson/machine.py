@@ -108,7 +108,7 @@ class Group:
             dist.all_reduce(x, dist.ReduceOp.MAX)
         return x
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Prints `text` in the main process only."""
         if self.is_main:
             print(text, flush=True)
@@ -189,7 +189,7 @@ def data_parallel(module: nn.Module, group: Group) -> nn.Module:
 
 @contextmanager
 def contact(where: Callable[[], str]) -> Iterator[None]:
-    """A context that turns a lost connection to another process into a RunError. `where` gives the run's position."""
+    """A context that turns a lost connection to another process into a RunError. `where` returns the run's position."""
     try:
         yield
     except RuntimeError as error:

@@ -228,7 +228,7 @@ def test_a_wrong_result_is_not_written(tiny, tmp_path, monkeypatch, capsys, also
     output, rest = tmp_path / "merged.safetensors", tmp_path / "rest.safetensors"
     output.write_bytes(b"earlier")
     rest.write_bytes(b"earlier too")
-    fold = command.folded
+    fold = command.merged_state
 
     def slightly_wrong(model):
         state = fold(model)

@@ -68,7 +68,7 @@ def _csv_lines(file: Path) -> Iterator[Entry]:
             where = f"{file}, line {line}"
             if header is None:
                 header = _checked_header(row, where)
-            elif row:  # an empty line gives an empty row
+            elif row:  # an empty line is an empty row
                 if len(row) != len(header):
                     raise DataError(
                         f"{where}: expected {len(header)} columns as in the header, found {len(row)}; a value with a "

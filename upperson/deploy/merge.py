@@ -100,7 +100,7 @@ def _merge(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     backbone = checkpoint.config.model
     _check_files(parser, outputs, [options.checkpoint, Path(backbone.pretrained), Path(backbone.model)])
     found = merge_checkpoint(checkpoint, options.output, options.rest)
-    print(f"largest relative difference of features: {found:.1e} in float32")
+    print(f"features differ by {found:.1e} at most (relative, in float32)")
     print("\n".join(_how_to_load(backbone, *outputs)))
     return 0
 

@@ -195,7 +195,7 @@ class AdaptedCLIP(nn.Module):
     # -------------------------------------------------------------------------------- trained parameters
 
     def adaptation(self) -> dict[str, nn.Parameter]:
-        """All parameters that the method changes, by name; a checkpoint holds them.
+        """All parameters that the method changes, by name. They are the content of a checkpoint.
 
         The names are {image,text}.blocks.{i}.{kind}.…, and open_clip's names for CLIP's own parameters if the method
         trains them.

@@ -76,9 +76,7 @@ def build_model(checkpoint: Checkpoint, **changes: Any) -> AdaptedCLIP:
     """
     config = checkpoint.config.replace(**changes)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            config.train.seed
-        )  # gives a random backbone the same weights as in training
+        torch.default_generator.manual_seed(config.train.seed)  # a random backbone has the same weights as in training
         model = AdaptedCLIP(config.model)
     copy_parameters(checkpoint.parameters, model.adaptation(), str(checkpoint.path))
     return model

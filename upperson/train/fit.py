@@ -84,12 +84,12 @@ def fit(config: Config) -> Run:
             begun, done = group.broadcast([(folder / name).exists() for name in (CONFIG, RESULTS)])
             if done:
                 results = Results.read(folder / RESULTS)
-                group.say(f"{title}, is finished; test {short(results.text_to_image)}")
+                group.print(f"{title}, is finished; test {short(results.text_to_image)}")
             else:
                 if job.interruption.agreed:
                     raise RunInterrupted(f"stopped before {title}; resume with --resume {run_dir}")
                 if len(stages) > 1:
-                    group.say(f"\n{title}")
+                    group.print(f"\n{title}")
                     start_from = run_dir / stages[number - 2][0].name / BEST if number > 1 else config.train.start_from
                     own = own.replace(start_from=start_from, run_dir=folder, resume=begun)
                 model = first if number == 1 and first is not None else build_model(own).to(device)
@@ -214,21 +214,21 @@ def announce(config: Config, model: AdaptedCLIP, job: Job, folder: Path, start: 
     """Prints the data and the number of trained parameters. `start`: the parameters of the starting checkpoint."""
     group = job.group
     processes = f", one of {group.world_size} processes" if group.world_size > 1 else ""
-    group.say(f"run     {folder}, on {job.device}{processes} in {job.precision}")
+    group.print(f"run     {folder}, on {job.device}{processes} in {job.precision}")
     for split, samples in job.splits.items():
-        group.say(
+        group.print(
             f"{split:<7} {len(samples):,} captions of {len({s.image_id for s in samples}):,} images of "
             f"{len({s.person_id for s in samples}):,} identities"
         )
     trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
     everything = sum(parameter.numel() for parameter in model.parameters())
-    group.say(
+    group.print(
         f"model   {config.model.model}; {trained:,} of {everything:,} parameters are trained "
         f"({100 * trained / everything:.1f} %)"
     )
     if start:
         others = len(model.adaptation()) - len(start)
-        group.say(
+        group.print(
             f"start   {config.train.start_from}, {len(start)} parameter tensors"
             + (f"; the other {others} have their usual initial values" if others else "")
         )

@@ -129,7 +129,7 @@ class Training:
         found = {split: self.evaluate(split) for split in dict.fromkeys(("test", self.watched))}
         for split, retrieval in found.items():
             self.log.write(kind, 0, split=split, **retrieval.metrics)
-        self.group.say(f"{name:<14}   {self.watched} {short(found[self.watched].metrics)}")
+        self.group.print(f"{name:<14}   {self.watched} {short(found[self.watched].metrics)}")
         return found
 
     def train_epoch(self) -> None:
@@ -221,7 +221,7 @@ class Training:
         loss = progress.loss_sum / progress.batch
         progress.history.append({"epoch": progress.epoch, "loss": loss, **metrics})
         self.log.write("evaluation", progress.step, epoch=progress.epoch, split=self.watched, **metrics)
-        self.group.say(
+        self.group.print(
             f"epoch {progress.epoch:>{len(str(epochs))}}/{epochs}   loss {loss:7.4f}   {self.watched} "
             f"{short(metrics)}   {self.clock.time_left(self.epochs_done(), epochs)} left"
         )
@@ -347,7 +347,7 @@ class Training:
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         set_random_states(state["random"])
-        self.group.say(f"resuming in epoch {self.progress.epoch} after step {self.progress.step}")
+        self.group.print(f"resuming in epoch {self.progress.epoch} after step {self.progress.step}")
 
     def save_checkpoints(self) -> None:
         """Writes the checkpoints of the last and of the best epoch so far."""
