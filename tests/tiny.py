@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from upperson import AdaptedCLIP, Config, ModelConfig, preset
 from upperson.losses.objective import Objective
-from upperson.machine import ALONE
+from upperson.machine import SINGLE_PROCESS
 from upperson.model.checkpoint import load_checkpoint
 from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES
 from upperson.train.interruption import Interruption
@@ -110,7 +110,7 @@ def training_of(config: Config, model, splits):
     """A Training on the CPU, in the run folder of its configuration, which is made."""
     folder = config.train.run_dir
     folder.mkdir()
-    job = Job(folder, ALONE, torch.device("cpu"), "fp32", splits, None, Interruption())
+    job = Job(folder, SINGLE_PROCESS, torch.device("cpu"), "fp32", splits, None, Interruption())
     return Training(config, model, job, folder)
 
 

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from upperson.model import AdaptedCLIP, load_model
     from upperson.train.fit import fit
 
-# Where each name is; a room is imported when one of its names is asked for, since torch alone takes seconds.
-_ROOMS = {
+# The module of each public name. A module is imported at the first use of a name, since importing torch takes seconds.
+_MODULES = {
     "upperson.config": ("PRESETS", "Config", "DataConfig", "ModelConfig", "TrainConfig", "preset"),
     "upperson.model": ("AdaptedCLIP", "load_model"),
     "upperson.train.fit": ("fit",),
@@ -33,9 +33,9 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("upperson")
-    for room, names in _ROOMS.items():
+    for module, names in _MODULES.items():
         if name in names:
-            return getattr(importlib.import_module(room), name)
+            return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'upperson' has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""The command `upperson`: one word for each thing that it does."""
+"""The command `upperson`, with one subcommand for each task."""
 
 import importlib
 import sys
@@ -13,7 +13,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status of the command that the first argument names; 2 where it names none."""
+    """Returns the exit status of the command that the first argument names, or 2 for an unknown command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     first = arguments[0] if arguments else "--help"
     if first in COMMANDS:

@@ -1,4 +1,4 @@
-"""Every error that a user can mend. Its message names the file, field or shape, and what was expected."""
+"""All errors that a user can correct. Each message names the file, field or shape, and the expected value."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ class DataError(ValueError):
     """A data set, an annotation or an image that cannot be used."""
 
     def __str__(self) -> str:
-        """The message alone: PyTorch puts the traceback of a loader's process in front of it."""
+        """The message, without the traceback of a loader process that PyTorch puts in front of it."""
         return super().__str__().rpartition(f"{__name__}.DataError: ")[2].strip()
 
 
@@ -22,15 +22,15 @@ class MethodError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A file that is not the checkpoint that was expected."""
+    """A file that is not the expected checkpoint."""
 
 
 class RetrievalError(ValueError):
-    """Features or person ids for which the metrics are undefined."""
+    """Features or person ids that leave the metrics undefined."""
 
 
 class MergeError(ValueError):
-    """An adaptation that does not fold into weights, or a merged model with other features."""
+    """An adaptation that cannot be merged into weights, or a merged model whose features differ."""
 
 
 class RunError(RuntimeError):
@@ -38,11 +38,11 @@ class RunError(RuntimeError):
 
 
 class Diverged(RunError):
-    """A loss or a gradient that is not finite."""
+    """A non-finite loss or gradient."""
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """A run that Ctrl-C or SIGTERM stopped, after its state was saved."""
+    """A run that Ctrl-C or SIGTERM interrupted. Its state has been saved."""
 
 
 USER_ERRORS = (
@@ -58,10 +58,10 @@ USER_ERRORS = (
 
 
 def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:
-    """Runs a command. An error that the user can mend is printed as one line, and the status is 1.
+    """Runs a command and returns its exit status. A user error is printed as one line, and the status is 1.
 
-    After Ctrl-C the status is 130; `stopped` is printed where the interruption has no message of its own. Among several
-    processes of torchrun an error names its process, and the first one says that it was stopped.
+    After Ctrl-C the status is 130. `stopped` is printed if the interruption has no message. With several processes of
+    torchrun, an error message names the process, and only the first process prints the interruption.
     """
     rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     several = rank.isdecimal() and world_size.isdecimal() and int(world_size) > 1

@@ -20,10 +20,15 @@ def option(
     metavar: tuple[str, ...] | None = None,
     added: bool = False,
 ) -> Any:
-    """A field with its help text and bounds, which hold for each number of a tuple.
+    """A field with its help text and bounds. The bounds apply to each number of a tuple.
 
-    `changes_results=False`: may differ when a run is resumed. `metavar`: what the numbers of a tuple are.
-    `added`: there are files from before this field; they mean its default.
+    Args:
+        default: value of the field.
+        text: help text.
+        at_least, above, at_most, below: bounds.
+        changes_results: False if the value may differ when a run is resumed.
+        metavar: names of the numbers of a tuple, for the help.
+        added: True if older files lack this field; its default then applies.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     return field(
@@ -75,7 +80,7 @@ def _within(number: float, name: str, bound: float) -> bool:
 
 
 class Checked:
-    """Types and bounds of every field, checked on construction (ValueError names field, value and limits)."""
+    """Checks the type and bounds of every field on construction. Raises ValueError with field, value and limits."""
 
     def __post_init__(self) -> None:
         for spec, hint in fields_of(type(self)):

@@ -1,4 +1,4 @@
-"""Files that are complete whenever they are there."""
+"""Atomic writing of files: a file is either complete or absent."""
 
 import os
 from contextlib import suppress
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file completely or not at all: beside its place, synced, then moved there.
+    """Writes a file completely or not at all: to a temporary file beside `path`, which is synced and renamed.
 
-    Raises OSError, which names the path. A file that was there before is then unchanged.
+    Raises OSError, which names the path. An earlier version of the file is then unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -24,14 +24,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             raise OSError(
                 error.errno,
-                f"{path} could not be written ({error.strerror}); an earlier version of it, if there was one, is "
-                "unchanged",
+                f"{path} could not be written ({error.strerror}); an earlier version of the file is unchanged",
             ) from error
         raise
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable; only POSIX allows a folder to be opened for that."""
+    """Makes a rename durable by syncing the folder, which only POSIX allows."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

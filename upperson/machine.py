@@ -1,9 +1,9 @@
 """The device, the precision, and the processes that share a batch.
 
 torchrun starts several processes. Each computes its share of a batch, and all take the same optimizer step. A loss
-compares the pairs of the whole batch with each other, so every process gathers the features of all processes and
-computes the same loss from them. DistributedDataParallel then averages the gradients of the W processes. One process
-is the usual case: nothing is initialised then, and every method of Group is the identity.
+compares all pairs of the batch, so every process gathers the features of all processes and computes the same loss from
+them. DistributedDataParallel then averages the gradients of the W processes. With one process, the usual case, nothing
+is initialised, and every method of Group is the identity.
 """
 
 import os
@@ -22,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from upperson.errors import RunError
 
-# One process may decode a data set for the others. A process that has died is noticed much earlier: by gloo, or by
-# torchrun, which then ends all.
+# Long, since one process may decode a data set for the others. A dead process is detected much earlier, by gloo or by
+# torchrun, which then ends all processes.
 TIMEOUT = timedelta(minutes=30)
-# PyTorch's errors where another process has ended or does not answer.
+# Matches PyTorch's errors after another process has ended or does not respond.
 LOST_CONTACT = re.compile(r"gloo|NCCL|TCPStore|Connection (closed|reset) by peer|Broken pipe")
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -35,10 +35,10 @@ Value = TypeVar("Value")
 
 
 def share_of(total: int, rank: int, world_size: int) -> range:
-    """The share of process `rank` in `total` things: consecutive ones, as torch.tensor_split cuts.
+    """The consecutive share of process `rank` in `total` items, split as torch.tensor_split does.
 
-    The shares differ in length by one at most, the longer ones first. Raises ValueError for a rank that is not below
-    `world_size`.
+    The lengths of the shares differ by at most one, and the longer shares come first. Raises ValueError for a rank
+    outside 0 to `world_size` - 1.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected 0 to {world_size - 1}, as world_size is {world_size}, found {rank}")
@@ -49,17 +49,17 @@ def share_of(total: int, rank: int, world_size: int) -> range:
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that train together, and which of them this one is."""
+    """The processes that train together, and the rank of this process among them."""
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0  # among those of this machine: the number of its GPU
+    local_rank: int = 0  # rank on this machine, which is also the index of the GPU
 
     @classmethod
-    def of_environment(cls, environment: Mapping[str, str] = os.environ) -> "Group":
-        """The group that torchrun describes in the environment; without torchrun, this process alone.
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Group":
+        """The group that torchrun describes in the environment; without torchrun, a group of this process only.
 
-        Raises RunError where torchrun's variables are incomplete.
+        Raises RunError if torchrun's variables are incomplete.
         """
         if environment.get("WORLD_SIZE", "1") == "1":
             return cls()
@@ -67,52 +67,54 @@ class Group:
         wrong += [name for name in TORCHRUN[:3] if not environment.get(name, "0").isdecimal()]
         if wrong:
             raise RunError(
-                f"WORLD_SIZE is {environment['WORLD_SIZE']} in the environment, but missing there or not a number: "
-                f"{', '.join(wrong)}; start with torchrun --nproc-per-node N train.py, or unset WORLD_SIZE"
+                f"the environment sets WORLD_SIZE to {environment['WORLD_SIZE']}, but these variables are missing or "
+                f"not a number: {', '.join(wrong)}; start with torchrun --nproc-per-node N train.py, or unset "
+                "WORLD_SIZE"
             )
         return cls(*(int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints and writes."""
+        """Whether this process prints and writes files."""
         return self.rank == 0
 
     def share_of(self, total: int) -> range:
-        """This process's share of `total` things; see share_of."""
+        """This process's share of `total` items; see share_of."""
         return share_of(total, self.rank, self.world_size)
 
-    def own(self, things: Sequence[Value]) -> Sequence[Value]:
+    def own(self, items: Sequence[Value]) -> Sequence[Value]:
         """This process's share of a list."""
-        share = self.share_of(len(things))
-        return things[share.start : share.stop]
+        share = self.share_of(len(items))
+        return items[share.start : share.stop]
 
     def gather(self, x: Tensor, total: int) -> Tensor:
-        """The rows of all processes, (total, …), in the order of their ranks, on every process.
+        """The rows of all processes, (total, …), in the order of the ranks; every process gets the same tensor.
 
-        `x` begins with this process's share of `total` rows; further rows are cut off. Every process must compute the
-        same from the result. The gradient is then the same on all processes, and each process takes its own rows of it.
-        They are multiplied by W, since DistributedDataParallel averages the parts of W processes, whose sum is needed.
+        `x` begins with this process's share of `total` rows; further rows are ignored. Every process must compute the
+        same loss from the result. The gradient is then the same on all processes, and each process takes its own rows.
+        These are multiplied by W, since DistributedDataParallel averages the gradients of W processes, and their sum is
+        needed.
         """
         return x if self.world_size == 1 else _Gather.apply(x[: len(self.share_of(total))], total, self)
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of `x` over the processes, on all of them; its gradient is multiplied by W, see `gather`."""
+        """The sum of `x` over all processes, on every process. The gradient is multiplied by W, see `gather`."""
         return x if self.world_size == 1 else _Total.apply(x, self)
 
     def largest(self, x: Tensor) -> Tensor:
-        """The largest `x` of all processes, elementwise, on all of them; no gradient. The GPU is not waited for."""
+        """The elementwise maximum of `x` over all processes, on every process, without gradient or GPU sync."""
         if self.world_size > 1:
             x = x.detach().clone()
             dist.all_reduce(x, dist.ReduceOp.MAX)
         return x
 
-    def say(self, text: str) -> None:
-        """Prints `text` in the main process alone."""
+    def print(self, text: str) -> None:
+        """Prints `text` in the main process only."""
         if self.is_main:
             print(text, flush=True)
 
     def broadcast(self, value: Value) -> Value:
-        """The value of the main process, on all processes; any value that can be pickled."""
+        """Sends the main process's value, which must be picklable, to all processes."""
         if self.world_size == 1:
             return value
         values: list[Any] = [value]
@@ -120,32 +122,33 @@ class Group:
         return values[0]
 
     def wait(self) -> None:
-        """Waits until all processes have called this."""
+        """Waits until all processes have called this method."""
         if self.world_size > 1:
             dist.barrier()
 
 
-ALONE = Group()
+SINGLE_PROCESS = Group()
 
 
-def device_and_precision(device: str, precision: str, group: Group = ALONE) -> tuple[torch.device, str]:
-    """The device and the precision that "auto" stands for: a CUDA GPU in bf16 where there is one, else the CPU in fp32.
+def device_and_precision(device: str, precision: str, group: Group = SINGLE_PROCESS) -> tuple[torch.device, str]:
+    """Resolves "auto": a CUDA GPU in bf16 if one is available, else the CPU in fp32.
 
-    Each process of a group has a GPU of its own, by its local rank. Raises RunError for what this machine lacks.
+    Each process of a group uses the GPU of its local rank. Raises RunError for a device or precision that this machine
+    does not have.
     """
     available = torch.cuda.is_available()
     found = torch.device(device if device != "auto" else "cuda" if available else "cpu")
     if group.world_size > 1 and found.type == "cuda":
         if found.index is not None:
             raise RunError(
-                f"device: {device} is one GPU for {group.world_size} processes; --device cuda gives each its own, and "
-                "CUDA_VISIBLE_DEVICES chooses them"
+                f"device: {device} is a single GPU for {group.world_size} processes; use --device cuda for one GPU per "
+                "process, and CUDA_VISIBLE_DEVICES to choose the GPUs"
             )
         found = torch.device("cuda", group.local_rank)
     if found.type == "cuda" and (not available or (found.index or 0) >= torch.cuda.device_count()):
-        raise RunError(f"device: {found} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
+        raise RunError(f"device: {found} is not available; PyTorch finds {torch.cuda.device_count()} CUDA devices")
     if found.type == "mps" and not torch.backends.mps.is_available():
-        raise RunError("device: mps is not there; PyTorch finds no Apple GPU on this machine")
+        raise RunError("device: mps is not available; PyTorch finds no Apple GPU on this machine")
     if precision == "auto":
         precision = "bf16" if found.type == "cuda" else "fp32"
     if precision == "fp16" and found.type != "cuda":
@@ -154,13 +157,13 @@ def device_and_precision(device: str, precision: str, group: Group = ALONE) -> t
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of forward passes in "fp32", "bf16" or "fp16"."""
+    """The autocast context of forward passes in "fp32", "bf16" or "fp16"."""
     return torch.autocast(device.type, AUTOCAST_DTYPES.get(precision), enabled=precision in AUTOCAST_DTYPES)
 
 
 @contextmanager
 def process_group(group: Group, device: torch.device) -> Iterator[None]:
-    """A context in which the processes of `group` communicate: by NCCL if `device` is a CUDA GPU, else by gloo."""
+    """A context in which the processes of `group` communicate, with NCCL on a CUDA GPU and with gloo elsewhere."""
     if group.world_size == 1:
         yield
         return
@@ -176,17 +179,17 @@ def process_group(group: Group, device: torch.device) -> Iterator[None]:
 
 
 def data_parallel(module: nn.Module, group: Group) -> nn.Module:
-    """The module, wrapped so that its parameters get the averaged gradients of all processes in backward."""
+    """The module, wrapped so that backward averages the gradients of all processes."""
     if group.world_size == 1:
         return module
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.15 renames broadcast_buffers, 2.11 knows no other
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.15 renames broadcast_buffers; 2.11 has the old name
         return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 @contextmanager
 def contact(where: Callable[[], str]) -> Iterator[None]:
-    """A context in which the loss of another process becomes a RunError, with `where` this process was."""
+    """A context that turns a lost connection to another process into a RunError. `where` returns the run's position."""
     try:
         yield
     except RuntimeError as error:
@@ -194,8 +197,8 @@ def contact(where: Callable[[], str]) -> Iterator[None]:
         if not lost or isinstance(error, RunError):
             raise
         message = str(error).split("\n")[0].split(". ")[0]
-        reason = re.sub(r"^\[.*?\] ", "", message)  # without the place in gloo's source
-        raise RunError(f"lost contact with another one ({reason}) {where()}") from error
+        reason = re.sub(r"^\[.*?\] ", "", message)  # without the source line of gloo
+        raise RunError(f"lost contact with another process ({reason}) {where()}") from error
 
 
 class _Gather(torch.autograd.Function):
@@ -204,7 +207,7 @@ class _Gather(torch.autograd.Function):
         ctx.group, ctx.total = group, total
         shares = [share_of(total, rank, group.world_size) for rank in range(group.world_size)]
         longest = len(shares[0])
-        padded = x.new_zeros(longest, *x.shape[1:])  # all processes must send equally many rows
+        padded = x.new_zeros(longest, *x.shape[1:])  # all processes must send the same number of rows
         padded[: len(x)] = x
         gathered = x.new_empty(group.world_size * longest, *x.shape[1:])
         dist.all_gather_into_tensor(gathered, padded)

@@ -155,7 +155,7 @@ def test_every_method_on_every_preset(name, method):
     assert config.model.method.name == method and parse_arguments(["--preset", name, "--method", method]) == config
     assert dataclasses.replace(config.model, method=PRESETS[name].model.method) == PRESETS[name].model
     assert Config.from_json(config.to_json()) == config
-    recipe = METHODS[method].recipe(config.data.is_drawn)
+    recipe = METHODS[method].recipe(config.data.is_synthetic)
     assert config.values() | recipe == config.values()
 
 
@@ -207,7 +207,7 @@ def test_cut_off_json():
         (ModelConfig, dict(image_size=(0, 64)), r"image_size: \(0, 64\)"),
         (UPPerson, dict(lora_rank=0), "lora_rank: 0"),
         (UPPerson, dict(adapter_mlp="l-adapter"), "adapter_mlp: 'l-adapter' .* one of l-parallel, l-sequential"),
-        (ModelConfig, dict(model="ViT-B-16"), "pretrained: 'embedded' belongs to model 'embedded' alone"),
+        (ModelConfig, dict(model="ViT-B-16"), "pretrained: 'embedded' belongs to model 'embedded' only"),
     ],
 )
 def test_values_out_of_range(section, values, message):
@@ -230,8 +230,8 @@ def test_values_out_of_range(section, values, message):
         (["--method", "cskt", "--lora-rank", "8"], "--lora-rank: an option of --method up-person, not of cskt"),
         (["--no-adapters"], "--no-adapters: an option of --method cskt, not of up-person"),
         (["--prompt-length=3"], "--prompt-length: an option of --method cskt and prompt-decoupling, not of up-person"),
-        (["--resume"], "--resume: name the run"),
-        (["--resume", "nowhere"], "--resume nowhere: there is no run to continue"),
+        (["--resume"], "--resume: expected the folder of a run"),
+        (["--resume", "nowhere"], "--resume nowhere: no run to resume"),
         (["--resume", "nowhere", "--preset", "rstpreid"], "--preset and --resume RUN_DIR exclude each other"),
     ],
 )

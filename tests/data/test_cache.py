@@ -198,13 +198,13 @@ class TestErrors:
     def test_too_little_space(self, images, folder, monkeypatch):
         usage = type("Usage", (), {"free": 7 * ROW})
         monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
-        with pytest.raises(OSError, match=r"48x16-.*npy needs 0.0 MB, and 0.0 MB are free there"):
+        with pytest.raises(OSError, match=r"48x16-.*npy needs 0.0 MB, and 0.0 MB are free;"):
             opened(images, folder)
         assert files(folder) == []
 
     def test_a_folder_that_is_none(self, images, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(OSError, match="image_cache: .*file is not a folder that can be written"):
+        with pytest.raises(OSError, match="image_cache: .*file is not a writable folder"):
             opened(images, tmp_path / "file")
 
     @pytest.mark.slow

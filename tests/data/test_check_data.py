@@ -98,9 +98,9 @@ def test_identities_that_are_in_train(sound):
     report = check(sound)
     assert report.splits["test"].in_train == {1: shared.image}
     assert report.splits["val"].in_train == report.splits["train"].in_train == {}
-    expected = f"1 identities of test that are in train too\n           1, such as {shared.image}\n"
+    expected = f"1 identities of test that are also in train\n           1, such as {shared.image}\n"
     assert expected in text(report)
-    assert "0 identities of val that are in train too" in text(report)
+    assert "0 identities of val that are also in train" in text(report)
 
 
 def test_captions_that_are_cut(sound):
@@ -128,9 +128,7 @@ def test_captions_of_several_identities(sound):
     report = check(sound)
     assert report.splits["train"].repeated_captions == {"a man": [1, 2]}
     assert report.splits["val"].repeated_captions == {}
-    assert "1 captions of train that stand under several identities\n           'a man': identities 1, 2" in text(
-        report
-    )
+    assert "1 captions of train that describe several identities\n           'a man': identities 1, 2" in text(report)
 
 
 def test_identities_with_a_single_image(sound):
@@ -189,7 +187,7 @@ class TestCommandLine:
         assert main(self.write(tmp_path, self.entries)) == 0
         shown = capsys.readouterr().out
         assert shown.startswith("CUHK-PEDES\n") and "       0 of 4 images missing or broken\n" in shown
-        assert "2 captions of train that stand under several identities" in shown
+        assert "2 captions of train that describe several identities" in shown
 
     def test_missing_and_broken(self, tmp_path, capsys):
         arguments = self.write(tmp_path, self.entries)
@@ -217,7 +215,7 @@ class TestCommandLine:
         assert main(["--check-data", "--dataset", "folder", "--data-root", str(tmp_path)]) == 0
         shown = capsys.readouterr().out
         assert "a.jpg: identities 0025, 25\n" in shown
-        assert f"1 identities of test that are in train too\n           0025, such as {tmp_path / 'c.jpg'}\n" in shown
+        assert f"1 identities of test that are also in train\n           0025, such as {tmp_path / 'c.jpg'}\n" in shown
         assert "'a man': identities 0025, 0007\n" in shown
 
     def test_what_cannot_be_read_at_all(self, tmp_path, capsys):

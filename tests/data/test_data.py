@@ -159,7 +159,7 @@ class TestReaders:
         entries = entries_of("icfg-pedes")
         entries[-1]["id"] = 5
         folder = write_dataset(tmp_path, "icfg-pedes", entries)
-        with pytest.warns(UserWarning, match="split 'test': 1 identities are in split 'train' too.* 5[.]"):
+        with pytest.warns(UserWarning, match="split 'test': 1 identities are also in split 'train'.* 5[.]"):
             read_dataset("icfg-pedes", folder)
 
     def test_warns_of_an_image_of_two_people(self, tmp_path):
@@ -209,13 +209,13 @@ class TestBadAnnotations:
     def test_cut_off_json(self, tmp_path, kept):
         text = json.dumps(entries_of("cuhk-pedes"))[:kept]
         folder = write_dataset(tmp_path, "cuhk-pedes", text)
-        with pytest.raises(DataError, match=rf"reid_raw.json: not valid JSON, or cut off.*of {len(text)}\)"):
+        with pytest.raises(DataError, match=rf"reid_raw.json: invalid or truncated JSON.*of {len(text)}\)"):
             read_dataset("cuhk-pedes", folder)
 
     def test_not_text(self, tmp_path):
         folder = write_dataset(tmp_path, "cuhk-pedes")
         (folder / "reid_raw.json").write_bytes(b'[{"split": "\xff"}]')
-        with pytest.raises(DataError, match="reid_raw.json: expected UTF-8 text, found byte 12"):
+        with pytest.raises(DataError, match="reid_raw.json: expected UTF-8 text; byte 12 is invalid"):
             read_dataset("cuhk-pedes", folder)
 
     @pytest.mark.parametrize(

@@ -275,7 +275,7 @@ class TestCaptioned:
     def test_warns_of_an_image_in_two_splits(self, tmp_path):
         lists = flat("mscoco")
         lists["test"][0]["image"] = lists["train"][0]["image"]
-        with pytest.warns(UserWarning, match="split 'test': 1 identities are in split 'train' too"):
+        with pytest.warns(UserWarning, match="split 'test': 1 identities are also in split 'train'"):
             read_dataset("mscoco", write(tmp_path, "mscoco", "flat", lists))
 
 
@@ -309,7 +309,7 @@ def read_own(file: Path, text: str | bytes, need=("test",)) -> dict:
 
 
 class TestFolder:
-    @pytest.mark.filterwarnings("ignore:.*are in split 'train' too.*:UserWarning")
+    @pytest.mark.filterwarnings("ignore:.*are also in split 'train'.*:UserWarning")
     @pytest.mark.parametrize(("name", "text"), [("captions.csv", CSV), ("captions.jsonl", as_json_lines(LINES))])
     @pytest.mark.parametrize("by_folder", [True, False])
     def test_reads_every_line(self, tmp_path, name, text, by_folder):
@@ -352,8 +352,8 @@ class TestFolder:
         assert {split: len(samples) for split, samples in splits.items()} == {"test": 4}
         assert [s.person_id for s in splits["test"]] == [0, 1, 1, 0]
         message = (
-            f"{file}: no entry of split 'train', expected at least one; add 'split', which says train, val or test "
-            "in every line"
+            f"{file}: no entry of split 'train', expected at least one; add 'split' with train, val or test to every "
+            "line"
         )
         with pytest.raises(DataError, match=re.escape(message)):
             read_dataset("folder", file)
@@ -391,8 +391,8 @@ class TestFolder:
             (f"{HEADER}\na.jpg,a, ", ", line 2, column 'identity': expected a name or a number, found an empty"),
             (f"{HEADER},split\na.jpg,a,1,Test", ", line 2, column 'split': expected one of train, val, test, found 'T"),
             (f"{HEADER},split\na.jpg,a,1,", ", line 2, column 'split': expected one of train, val, test, found ''"),
-            (f'{HEADER}\na.jpg,a,1\nb.jpg,"a,1\n', ", line 3: not valid CSV: unexpected end of data"),
-            (f"{HEADER}\na.jpg,".encode() + b"\xff,1", ": expected UTF-8 text, found byte 29 to be otherwise"),
+            (f'{HEADER}\na.jpg,a,1\nb.jpg,"a,1\n', ", line 3: invalid CSV: unexpected end of data"),
+            (f"{HEADER}\na.jpg,".encode() + b"\xff,1", ": expected UTF-8 text; byte 29 is invalid"),
         ],
     )
     def test_bad_csv(self, tmp_path, text, message):
@@ -418,7 +418,7 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ('{"image": "a.jpg", ', ", line 6: not valid JSON, or cut off, at column 20: "),
+            ('{"image": "a.jpg", ', ", line 6: invalid or truncated JSON at column 20: "),
             ("[1]", ", line 6: expected an object, found a list, [1]"),
         ],
     )
@@ -452,8 +452,8 @@ class TestFolder:
         with pytest.warns(UserWarning) as caught:
             read_dataset("folder", file)
         first, second = (str(warning.message) for warning in caught)
-        assert "split 'test': 1 identities are in split 'train' too, first 0025." in first
-        assert f"image {tmp_path / 'b.jpg'} is listed under the identities 0025 and 25; 1 such images" in second
+        assert "split 'test': 1 identities are also in split 'train', the first is 0025." in first
+        assert f"image {tmp_path / 'b.jpg'} is listed under the identities 0025 and 25; 1 images have" in second
 
     def test_which_file(self, tmp_path):
         csv, lines = tmp_path / "captions.csv", tmp_path / "captions.jsonl"
@@ -463,7 +463,7 @@ class TestFolder:
             read_dataset("folder", tmp_path / "no")
         csv.write_text(CSV)
         lines.write_text("")
-        with pytest.raises(DataError, match=re.escape(f"found both {csv} and {lines}; name one")):
+        with pytest.raises(DataError, match=re.escape(f"found both {csv} and {lines}; give the path of one")):
             read_dataset("folder", tmp_path)
         assert len(read_own(csv, CSV)["train"]) == 2
         with pytest.raises(DataError, match="name ends in .csv or .jsonl, found .*own.txt"):

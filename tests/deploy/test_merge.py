@@ -102,7 +102,7 @@ def test_a_text_tower_of_its_own(tiny, tmp_path):
 def test_what_does_not_fold_is_named(tiny, variant):
     model = build(tiny.replace(**{"lora": "lora", "adapter_attn": "ln-tuning"} | variant))
     ((field, kind),) = variant.items()
-    with pytest.raises(MergeError, match=f"does not fold into weights that open_clip can use: {field} {NAMES[kind]}$"):
+    with pytest.raises(MergeError, match=f"cannot be merged into open_clip's weights: {field} {NAMES[kind]}$"):
         merge(model)
 
 
@@ -231,19 +231,22 @@ def test_a_wrong_result_is_not_written(tiny, tmp_path, monkeypatch, capsys, also
     output, rest = tmp_path / "merged.safetensors", tmp_path / "rest.safetensors"
     output.write_bytes(b"earlier")
     rest.write_bytes(b"earlier too")
-    fold = command.folded
+    fold = command.merged_state
 
     def slightly_wrong(model):
         state = fold(model)
         name = "transformer.resblocks.1.attn.in_proj_weight"
         return state | {name: state[name] * (1.001 if wrong == "weights" else torch.nan)}
 
-    monkeypatch.setattr(command, "folded", slightly_wrong)
+    monkeypatch.setattr(command, "merged_state", slightly_wrong)
     names = sorted(entry.name for entry in tmp_path.iterdir())
     assert run(path, output, *(["--rest", rest] if also_rest else [])) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {path}: the merged features differ by ") and error.count("\n") == 1
-    assert "expected 1e-05 at most; nothing was written" in error
+    assert (
+        error.startswith(f"error: {path}: the merged features have a relative difference of ")
+        and error.count("\n") == 1
+    )
+    assert "expected at most 1e-05; no file was written" in error
     assert output.read_bytes() == b"earlier" and rest.read_bytes() == b"earlier too"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == names
 
@@ -267,20 +270,20 @@ def test_an_interruption_leaves_nothing(tiny, tmp_path, monkeypatch, capsys, fai
         (
             dict(prefix="salable", lora="lora", adapter_mlp="parallel"),
             [],
-            "best.safetensors: does not fold into weights that open_clip can use: prefix SalablePrefix, adapter_mlp "
-            "ParallelAdapter; --rest FILE keeps that in a checkpoint of its own",
+            "best.safetensors: cannot be merged into open_clip's weights: prefix SalablePrefix, adapter_mlp "
+            "ParallelAdapter; --rest FILE writes these modules to a second checkpoint",
         ),
         (
             dict(lora="lora"),
             ["--rest", "rest.safetensors"],
-            "best.safetensors: everything in it folds into merged.safetensors; nothing remains for rest.safetensors",
+            "best.safetensors: all modules merge into merged.safetensors; none remains for rest.safetensors",
         ),
         (
             dict(lora="lora"),
             ["--pretrained", "missing.pt"],
             "pretrained 'missing.pt' of tiny.json is neither a file nor",
         ),
-        (dict(lora="lora"), ["--pretrained", "tiny.json"], "tiny.json does not hold weights of this model"),
+        (dict(lora="lora"), ["--pretrained", "tiny.json"], "tiny.json does not contain weights of this model"),
     ],
     ids=["remains", "nothing-remains", "missing", "no-weights"],
 )
@@ -298,18 +301,18 @@ def test_refused_in_one_line(tiny, tmp_path, monkeypatch, capsys, variant, argum
     ("arguments", "message"),
     [
         (["merged.pt"], "merged.pt: expected a name that ends in .safetensors"),
-        (["./best.safetensors"], "best.safetensors is read; expected another file to write"),
-        (["clip.safetensors"], "clip.safetensors is read; expected another file to write"),
+        (["./best.safetensors"], "best.safetensors is an input; expected another file to write"),
+        (["clip.safetensors"], "clip.safetensors is an input; expected another file to write"),
         (
             ["merged.safetensors", "--rest", "best.safetensors"],
-            "best.safetensors is read; expected another file to write",
+            "best.safetensors is an input; expected another file to write",
         ),
         (["a.safetensors", "--rest", "./a.safetensors"], "OUTPUT and --rest are the same file, a.safetensors"),
-        (["nowhere/merged.safetensors"], "nowhere/merged.safetensors: expected a file in a folder that is there"),
-        (["folder.safetensors"], "folder.safetensors: expected a file in a folder that is there"),
+        (["nowhere/merged.safetensors"], "nowhere/merged.safetensors: expected a file in an existing folder"),
+        (["folder.safetensors"], "folder.safetensors: expected a file in an existing folder"),
         (
             ["merged.safetensors", "--pretrained", "embedded"],
-            "pretrained: 'embedded' belongs to model 'embedded' alone",
+            "pretrained: 'embedded' belongs to model 'embedded' only",
         ),
         ([], "the following arguments are required: OUTPUT"),
     ],

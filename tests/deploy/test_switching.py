@@ -177,12 +177,12 @@ def test_refused(tmp_path, tiny, files, adaptations):
     ):
         with pytest.raises(CheckpointError, match=message):
             adaptations.add("new", path)
-    with pytest.raises(CheckpointError, match="the name 'rstp' is taken; taken are original, cuhk, icfg, rstp"):
+    with pytest.raises(CheckpointError, match="the name 'rstp' is in use; names in use are original, cuhk, icfg, rstp"):
         adaptations.add("rstp", files["cuhk"])
-    with pytest.raises(CheckpointError, match="there is no adaptation 'new'; there are original, cuhk, icfg, rstp"):
+    with pytest.raises(CheckpointError, match="unknown adaptation 'new'; expected one of original, cuhk, icfg, rstp"):
         adaptations.use("new")
     assert adaptations.active == "icfg" and torch.equal(features(adaptations.model), expected)
-    with pytest.raises(CheckpointError, match="method 'full' has changed its backbone"):
+    with pytest.raises(CheckpointError, match="method 'full' has changed the model's backbone"):
         Adaptations(AdaptedCLIP(full))
-    with pytest.raises(CheckpointError, match="a checkpoint with pretrained 'none', whose random weights may differ"):
+    with pytest.raises(CheckpointError, match="a checkpoint with pretrained 'none'; its random weights may differ"):
         Adaptations(AdaptedCLIP(random)).add("new", checkpoint(tmp_path / "random.safetensors", random))

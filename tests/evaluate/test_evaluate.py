@@ -154,16 +154,16 @@ def test_cross_domain(checkpoint, config, capsys, dataset, split, captions, imag
     assert (results["trained_on"], results["evaluated_on"], results["split"]) == ("embedded", dataset, split)
     assert (results["captions"], results["images"]) == (captions, images)
     shown = capsys.readouterr().out
-    assert f"trained on: embedded, epoch 1 of 2, selected there by val ({SELECTIONS['val']})" in shown
+    assert f"trained on: embedded, epoch 1 of 2, selection val ({SELECTIONS['val']})" in shown
     assert f"evaluated on: {dataset}, {split} split, cross-domain" in shown
 
 
 @pytest.mark.parametrize(
     ("results", "words"),
     [
-        ({"selection": "val", "epoch": 2}, "epoch 2 of 2, selected there by val (best R@1 on the validation split)"),
-        ({"selection": "best-on-test", "epoch": 1}, f"selected there by best-on-test ({SELECTIONS['best-on-test']})"),
-        ({"selection": "last", "epoch": 2}, f"epoch 2 of 2, selected there by last ({SELECTIONS['last']})"),
+        ({"selection": "val", "epoch": 2}, "epoch 2 of 2, selection val (best R@1 on the validation split)"),
+        ({"selection": "best-on-test", "epoch": 1}, f"selection best-on-test ({SELECTIONS['best-on-test']})"),
+        ({"selection": "last", "epoch": 2}, f"epoch 2 of 2, selection last ({SELECTIONS['last']})"),
         ({"epoch": 2}, "epoch 2 of 2, no selection recorded"),
         ({}, "epoch not recorded"),
     ],
@@ -275,14 +275,14 @@ def test_checkpoints_that_are_none(checkpoint, capsys):
     missing = checkpoint.parent / "missing.safetensors"
     assert refused(capsys, 1, missing).startswith(f"error: {missing}: there is no such file")
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
-    assert refused(capsys, 1, checkpoint).startswith(f"error: {checkpoint}: cut off")
+    assert refused(capsys, 1, checkpoint).startswith(f"error: {checkpoint}: truncated")
     assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
 
 
 def test_features_that_are_not_finite(checkpoint, config, parameters, capsys):
     broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in parameters.items()}
     save_checkpoint(checkpoint, broken, config, RESULTS)
-    assert "rows hold NaN or infinity" in refused(capsys, 1, checkpoint)
+    assert "rows contain NaN or infinity" in refused(capsys, 1, checkpoint)
 
 
 def test_arguments_that_cannot_be(checkpoint, tmp_path, capsys):
@@ -292,12 +292,12 @@ def test_arguments_that_cannot_be(checkpoint, tmp_path, capsys):
     assert "workers: -1 is not allowed" in refused(capsys, 2, checkpoint, "--workers", -1)
     assert "device: 'tpu' is not allowed" in refused(capsys, 2, checkpoint, "--device", "tpu")
     assert "pretrained: 'embedded' belongs" in refused(capsys, 2, checkpoint, "--pretrained", "embedded")
-    assert refused(capsys, 1, checkpoint, "--device", "cuda:99").startswith("error: device: cuda:99 is not there")
+    assert refused(capsys, 1, checkpoint, "--device", "cuda:99").startswith("error: device: cuda:99 is not available")
     assert refused(capsys, 1, checkpoint, "--pretrained", tmp_path / "none.pt").startswith("error: pretrained ")
 
 
 def test_data_that_are_not_there(checkpoint, config, parameters, tmp_path, capsys):
-    words = "error: data_root: rstpreid is read from a folder; name it with --data-root"
+    words = "error: data_root: rstpreid is read from a folder; set it with --data-root"
     assert refused(capsys, 1, checkpoint, "--data", "rstpreid") == words
     nowhere = tmp_path / "nowhere"
     assert f"{nowhere} does not exist" in refused(capsys, 1, checkpoint, "--data", "rstpreid", "--data-root", nowhere)

@@ -114,7 +114,7 @@ def bad(value):
 @pytest.mark.parametrize(
     ("queries", "gallery", "query_ids", "gallery_ids", "message"),
     [
-        (bad(float("nan")), torch.ones(3, 2), [0] * 4, [0] * 3, "query features: 1 of 4 rows hold NaN.*row 2"),
+        (bad(float("nan")), torch.ones(3, 2), [0] * 4, [0] * 3, "query features: 1 of 4 rows contain NaN.*row 2"),
         (torch.ones(3, 2), bad(float("inf")), [0] * 3, [0] * 4, "gallery features: 1 of 4 rows"),
         (torch.ones(3, 2), torch.ones(3, 2), [0, 8, 9], [0, 1, 2], "2 of 3 queries have no match.*person 8"),
         (torch.ones(0, 2), torch.ones(3, 2), [], [0] * 3, "0 queries, 3 gallery"),

@@ -35,7 +35,7 @@ def test_what_a_reader_of_the_file_finds(tmp_path):
         (lambda content: content.pop("captions"), "missing: captions; unknown: none"),
         (lambda content: content.update(adapted={}), "missing: none; unknown: adapted"),
         (lambda content: content.update(stages=[{}]), "missing: method, model"),
-        (lambda content: content.update(stages=3), "not results of this version"),
+        (lambda content: content.update(stages=3), "expected results of this version"),
     ],
 )
 def test_other_files_are_refused_by_name(tmp_path, change, message):
@@ -46,5 +46,5 @@ def test_other_files_are_refused_by_name(tmp_path, change, message):
     with pytest.raises(RunError, match=f"results.json: .*{message}"):
         Results.read(path)
     path.write_text("{")
-    with pytest.raises(RunError, match="results.json: not results of this version"):
+    with pytest.raises(RunError, match="results.json: expected results of this version"):
         Results.read(path)

@@ -97,7 +97,7 @@ def test_sums(text, weights):
         ("sdm-itc", "expected a sum"),
         ("-1*sdm", "expected a sum"),
         ("sdm*2", "expected a sum"),
-        ("sdm+sdm", "sdm stands in it twice"),
+        ("sdm+sdm", "it contains sdm twice"),
         ("0*sdm", "the weight of sdm must be above 0"),
     ],
 )

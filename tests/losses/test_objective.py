@@ -100,7 +100,7 @@ def test_id_takes_ids_with_gaps_and_refuses_strangers():
     assert head(wrong, wrong, torch.tensor([7])).item() == pytest.approx(expected)
     assert head(wrong, right, torch.tensor([12])).item() == pytest.approx(expected + 5)
     for stranger in (2, 4, 13):
-        with pytest.raises(ValueError, match="people of the training split alone"):
+        with pytest.raises(ValueError, match="people of the training split only"):
             head(right, right, torch.tensor([stranger]))
     with torch.autocast("cpu", torch.bfloat16):
         half = IdentityClassifier(2, PEOPLE)(right.bfloat16(), right.bfloat16(), torch.tensor([3]))

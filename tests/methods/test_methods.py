@@ -267,7 +267,7 @@ def test_zero_shot_is_the_backbone_alone_whatever_the_method(tiny, method):
 def test_captions_that_were_packed_for_others(tiny):
     prompted, plain = (build(tiny.replace(**changes)) for changes in (PROMPTED[0], {}))
     captions = plain.tokenizer(["a man in a coat", "girl"])
-    with pytest.raises(ValueError, match="packed for a first token at position 0; expected 3, which is behind"):
+    with pytest.raises(ValueError, match="packed for a first token at position 0; expected position 3, behind"):
         prompted.encode_text(plain.pack_captions(captions))
     packed = prompted.pack_captions(captions)
     with prompted.zero_shot(), pytest.raises(ValueError, match="packed for a first token at position 3; expected 0"):
@@ -326,7 +326,7 @@ class Both(METHODS["prompt-decoupling"]):
             Gap,
             r"gap: expected prompts in layers 0, 1, … of the image tower.* found prompts in \[0, 2\], a prefix in \[\]",
         ),
-        (Both, r"both: .* and then no prefix; found prompts in \[0, 1\], a prefix in \[2\]"),
+        (Both, r"both: .* without a prefix; found prompts in \[0, 1\], a prefix in \[2\]"),
     ],
 )
 def test_places_that_a_method_cannot_use(tiny, method, message):
@@ -344,8 +344,8 @@ def test_modules_without_a_place_in_the_model(tiny, monkeypatch, place):
     """Block, tower and kind: nothing that a method makes is dropped without a word."""
     monkeypatch.setattr(Misplaced, "place", place)
     message = re.escape(
-        f"misplaced: there is no place for a module at {place}; expected a block of the image or text tower, and one "
-        "of prefix, lora, adapter_attn, adapter_mlp, prompt"
+        f"misplaced: no block takes a module at {place}; expected a block of the image or text tower, and a kind of "
+        "prefix, lora, adapter_attn, adapter_mlp, prompt"
     )
     with pytest.raises(MethodError, match=message):
         AdaptedCLIP(dataclasses.replace(tiny, method=Misplaced()))
@@ -364,7 +364,7 @@ def test_an_option_with_the_name_of_another_field(tiny):
 
     with pytest.raises(TypeError, match="Plain.rank: expected a default made by upperson.fields.option"):
         Plain()
-    with pytest.raises(ValueError, match="method epochs: its option epochs has the name of another field"):
+    with pytest.raises(ValueError, match="method epochs: the option epochs has the name of another field"):
         Config(dataclasses.replace(tiny, method=Epochs()))
 
 
@@ -471,7 +471,7 @@ def test_fine_tuned_encoders_merge_and_the_prompts_remain(tiny, tmp_path, monkey
     model = stirred(build(config))
     save_checkpoint(tmp_path / "best.safetensors", model.adaptation(), Config(config), {"epoch": 3})
     assert merge_command(["best.safetensors", "merged.safetensors"]) == 1
-    assert "does not fold into weights that open_clip can use: prompt Prompt; --rest FILE" in capsys.readouterr().err
+    assert "cannot be merged into open_clip's weights: prompt Prompt; --rest FILE" in capsys.readouterr().err
     assert merge_command(["best.safetensors", "merged.safetensors", "--rest", "rest.safetensors"]) == 0
     rest = load_model("rest.safetensors")
     assert set(rest.adaptation()) == {name for name in model.adaptation() if ".prompt." in name}
@@ -497,7 +497,7 @@ def test_cskt_remains_as_it_is_beside_merged_weights(tiny, tmp_path, monkeypatch
 
 
 def test_what_is_left_of_a_method_that_does_not_say(tiny):
-    with pytest.raises(MethodError, match="CSKT does not say what is left of it without lora"):
+    with pytest.raises(MethodError, match="CSKT does not define the method that remains without lora"):
         METHODS["cskt"]().without(["lora"])
 
 
@@ -510,5 +510,7 @@ def test_freezing_kinds_of_parameters(tiny):
     both = build(tiny.replace(method="prompt-decoupling", prompt_length=3))
     both.freeze("prompt")
     assert set(both.trained_parameters()) == set(both.clip_parameters())
-    with pytest.raises(MethodError, match="freeze: 'clip' is nothing that up-person trains here; expected prefix"):
+    with pytest.raises(
+        MethodError, match="freeze: method up-person with these options does not train 'clip'; expected"
+    ):
         model.freeze("clip")

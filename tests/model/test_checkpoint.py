@@ -105,11 +105,11 @@ def damaged(path, kind):
     ("kind", "message"),
     [
         ("missing", "there is no such file"),
-        ("cut off", "cut off, or not a safetensors file"),
-        ("cut off in its header", "cut off, or not a safetensors file"),
-        ("empty", "cut off, or not a safetensors file"),
-        ("pickle", "cut off, or not a safetensors file"),
-        ("safetensors of others", "expected an upperson checkpoint, found some other safetensors file"),
+        ("cut off", "truncated, or not a safetensors file"),
+        ("cut off in its header", "truncated, or not a safetensors file"),
+        ("empty", "truncated, or not a safetensors file"),
+        ("pickle", "truncated, or not a safetensors file"),
+        ("safetensors of others", "expected an upperson checkpoint, found another safetensors file"),
         ("resume state", "expected an upperson checkpoint, found an upperson resume state"),
         ("of the future", "version 9, expected version 1"),
         ("strange configuration", "method up-person: missing keys: lora_rank; unknown keys: lore_rank"),
@@ -135,7 +135,7 @@ def test_resume_state_comes_back_exactly(tmp_path):
     assert [type(value) for value in again["numbers"]] == [type(value) for value in state["numbers"]]
     for name, tensor in state["tensors"].items():
         assert torch.equal(again["tensors"][name], tensor) and again["tensors"][name].dtype == tensor.dtype
-    with pytest.raises(TypeError, match="cannot hold a set"):
+    with pytest.raises(TypeError, match="cannot contain a set"):
         save_state(tmp_path, {"a": {1}}, Config())
     assert load_state(tmp_path)["numbers"] == state["numbers"]
 
@@ -194,7 +194,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"results": "{}"}, "the configuration inside does not fit"),
+        ({"results": "{}"}, "the configuration in the file does not fit"),
         ({"config": None}, "expected an object in the metadata 'results'"),
         ({"config": None, "results": "[]"}, "expected an object in the metadata 'results'"),
     ],

@@ -307,7 +307,7 @@ def test_a_host_that_does_not_answer_is_known_within_seconds(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(model="ViT-B-61"), "unknown model 'ViT-B-61'.*close to it: .*ViT-B-16"),
+        (dict(model="ViT-B-61"), "unknown model 'ViT-B-61'.*similar names: .*ViT-B-16"),
         (dict(model="ViT-B-32", pretrained="laion"), "'laion' of ViT-B-32 is neither a file nor one of its tags"),
         (dict(model="missing.json"), "model configuration missing.json does not exist"),
         (dict(pretrained="missing.pt"), "'missing.pt' of .* is neither a file nor 'none'"),
@@ -339,19 +339,19 @@ def test_refused_files(tiny, tmp_path):
         build_clip(tiny.replace(model=str(broken)))
     other = tmp_path / "other.safetensors"
     save_file({"some.weight": torch.zeros(2)}, other)
-    with pytest.raises(BackboneError, match="other.safetensors does not hold weights of this model"):
+    with pytest.raises(BackboneError, match="other.safetensors does not contain weights of this model"):
         build_clip(tiny.replace(pretrained=str(other)))
     cut = tmp_path / "cut.pt"
     torch.save(open_clip.CLIP(**TINY_CLIP).state_dict(), cut)
     cut.write_bytes(cut.read_bytes()[:10_000])
-    with pytest.raises(BackboneError, match="cut.pt does not hold weights of this model"):
+    with pytest.raises(BackboneError, match="cut.pt does not contain weights of this model"):
         build_clip(tiny.replace(pretrained=str(cut)))
 
 
 def test_another_vocabulary_is_refused(tiny, tmp_path):
     path = tmp_path / "words.json"
     path.write_text(json.dumps(TINY_CLIP | dict(text_cfg=TINY_CLIP["text_cfg"] | dict(vocab_size=1000))))
-    with pytest.raises(BackboneError, match="the vocabulary has 1000 tokens.*CLIP's own tokenizer, of 49408"):
+    with pytest.raises(BackboneError, match="the vocabulary has 1000 tokens.*the 49408 tokens of CLIP's tokenizer"):
         AdaptedCLIP(tiny.replace(model=str(path)))
 
 

@@ -110,7 +110,9 @@ class Attack:
 def test_no_pickled_code_is_run(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": published().state_dict(), "args": Attack()}, "attack.pt")
-    with pytest.raises(BackboneError, match="attack.pt does not hold weights of this model: Weights only load failed"):
+    with pytest.raises(
+        BackboneError, match="attack.pt does not contain weights of this model: Weights only load failed"
+    ):
         build_clip(tiny.replace(pretrained="attack.pt"))
     assert not (tmp_path / "attacked").exists()
     torch.load("attack.pt", weights_only=False)  # which would have
@@ -125,7 +127,7 @@ def test_no_pickled_code_is_run(tiny, tmp_path, monkeypatch):
                 "text_model.embeddings.weight": torch.zeros(2),
                 "vision_model.encoder.layers.0.mlp.fc1.weight": 0,
             },
-            "'vision_model.encoder.layers.0.mlp.fc1.weight' in it is no tensor",
+            "'vision_model.encoder.layers.0.mlp.fc1.weight' is not a tensor",
         ),
         (
             lambda state: {"vision_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(2)},
@@ -151,9 +153,9 @@ def test_no_pickled_code_is_run(tiny, tmp_path, monkeypatch):
 def test_files_of_others_are_told_what_was_expected(tiny, tmp_path, change, message):
     path = tmp_path / "other.pt"
     torch.save(change(published().state_dict()), path)
-    with pytest.raises(BackboneError, match=f"other.pt does not hold weights of this model: .*{message}") as error:
+    with pytest.raises(BackboneError, match=f"other.pt does not contain weights of this model: .*{message}") as error:
         build_clip(tiny.replace(pretrained=str(path)))
-    assert "expected a state dict in open_clip's format (.pt, .safetensors) or in OpenAI's" in str(error.value)
+    assert "expected a state dict in the format of open_clip (.pt, .safetensors) or OpenAI" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -195,6 +197,6 @@ def test_a_position_embedding_of_no_known_size_is_refused(tiny, tmp_path):
     path = write("safetensors", published((24, 40)), tmp_path)
     with pytest.raises(
         BackboneError,
-        match="safetensors: its position embedding has 16 rows, for neither 32×32 nor 48×16 nor square images",
+        match="safetensors: the position embedding has 16 rows; expected those of images of 32×32 or 48×16, or of",
     ):
         build_clip(tiny.replace(pretrained=str(path)))

@@ -26,8 +26,8 @@ from upperson.tables.rows import (
     Setting,
     build_tables,
     embedded_setting,
-    modules_alone,
     real_setting,
+    single_modules,
     sweep_table,
     trainings,
 )
@@ -160,7 +160,7 @@ def test_rows_of_a_table_are_different_runs_and_tables_share_theirs(where):
     assert runs.folder_of(config.replace(prefix_scale=10)) == runs.folder_of(config.replace(prefix_scale=10.0))
     assert runs.folder_of(config.replace(seed=2)).parent == runs.folder_of(config).parent
     others = (dict(precision="bf16"), dict(embedded_seed=4), dict(lora_rank=3))
-    others += () if config.data.is_drawn else (dict(data_root=Path("/elsewhere")),)
+    others += () if config.data.is_synthetic else (dict(data_root=Path("/elsewhere")),)
     assert len({runs.folder_of(config.replace(**change)) for change in ({}, *others)}) == 1 + len(others)
 
 
@@ -181,7 +181,7 @@ def test_the_papers_figures_have_rows_and_sources():
 def test_a_table_from_its_command(run, setting, output, capsys):
     assert run("V", "--seeds", "2", "--jobs", "2") == 0
     shown = capsys.readouterr().out
-    assert "17 to run, at about" in shown and "[17/17]" in shown
+    assert "17 to run, about" in shown and "[17/17]" in shown
     rows = build_tables(setting, "embedded")["V"].rows
     text = (output / "V-embedded.md").read_text()
     assert text in shown and "68.19" in text and "2 seeds, mean ± standard deviation" in text
@@ -211,7 +211,7 @@ def test_nothing_is_trained_twice(run, setting, output, capsys):
     places = [runs.folder_of(row.config) for row in build_tables(setting, "embedded")["V"].rows]
     before = [(place / "results.json").stat().st_mtime_ns for place in places]
     assert run("V") == 0
-    assert "9 runs, 9 of them are there already" in (shown := capsys.readouterr().out) and "to run" not in shown
+    assert "9 runs, 9 of them already done" in (shown := capsys.readouterr().out) and "to run" not in shown
     assert [(place / "results.json").stat().st_mtime_ns for place in places] == before
 
     # A run that was stopped goes on: the finished one again writes the same results, from its saved state.
@@ -220,7 +220,7 @@ def test_nothing_is_trained_twice(run, setting, output, capsys):
     assert run("V") == 0
     assert "9 runs, 8 of them" in capsys.readouterr().out
     assert (places[-1] / "results.json").read_bytes() == whole
-    assert "continuing in epoch 2" in places[-1].with_suffix(".log").read_text()
+    assert "resuming in epoch 2" in places[-1].with_suffix(".log").read_text()
 
 
 def test_listing_trains_nothing(run, tmp_path, capsys):
@@ -270,7 +270,7 @@ def test_both_directions(run, setting, output):
 @pytest.mark.slow
 def test_figures(run, output, monkeypatch):
     points = {"lora_rank": {"1": {"lora_rank": 1}, "2": {"lora_rank": 2}}, "prefix_length": {"1": {"prefix_length": 1}}}
-    monkeypatch.setattr(UPPerson, "sweeps", staticmethod(lambda drawn: points))
+    monkeypatch.setattr(UPPerson, "sweeps", staticmethod(lambda synthetic: points))
     assert run("figure6", "figure7") == 0
     for name in ("figure6-embedded.png", "figure7-embedded.png"):
         Image.open(output / name).verify()
@@ -282,7 +282,7 @@ def test_a_sweep_of_several_fields(run, output, monkeypatch, capsys):
     points = {
         "prompts": {"4": {"prompt_length": 2}, "8, without positions": {"prompt_length": 4, "prompt_positions": False}}
     }
-    monkeypatch.setattr(CSKT, "sweeps", staticmethod(lambda drawn: points))
+    monkeypatch.setattr(CSKT, "sweeps", staticmethod(lambda synthetic: points))
     assert run("sweeps", "--method", "cskt") == 0
     text = (output / "sweeps-cskt-embedded.md").read_text()
     assert text.startswith("# CSKT with other options, embedded\n") and text in capsys.readouterr().out
@@ -293,7 +293,7 @@ def test_a_sweep_of_several_fields(run, output, monkeypatch, capsys):
 @pytest.mark.slow
 def test_every_method_in_one_table(run, setting, output, monkeypatch, capsys):
     monkeypatch.setitem(measurement.PRESETS, measurement.FULL_SIZE, setting["embedded"])
-    monkeypatch.setattr(measurement, "DRAWN_BATCH", 4)
+    monkeypatch.setattr(measurement, "SYNTHETIC_BATCH", 4)
     monkeypatch.setattr(measurement, "measure_apart", measure_parts)
     assert run("methods") == 0
     text = (output / "methods-embedded.md").read_text()
@@ -318,12 +318,12 @@ def test_every_method_in_one_table(run, setting, output, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_run_that_diverges_is_a_result(run, setting, output, capsys, monkeypatch):
-    monkeypatch.setattr(FullFineTuning, "recipe", staticmethod(lambda drawn: {"learning_rate": 1e30}))
+    monkeypatch.setattr(FullFineTuning, "recipe", staticmethod(lambda synthetic: {"learning_rate": 1e30}))
     assert run("V") == 0
     line = next(line for line in (output / "V-embedded.md").read_text().splitlines() if "full fine-tuning" in line)
     assert line.count("diverged") == 5
     capsys.readouterr()
-    assert run("V") == 0 and "9 runs, 9 of them are there already" in capsys.readouterr().out
+    assert run("V") == 0 and "9 runs, 9 of them already done" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -358,11 +358,11 @@ def test_distinct_keeps_the_order():
         (["V", "--device", "tpu"], "device: 'tpu' is not allowed"),
         (["V", "--workers", "-1"], "workers: -1 is not allowed"),
         (["V", "--jobs", "0"], "--jobs: expected at least 1, found 0"),
-        (["V", "--dataset", "cuhk-pedes"], "found cuhk-pedes; the real ones need --data-root"),
-        (["sweeps"], "--method: the table sweeps needs one that has sweeps, up-person or cskt; found none"),
+        (["V", "--dataset", "cuhk-pedes"], "found cuhk-pedes; real data sets need --data-root"),
+        (["sweeps"], "--method: the table sweeps needs a method with sweeps, up-person or cskt; found none"),
         (
             ["sweeps", "--method", "full"],
-            "--method: the table sweeps needs one that has sweeps, up-person or cskt; found",
+            "--method: the table sweeps needs a method with sweeps, up-person or cskt; found",
         ),
         (["V", "--method", "cskt"], "--method: only for the table sweeps"),
     ],
@@ -390,7 +390,7 @@ def measure_parts(config, batch_size):
 
 @pytest.mark.slow
 def test_costs(setting):
-    found = {name: measure(config, 4) for name, config in modules_alone(setting["embedded"]).items()}
+    found = {name: measure(config, 4) for name, config in single_modules(setting["embedded"]).items()}
     fused = measure(setting["embedded"].replace(backend="triton", device=DEVICE), 4)
     assert (fused.inference_gflops, fused.step_gflops) == (
         found["UP-Person"].inference_gflops,
@@ -446,7 +446,7 @@ def test_peak_memory():
 
 
 def test_costs_from_the_command(run, setting, output, monkeypatch, capsys):
-    monkeypatch.setattr(measurement, "DRAWN_BATCH", 4)
+    monkeypatch.setattr(measurement, "SYNTHETIC_BATCH", 4)
     monkeypatch.setattr(measurement, "measure_apart", measure_parts)
     monkeypatch.setitem(measurement.PRESETS, measurement.FULL_SIZE, setting["embedded"])
     assert run("IV") == 0

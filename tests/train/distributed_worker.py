@@ -60,7 +60,7 @@ def compute(config: ModelConfig, batch: dict[str, torch.Tensor], samples: list[S
 
 
 if __name__ == "__main__":
-    folder, group = Path(sys.argv[1]), Group.of_environment()
+    folder, group = Path(sys.argv[1]), Group.from_environment()
     inputs = torch.load(folder / "inputs.pt", weights_only=False)
     with process_group(group, torch.device("cpu")):
         torch.save(compute(*inputs, group), folder / f"rank-{group.rank}.pt")

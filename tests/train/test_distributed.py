@@ -19,7 +19,7 @@ from upperson.config import DataConfig
 from upperson.data.splits import read_splits
 from upperson.errors import RunError
 from upperson.losses.names import NOT_MASKED
-from upperson.machine import ALONE, Group, device_and_precision
+from upperson.machine import SINGLE_PROCESS, Group, device_and_precision
 from upperson.model.checkpoint import load_checkpoint
 from upperson.train.fit import fit
 from upperson.train.resume import load_state
@@ -86,7 +86,7 @@ def computed(tmp_path_factory):
     samples = read_splits(DataConfig(embedded_identities=(2, 2, 5), embedded_views=3))["test"][:27]
     torch.save((config, batch, samples), folder / "inputs.pt")
     finish_all(start_all(TESTS / "distributed_worker.py", folder))
-    alone = distributed_worker.compute(config, batch, samples, ALONE)
+    alone = distributed_worker.compute(config, batch, samples, SINGLE_PROCESS)
     return alone, [torch.load(folder / f"rank-{rank}.pt") for rank in range(WORLD_SIZE)]
 
 
@@ -160,7 +160,7 @@ def test_stages_of_two_processes_are_those_of_one(config, tmp_path):
     wait_for(processes, run_dir / "encoders", "step", 3)
     processes[1].kill()
     errors = [process.communicate(timeout=60)[1] for process in processes]
-    assert processes[0].returncode == 1 and errors[0].strip().endswith(f"continue with --resume {run_dir}")
+    assert processes[0].returncode == 1 and errors[0].strip().endswith(f"resume with --resume {run_dir}")
     shown = torchrun("--resume", run_dir)
     assert shown.count("stage 1 of 2: domain adaptation, prompts, is finished; test R@1") == 1, shown
     assert shown.count("stage 2 of 2: task adaptation, encoders\n") == 1, shown
@@ -198,14 +198,14 @@ def test_a_process_that_dies_ends_the_job_and_the_run_goes_on(config, together, 
         processes[killed].communicate()
         assert processes[1 - killed].returncode == 1
         assert re.fullmatch(
-            f"error: process {1 - killed} of 2: lost contact with another one [(].*Connection .* by peer.*[)] in "
-            "epoch [12], after step [0-9]+; see its message; everything saved "
-            f"in {re.escape(str(run_dir))} is good, continue with --resume {re.escape(str(run_dir))}",
+            f"error: process {1 - killed} of 2: lost contact with another process [(].*Connection .* by peer.*[)] in "
+            "epoch [12], after step [0-9]+; see the message of that process; the saved files "
+            f"in {re.escape(str(run_dir))} are intact, resume with --resume {re.escape(str(run_dir))}",
             errors.strip().splitlines()[-1],
         ), errors
         assert not (run_dir / "results.json").exists()
     out, silence = finish_all(start_all(TRAIN_PY, "--resume", run_dir))
-    assert "continuing in epoch 2 after step" in out and silence == ""
+    assert "resuming in epoch 2 after step" in out and silence == ""
     assert_same_run(together, run_dir)
 
 
@@ -217,7 +217,7 @@ def test_ctrl_c_at_one_process_stops_both_at_the_same_step(config, together, tmp
     processes[1].send_signal(signal.SIGINT)
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [130, 130]
-    assert f"all is saved; continue with --resume {run_dir}" in errors[0]
+    assert f"the state is saved; resume with --resume {run_dir}" in errors[0]
     last = log_of(run_dir)[-1]["step"]
     assert load_state(run_dir)["progress"]["step"] == last < 16
     fit(config.replace(resume=True))  # and one process can go on
@@ -228,23 +228,29 @@ def test_ctrl_c_at_one_process_stops_both_at_the_same_step(config, together, tmp
 
 
 def test_one_process_is_the_whole_group():
-    assert Group.of_environment({}) == Group.of_environment({"WORLD_SIZE": "1", "RANK": "0"}) == ALONE
-    assert ALONE.is_main and list(ALONE.share_of(3)) == ALONE.own([0, 1, 2]) == [0, 1, 2]
+    assert Group.from_environment({}) == Group.from_environment({"WORLD_SIZE": "1", "RANK": "0"}) == SINGLE_PROCESS
+    assert SINGLE_PROCESS.is_main and list(SINGLE_PROCESS.share_of(3)) == SINGLE_PROCESS.own([0, 1, 2]) == [0, 1, 2]
     x = torch.ones(2, requires_grad=True)
-    assert ALONE.gather(x, 2) is ALONE.total(x) is ALONE.largest(x) is ALONE.broadcast(x) is x
+    assert (
+        SINGLE_PROCESS.gather(x, 2)
+        is SINGLE_PROCESS.total(x)
+        is SINGLE_PROCESS.largest(x)
+        is SINGLE_PROCESS.broadcast(x)
+        is x
+    )
     assert not torch.distributed.is_initialized()
 
 
 def test_a_group_of_torchrun():
     variables = dict(WORLD_SIZE="8", RANK="5", LOCAL_RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1234")
-    group = Group.of_environment(variables)
+    group = Group.from_environment(variables)
     assert group == Group(rank=5, world_size=8, local_rank=1) and not group.is_main
     assert [group.share_of(total) for total in (16, 6, 3)] == [range(10, 12), range(5, 6), range(3, 3)]
     del variables["RANK"], variables["MASTER_PORT"]
-    with pytest.raises(RunError, match="WORLD_SIZE is 8 .* RANK, MASTER_PORT.* start with torchrun"):
-        Group.of_environment(variables)
-    with pytest.raises(RunError, match="WORLD_SIZE is many .* RANK, MASTER_PORT, WORLD_SIZE; start with torchrun"):
-        Group.of_environment(variables | {"WORLD_SIZE": "many"})
+    with pytest.raises(RunError, match="WORLD_SIZE to 8, .* RANK, MASTER_PORT.* start with torchrun"):
+        Group.from_environment(variables)
+    with pytest.raises(RunError, match="WORLD_SIZE to many, .* RANK, MASTER_PORT, WORLD_SIZE; start with torchrun"):
+        Group.from_environment(variables | {"WORLD_SIZE": "many"})
 
 
 def test_devices_of_a_group(monkeypatch):
@@ -255,9 +261,9 @@ def test_devices_of_a_group(monkeypatch):
         assert device_and_precision(name, "auto", second) == (torch.device("cuda:1"), "bf16")
     assert device_and_precision("cpu", "auto", second)[0] == torch.device("cpu")
     assert device_and_precision("cuda:1", "auto") == (torch.device("cuda:1"), "bf16")
-    with pytest.raises(RunError, match="cuda:0 is one GPU for 8 processes; --device cuda gives each its own"):
+    with pytest.raises(RunError, match="cuda:0 is a single GPU for 8 processes; use --device cuda"):
         device_and_precision("cuda:0", "auto", second)
-    with pytest.raises(RunError, match="cuda:2 is not there; PyTorch sees 2"):
+    with pytest.raises(RunError, match="cuda:2 is not available; PyTorch finds 2"):
         device_and_precision("cuda", "auto", third)
 
 
@@ -274,6 +280,6 @@ def test_an_apple_gpu_runs_the_pytorch_backend(monkeypatch):
 
 
 def test_a_batch_that_is_too_small_for_the_group(config, monkeypatch):
-    monkeypatch.setattr(Group, "of_environment", lambda: Group(0, 12, 0))
-    with pytest.raises(RunError, match="batch_size: 11 pairs leave some of 12 processes without any"):
+    monkeypatch.setattr(Group, "from_environment", lambda: Group(0, 12, 0))
+    with pytest.raises(RunError, match="batch_size: 11 pairs are too few for 12 processes"):
         fit(config)

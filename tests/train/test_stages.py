@@ -112,7 +112,7 @@ def test_the_whole_leaves_what_a_run_leaves_with_a_row_for_each_stage(config, wh
     for number, title in enumerate(titles, 1):
         assert shown.count(f"stage {number} of 2: {title}\n") == 1
     best = run_dir / "prompts" / "best.safetensors"
-    assert f"start   {best}, 4 parameter tensors; the other 61 start as without it\n" in shown
+    assert f"start   {best}, 4 parameter tensors; the other 61 have their usual initial values\n" in shown
 
 
 @pytest.mark.slow
@@ -224,15 +224,15 @@ def test_ended_while_a_file_is_written_and_resumed_ends_the_same(config, whole, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "message"), [
-    (3, "after step 3, all is saved"),
+    (3, "after step 3, the state is saved"),
     (10, "stopped before stage 2 of 2: task adaptation, encoders"),                         # the last one of stage one
-    (13, "after step 3, all is saved"),
+    (13, "after step 3, the state is saved"),
 ])  # fmt: skip
 def test_ctrl_c_names_the_whole_and_the_rest_follows(config, whole, monkeypatch, step, message):
     run_dir = config.train.run_dir
     with monkeypatch.context() as patch:
         fail_at(patch, step, interrupt)
-        with pytest.raises(RunInterrupted, match=f"{message}; continue with --resume {run_dir}$"):
+        with pytest.raises(RunInterrupted, match=f"{message}; resume with --resume {run_dir}$"):
             fit(config)
     assert (run_dir / "encoders").exists() == (step > 10)
     fit(config.replace(resume=True))
@@ -272,9 +272,9 @@ def test_resuming_what_is_finished_repeats_its_result(config, whole):
 
 
 def test_another_configuration_or_a_used_folder_is_refused(shared, whole):
-    with pytest.raises(RunError, match="another configuration: encoder_epochs: 3, not 2; epochs: 4, not 2 as there"):
+    with pytest.raises(RunError, match="another configuration: encoder_epochs: 3, not 2; epochs: 4, not 2 as before"):
         fit(shared.replace(resume=True, encoder_epochs=3, epochs=4, workers=1))
-    with pytest.raises(RunError, match="already holds a run .*--resume"):
+    with pytest.raises(RunError, match="already contains a run .*--resume"):
         fit(shared)
 
 
@@ -327,7 +327,7 @@ def test_what_a_checkpoint_lacks_keeps_its_initial_values(one_stage, tmp_path, c
     for name, values in end.items():
         torch.testing.assert_close(values, taken.get(name, initial[name]), rtol=0, atol=1e-6, check_device=False)
     others = len(end) - len(taken)
-    assert f"start   {path}, {len(taken)} parameter tensors; the other {others} start" in capsys.readouterr().out
+    assert f"start   {path}, {len(taken)} parameter tensors; the other {others} have" in capsys.readouterr().out
     assert results.start == results_of(tmp_path / "prefixes").text_to_image
     assert "| start " in (tmp_path / "all" / "results.md").read_text()
 
@@ -348,16 +348,16 @@ def test_zero_shot_is_clip_even_where_a_fine_tuned_one_is_started_from(one_stage
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("changes", "error", "message"), [
-    ({"freeze": "prefix+lore"}, MethodError, "freeze: 'lore' is nothing that up-person trains here; expected prefix, "
-                                             "lora, adapter_attn, adapter_mlp; several are joined by [+]"),
+    ({"freeze": "prefix+lore"}, MethodError, "does not train 'lore'; expected kinds of prefix, lora, adapter_attn, "
+                                             "adapter_mlp, joined by [+]"),
     ({"freeze": "prefix+lora+adapter_attn+adapter_mlp"}, RunError, "nothing to train: .* --freeze leave no parameter"),
-    ({"freeze": "clip"}, MethodError, "freeze: 'clip' is nothing that up-person trains here"),
+    ({"freeze": "clip"}, MethodError, "freeze: method up-person .* does not train 'clip'"),
     ({"start_from": "nowhere.safetensors"}, CheckpointError, "nowhere.safetensors: there is no such file"),
     ({"start_from": "prompts/resume.safetensors"}, CheckpointError, "expected an upperson checkpoint, found an upp"),
     ({"start_from": "prompts/best.safetensors"}, CheckpointError, "a checkpoint of Prompt Decoupling's prompts, which "
                                                                   "does not fit UP-Person: 4 unexpected: image"),
     ({"start_from": "prompts/best.safetensors", "image_size": (32, 16)}, CheckpointError,
-     r"start_from a checkpoint of another backbone, image_size: \(48, 16\), not \(32, 16\) as in this training"),
+     r"start_from is a checkpoint of another backbone, image_size: \(48, 16\), not \(32, 16\) as in this training"),
     ({"start_from": "prompts/best.safetensors", "model": "embedded", "pretrained": "embedded"}, CheckpointError,
      "another backbone, model: .*tiny.json, not embedded; pretrained: none, not embedded as in this training"),
     ({"start_from": "prompts/best.safetensors", "seed": 2}, CheckpointError, "another backbone, seed: 1, not 2"),
@@ -396,7 +396,7 @@ def test_the_folder_of_a_stage_that_holds_another_run_is_not_touched(config, who
     place = tmp_path / "run" / "prompts"
     shutil.copytree(whole / "prompts", place)
     before = {path.name: path.read_bytes() for path in place.iterdir()}
-    with pytest.raises(RunError, match=r"prompts already holds a run \(config.json\)"):
+    with pytest.raises(RunError, match=r"prompts already contains a run \(config.json\)"):
         fit(config.replace(losses="itc"))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["prompts"]
 
@@ -414,12 +414,12 @@ def test_biases_of_stage_two_have_its_learning_rate(config):
 @pytest.mark.slow
 def test_a_checkpoint_without_parameters_is_no_start(one_stage, tmp_path):
     fit(one_stage.replace(method="zero-shot", run_dir=tmp_path / "nothing"))
-    with pytest.raises(CheckpointError, match="start_from a checkpoint that holds no parameters"):
+    with pytest.raises(CheckpointError, match="start_from is a checkpoint without parameters"):
         fit(one_stage.replace(start_from=tmp_path / "nothing" / "best.safetensors"))
 
 
 def test_a_learning_rate_for_prefixes_needs_some(config):
-    with pytest.raises(MethodError, match="prefix_learning_rate: there is no prefix to train"):
+    with pytest.raises(MethodError, match="prefix_learning_rate: no prefix is trained"):
         fit(config.replace(prefix_learning_rate=0.1))
 
 

@@ -500,7 +500,7 @@ def test_one_process_at_a_time_trains_in_a_folder(config, whole):
     other = subprocess.Popen([sys.executable, "-c", TRAINS, run_dir], stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"\n"
     before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
-    with pytest.raises(RunError, match=f"{run_dir} is being trained by another process"):
+    with pytest.raises(RunError, match=f"{run_dir} is in use by another training process"):
         fit(config.replace(resume=True))
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
     other.kill()
@@ -564,29 +564,29 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(config, whole, monkeypatch)
 
 def test_a_used_folder_is_refused(shared, whole):
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
-    with pytest.raises(RunError, match="already holds a run .*--resume"):
+    with pytest.raises(RunError, match="already contains a run .*--resume"):
         fit(shared)
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
 
 def test_resuming_with_another_configuration_names_the_fields(shared, whole):
-    with pytest.raises(RunError, match="another configuration: lora_rank: 2, not 8; epochs: 3, not 2 as there"):
+    with pytest.raises(RunError, match="another configuration: lora_rank: 2, not 8; epochs: 3, not 2 as before"):
         fit(shared.replace(resume=True, epochs=3, lora_rank=2, workers=1))
 
 
 def test_resume_refuses_what_it_cannot_continue(config, whole):
     resumed = config.replace(resume=True)
-    with pytest.raises(RunError, match="there is no run to continue"):
+    with pytest.raises(RunError, match="no run to resume"):
         fit(resumed)
     shutil.copytree(whole, config.train.run_dir)
     (config.train.run_dir / "results.json").unlink()  # it is not finished
     log = config.train.run_dir / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[:100])
-    with pytest.raises(RunError, match="metrics.jsonl is shorter than when the run was saved"):
+    with pytest.raises(RunError, match="metrics.jsonl has been changed: it is shorter than"):
         fit(resumed)
     state = config.train.run_dir / "resume.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="resume.safetensors: cut off"):
+    with pytest.raises(CheckpointError, match="resume.safetensors: truncated"):
         fit(resumed)
 
 
@@ -594,7 +594,7 @@ def test_resume_refuses_what_it_cannot_continue(config, whole):
     ("changes", "message"),
     [
         (dict(precision="fp16"), "precision: fp16 needs a CUDA GPU"),
-        (dict(device="cuda:99"), "device: cuda:99 is not there"),
+        (dict(device="cuda:99"), "device: cuda:99 is not available"),
         (dict(depth_prefix=0, depth_lora=0, depth_adapter=2), "nothing to train"),
     ],
 )
@@ -622,14 +622,14 @@ def test_command_line_shows_errors_in_a_line(config, tmp_path, monkeypatch, caps
 def test_a_device_that_is_not_there_is_one_line(config, monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert run_command(monkeypatch, *flags_of(config.replace(device="mps"))) == 1
-    message = "error: device: mps is not there; PyTorch finds no Apple GPU on this machine\n"
+    message = "error: device: mps is not available; PyTorch finds no Apple GPU on this machine\n"
     assert capsys.readouterr() == ("", message)
 
 
 def test_command_line_prints_how_to_resume(config, monkeypatch, capsys):
     fail_at(monkeypatch, 3, interrupt)
     assert run_command(monkeypatch, *flags_of(config)) == 130
-    assert f"continue with --resume {config.train.run_dir}" in capsys.readouterr().err
+    assert f"resume with --resume {config.train.run_dir}" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------ a data set in files
@@ -679,7 +679,7 @@ def test_a_broken_image_stops_before_the_first_epoch(config, tmp_path):
 
 
 def test_a_data_set_needs_its_folder(config):
-    with pytest.raises(DataError, match="rstpreid is read from a folder; name it with --data-root"):
+    with pytest.raises(DataError, match="rstpreid is read from a folder; set it with --data-root"):
         fit(config.replace(dataset="rstpreid"))
 
 

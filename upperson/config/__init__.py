@@ -1,8 +1,9 @@
-"""The configuration of a run, the presets, the command line. Importing it does not import torch.
+"""The configuration of a run, the presets and the command line. This package does not import torch.
 
-configuration.py   the dataclasses, and JSON
+configuration.py   the dataclasses, to and from JSON
 presets.py         a configuration for every data set, and for every method on it
 command_line.py    the flags of training
+files.py           configurations in JSON and TOML files
 """
 
 from upperson.config.configuration import (

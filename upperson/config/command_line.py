@@ -1,4 +1,4 @@
-"""The flags of training: every field of the configuration is one (`prefix_length` is `--prefix-length`)."""
+"""The flags of training. Every field of the configuration is a flag: `prefix_length` is `--prefix-length`."""
 
 import argparse
 import dataclasses
@@ -15,16 +15,16 @@ from upperson.config.presets import PRESETS, preset
 from upperson.fields import fields_of
 from upperson.methods import METHODS
 
-CHOOSERS = ("method", "resume")  # fields that decide which other flags there are
+CHOOSERS = ("method", "resume")  # fields that decide which other flags exist
 
 
 def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argparse.ArgumentParser] = ()) -> Config:
-    """The configuration of a command line (None: of this process).
+    """The configuration of a command line; `argv=None` means the command line of this process.
 
-    The preset, or the configuration of the run named by `--resume RUN_DIR`, gives every value. The fields of
-    `--config FILE` override it, and single flags override those. Flags of `parents` (parsers with add_help=False) are
-    accepted and shown in the help, but are not part of the configuration. Bad input ends the program with status 2 and
-    one line, as in argparse.
+    The preset, or the configuration of the run of `--resume RUN_DIR`, gives every value. The fields of `--config FILE`
+    override these values, and single flags override both. Flags of `parents` (parsers with add_help=False) are accepted
+    and shown in the help, but are not part of the configuration. Bad input ends the program with status 2 and one line,
+    as in argparse.
     """
     chooser = _parser(add_help=False)
     _add_choosers(chooser)
@@ -46,11 +46,11 @@ def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argpars
                 )
             resume["run_dir"] = Path(choice.resume)
 
-    shown = "the run" if resume.get("run_dir") else f"preset {choice.preset or 'embedded'}"
+    source = "the run" if resume.get("run_dir") else f"preset {choice.preset or 'embedded'}"
     parser = _parser(
-        description="Train a CLIP for text-based person retrieval. Without arguments: the embedded data set and "
-        f"the embedded CLIP, no network needed. The defaults shown are those of {shown} with method "
-        f"{base.model.method.name}; '--preset NAME --method NAME --help' shows another's.",
+        description="Train a CLIP for text-based person retrieval. Without arguments, the embedded data set and the "
+        f"embedded CLIP are used, without a network. The defaults shown are those of {source} with method "
+        f"{base.model.method.name}; '--preset NAME --method NAME --help' shows the defaults of another one.",
         parents=parents,
     )
     _add_choosers(parser)
@@ -67,25 +67,28 @@ def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argpars
     if resume.get("run_dir") and given.get("run_dir", resume["run_dir"]) != resume["run_dir"]:
         parser.error(f"--run-dir {given['run_dir']} is not the run of --resume {resume['run_dir']}")
     if resume and not (resume.get("run_dir") or given.get("run_dir")):
-        parser.error("--resume: name the run, --resume RUN_DIR")
-    asked = changes | given
+        parser.error("--resume: expected the folder of a run, --resume RUN_DIR")
+    requested = changes | given
     try:
-        config = base.replace(**asked | shorter_warmups(base, asked) | resume)
+        config = base.replace(**requested | shorter_warmups(base, requested) | resume)
     except ValueError as error:
         parser.error(str(error))
-    if given.get("data_root") is not None and config.data.is_drawn:
-        parser.error(f"--data-root: {config.data.dataset} is drawn, not read; name a data set by --dataset or --preset")
+    if given.get("data_root") is not None and config.data.is_synthetic:
+        parser.error(
+            f"--data-root: {config.data.dataset} is synthetic and has no files; choose a data set with --dataset or "
+            "--preset"
+        )
     return config
 
 
-def shorter_warmups(base: Config, asked: dict[str, Any]) -> dict[str, int]:
-    """Warm-ups of `base` that are not below the epochs asked for: a fifth of those, and a line that says so."""
+def shorter_warmups(base: Config, requested: dict[str, Any]) -> dict[str, int]:
+    """Shortens each warm-up of `base` that is not below the requested epochs to a fifth of them, and prints a line."""
     changes = {}
     for warmup, usual in base.values().items():
-        if not warmup.endswith("warmup_epochs") or warmup in asked:
+        if not warmup.endswith("warmup_epochs") or warmup in requested:
             continue
         epochs = warmup.replace("warmup_", "")
-        number = asked.get(epochs)
+        number = requested.get(epochs)
         if isinstance(number, int) and usual >= number >= 1:
             changes[warmup] = number // 5
             print(f"{warmup}: {usual} is not below {epochs}, {number}; shortened to {number // 5}", file=sys.stderr)
@@ -93,7 +96,7 @@ def shorter_warmups(base: Config, asked: dict[str, Any]) -> dict[str, int]:
 
 
 def _changes_of_file(choice: argparse.Namespace, chooser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The fields of --config FILE, without the method's own where --method names another one."""
+    """The fields of --config FILE, without the options of its method if --method names another method."""
     try:
         changes = read_changes(choice.config)
     except OSError as error:
@@ -108,7 +111,7 @@ def _changes_of_file(choice: argparse.Namespace, chooser: argparse.ArgumentParse
 
 
 def _unknown(arguments: Sequence[str], method: str) -> str:
-    """The error for unknown arguments; a flag of another method is the likely mistake."""
+    """The error for unknown arguments. A flag of another method is the most likely mistake."""
     for argument in arguments:
         field = argument.split("=")[0].removeprefix("--").replace("-", "_")
         owners = [
@@ -136,18 +139,18 @@ def _add_choosers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         choices=list(PRESETS),
-        help="a configuration for a data set, which gives all other values (default: embedded)",
+        help="the configuration of a data set; it sets all other values (default: embedded)",
     )
     parser.add_argument(
         "--method",
         choices=list(METHODS),
-        help="the method; it brings its own options, below, and its recipe (default: the preset's)",
+        help="the method, with its own options (below) and its recipe (default: the preset's method)",
     )
     parser.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
-        help="JSON or TOML with some of the values, under the flags: a run's config.json, or sections of it",
+        help="JSON or TOML file with some of the values, such as a run's config.json; flags override them",
     )
     parser.add_argument(
         "--resume",
@@ -208,6 +211,6 @@ def _configuration_of_run(run_dir: Path, parser: argparse.ArgumentParser) -> Con
     try:
         return read_configuration(path)
     except OSError as error:
-        parser.error(f"--resume {run_dir}: there is no run to continue, {path} cannot be read ({error.strerror})")
+        parser.error(f"--resume {run_dir}: no run to resume, {path} cannot be read ({error.strerror})")
     except ValueError as error:
         parser.error(f"--resume {run_dir}: {error}")

@@ -1,7 +1,7 @@
-"""The configuration of a run: three dataclasses, the method's options in one of them, and JSON.
+"""The configuration of a run: three dataclasses, which include the method's options, and their JSON form.
 
-Every field has its type, bounds and help text here, or in the file of the method whose option it is. command_line.py
-makes a flag of each.
+Every field has its type, bounds and help text here, or in the file of its method. command_line.py makes a flag of each
+field.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from upperson.methods import DEFAULT, METHODS, Method, Stage
 
 SELECTIONS = {
     "val": "best R@1 on the validation split",
-    "last": "last epoch, which is reported where a data set has no validation split",
-    "best-on-test": "best R@1 on the TEST split, as the released code does; optimistic",
-    "none": "nothing was trained, so there was no epoch to select",
+    "last": "last epoch, which is reported if a data set has no validation split",
+    "best-on-test": "best R@1 on the TEST split, as in the released code; optimistic",
+    "none": "nothing was trained, so no epoch was selected",
 }
 
 
@@ -32,7 +32,7 @@ class ModelConfig(Checked):
     model: str = option(
         "embedded",
         "open_clip model name, path of an open_clip JSON model configuration, or "
-        "'embedded' (the small CLIP that comes with the package)",
+        "'embedded' (the small CLIP of this package)",
     )
     pretrained: str = option(
         "embedded", "open_clip tag, path of a local checkpoint, 'none' (random weights), or 'embedded'"
@@ -45,25 +45,26 @@ class ModelConfig(Checked):
         "auto", "fused kernels or plain PyTorch; auto: kernels on a GPU, PyTorch elsewhere", changes_results=False
     )
     skip_unread: bool = option(
-        True, "in the last block compute only the token that becomes the embedding", changes_results=False, added=True
+        True, "compute only the token of the embedding in the last block", changes_results=False, added=True
     )
     pack_captions: bool = option(
-        True, "run captions without padding, packed one after the other", changes_results=False, added=True
+        True, "pack captions one after the other, without padding", changes_results=False, added=True
     )
     low_rank_gradients: bool = option(
-        True, "gradients of LoRA's factors without that of the whole weight", changes_results=False, added=True
-    )
+        True, "compute the gradients of LoRA's factors without that of the whole weight", changes_results=False,
+        added=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pretrained == "embedded" and self.model != "embedded":
             raise ValueError(
-                f"pretrained: 'embedded' belongs to model 'embedded' alone, not to {self.model!r}; "
+                f"pretrained: 'embedded' belongs to model 'embedded' only, not to {self.model!r}; "
                 "expected an open_clip tag, the path of a checkpoint, or 'none'"
             )
 
     def replace(self, **changes: Any) -> "ModelConfig":
-        """A copy with some fields changed, the model's or its method's; `method` by name starts from its defaults."""
+        """A copy with some fields of the model or its method changed. Another `method`, by name, has its defaults."""
         own = {spec.name for spec in dataclasses.fields(self)}
         method = changes.pop("method", self.method)
         if isinstance(method, str):
@@ -76,7 +77,7 @@ class ModelConfig(Checked):
 
 
 def method_named(name: Any) -> Method:
-    """The method with its default options. Raises ValueError, which lists the names, for an unknown one."""
+    """The method with its default options. Raises ValueError with the known names for an unknown method."""
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method: {name!r} is not allowed; expected one of {', '.join(METHODS)}")
     return METHODS[name]()
@@ -88,25 +89,25 @@ Dataset = Literal[EmbeddedDataset, "cuhk-pedes", "icfg-pedes", "rstpreid", "flic
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
-    """The data set, and how training pairs are made from it."""
+    """The data set and its preparation for training."""
 
-    dataset: Dataset = option("embedded", "the data set; the embedded ones are drawn at run time; 'folder' is your own")
+    dataset: Dataset = option("embedded", "data set; the embedded ones are synthetic; 'folder' is your own data")
     data_root: Path | None = option(
         None,
-        "folder of the data set, or the CSV or JSON-lines file of 'folder' (not needed for the embedded ones)",
+        "folder of the data set, or the CSV or JSON-lines file of 'folder' (not needed for embedded data sets)",
         changes_results=False,
     )
     embedded_identities: tuple[int, int, int] = option(
-        (600, 100, 200), "people, or scenes, in each split of an embedded data set", at_least=1,
+        (600, 100, 200), "number of people, or scenes, in each split of an embedded data set", at_least=1,
         metavar=("TRAIN", "VAL", "TEST"),
     )  # fmt: skip
-    embedded_views: int = option(4, "images of each of these people, each with two captions", at_least=1)
+    embedded_views: int = option(4, "images of each synthetic person, each with two captions", at_least=1)
     embedded_seed: int = option(0, "seed of an embedded data set", at_least=0)
-    mask_captions: bool = option(True, "mask 15 % of the caption tokens in training")
+    mask_captions: bool = option(True, "mask 15 % of the caption tokens during training")
     check_images: bool = option(True, "open every image once before training", changes_results=False)
     image_cache: Path | None = option(
         None,
-        "folder for decoded and resized images, as uint8; made once, read by later runs; none: decode each time",
+        "folder for decoded and resized images (uint8), which later runs read; none: decode images in every epoch",
         changes_results=False,
         added=True,
     )
@@ -115,8 +116,8 @@ class DataConfig(Checked):
     )
 
     @property
-    def is_drawn(self) -> bool:
-        """Whether the images are synthetic: drawn at run time, not read from files."""
+    def is_synthetic(self) -> bool:
+        """Whether the images are synthetic: drawn at run time instead of read from files."""
         return self.dataset in typing.get_args(EmbeddedDataset)
 
 
@@ -125,41 +126,41 @@ class TrainConfig(Checked):
     """Optimisation, evaluation, and the run folder."""
 
     epochs: int = option(60, "passes over the training split", at_least=1)
-    batch_size: int = option(128, "pairs in a batch; the loss needs at least two", at_least=2)
+    batch_size: int = option(128, "pairs in a batch, at least two", at_least=2)
     learning_rate: float = option(1e-3, "Adam's learning rate after the warm-up", above=0)
-    bias_learning_rate: float | None = option(
-        None, "another learning rate for biases; none: the same", above=0, added=True
-    )
+    bias_learning_rate: float | None = option(None, "learning rate of biases; none: learning_rate", above=0, added=True)
     prefix_learning_rate: float | None = option(
-        None, "another learning rate for the prefix parameters; none: the same", above=0
+        None, "learning rate of the prefix parameters; none: learning_rate", above=0
     )
-    weight_decay: float = option(4e-5, "coupled L2 decay; biases have none", at_least=0)
+    weight_decay: float = option(4e-5, "coupled L2 decay, without biases", at_least=0)
     adam_epsilon: float = option(1e-3, "Adam's epsilon", above=0)
-    warmup_epochs: int = option(5, "epochs of linear warm-up before the cosine; fewer than epochs", at_least=0)
-    warmup_factor: float = option(0.1, "the warm-up starts at this share of the learning rate", above=0, at_most=1)
+    warmup_epochs: int = option(5, "epochs of linear warm-up before the cosine; must be below epochs", at_least=0)
+    warmup_factor: float = option(
+        0.1, "learning rate at the start of the warm-up, as a share of learning_rate", above=0, at_most=1
+    )
     losses: str = option("sdm", "sdm, itc, cmpm, id, mlm, or a weighted sum of them such as sdm+0.5*itc", added=True)
     temperature: float = option(0.02, "temperature of the SDM and ITC losses", above=0)
     freeze: str | None = option(
-        None, "kinds of parameters that are not trained, joined by +: those that the method has of prefix, lora, "
-        "adapter_attn, adapter_mlp, prompt, clip; none: train all", added=True
+        None, "kinds of parameters that are not trained, joined by +: prefix, lora, adapter_attn, adapter_mlp, prompt, "
+        "clip, as far as the method has them; none: train all", added=True
     )  # fmt: skip
     start_from: Path | None = option(
-        None, "checkpoint from whose parameters training starts; none: initial values", added=True
+        None, "checkpoint whose parameters training starts from; none: initial values", added=True
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "autocast; parameters stay float32; auto: bf16 on a GPU, fp32 on a CPU"
+        "auto", "autocast dtype; parameters stay float32; auto: bf16 on a GPU, fp32 on a CPU"
     )
     compile: bool = option(False, "torch.compile the blocks of both towers", changes_results=False, added=True)
     device: str = option(
         "auto",
-        "auto, cpu, cuda, cuda:N or mps; auto: a CUDA GPU where there is one, else the CPU",
+        "auto, cpu, cuda, cuda:N or mps; auto: a CUDA GPU if available, else the CPU",
         changes_results=False,
     )
     seed: int = option(1, "seed of initial values, data order, augmentation", at_least=0, below=2**63)
     selection: Literal["val", "best-on-test"] = option(
         "val",
-        "the epoch that is reported: the best on the validation split (the last one where there is no such split), or "
-        "the best on the test split",
+        "the reported epoch: the best on the validation split (the last epoch if there is no such split), or the best "
+        "on the test split",
     )
     evaluate_batch_size: int = option(
         256, "images or captions embedded at once in evaluation", at_least=1, changes_results=False
@@ -169,13 +170,13 @@ class TrainConfig(Checked):
     )
     save_every: int = option(
         500,
-        "steps between two resume states within an epoch; 0: only at the end of an epoch",
+        "steps between two saved states within an epoch; 0: the state is saved only at the end of an epoch",
         at_least=0,
         changes_results=False,
     )
-    log_every: int = option(10, "steps between two loss lines in metrics.jsonl", at_least=1)
+    log_every: int = option(10, "steps between two lines of the loss in metrics.jsonl", at_least=1)
     tensorboard: bool = option(False, "also log to TensorBoard (needs the extra 'tensorboard')", changes_results=False)
-    resume: bool = option(False, "continue the run in RUN_DIR, or in --run-dir", changes_results=False)
+    resume: bool = option(False, "resume the run in RUN_DIR, or in --run-dir", changes_results=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -208,14 +209,14 @@ class Config:
         }
         taken = others & {spec.name for spec in dataclasses.fields(self.model.method)}
         if taken:
-            raise ValueError(f"method {self.model.method.name}: its option {taken.pop()} has the name of another field")
+            raise ValueError(f"method {self.model.method.name}: the option {taken.pop()} has the name of another field")
 
     def sections(self) -> dict[str, Any]:
-        """The sections that hold fields, by name; the method is a part of the model."""
+        """The sections that hold fields, by name. The method's section is nested in the model's."""
         return {"model": self.model, "method": self.model.method, "data": self.data, "train": self.train}
 
     def values(self) -> dict[str, Any]:
-        """All fields by name; the method by its name."""
+        """All fields by name. The value of "method" is the method's name."""
         found = {
             spec.name: getattr(section, spec.name)
             for section in self.sections().values()
@@ -226,8 +227,8 @@ class Config:
     def replace(self, **changes: Any) -> "Config":
         """A copy with some fields of any section changed: `config.replace(epochs=3, prefix_length=4)`.
 
-        Another `method`, by name, starts from its default options, and the other fields stay; `upperson.config.preset`
-        also applies the recipe of a method.
+        Another `method`, by name, has its default options, and the other fields keep their values.
+        `upperson.config.preset` also applies the recipe of a method.
         """
         parts = {}
         for name in ("data", "train"):
@@ -237,11 +238,11 @@ class Config:
         return Config(self.model.replace(**changes) if changes else self.model, **parts)
 
     def settled(self) -> "Config":
-        """This configuration with the fields that its method decides (Method.decided)."""
+        """This configuration, with the fields that its method overrides (Method.decided)."""
         return self.replace(**self.model.method.decided())
 
     def stages(self) -> list[tuple[Stage, "Config"]]:
-        """The stages of a training, each with its configuration. A method without stages has one, without a name."""
+        """The stages of a training, each with its configuration. A method without stages has one unnamed stage."""
         stages = self.model.method.stages() or (Stage("", self.model.method.title, {}),)
         return [(stage, self.replace(**stage.changes).settled()) for stage in stages]
 
@@ -252,7 +253,7 @@ class Config:
 
     @staticmethod
     def from_json(text: str) -> "Config":
-        """The inverse of to_json. ValueError names what is not JSON, unknown, missing or out of range."""
+        """The inverse of to_json. Raises ValueError for invalid JSON and unknown, missing or out-of-range fields."""
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
@@ -263,7 +264,7 @@ class Config:
         return Config(_section(ModelConfig, model, "model"), **parts)
 
     def differences(self, other: "Config") -> list[str]:
-        """The fields that change results and differ, each as "field: mine, not theirs"."""
+        """The differing fields that change results, each as "field: own value, not the other value"."""
         if self.model.method.name != other.model.method.name:
             return [f"method: {self.model.method.name}, not {other.model.method.name}"]
         theirs = other.values()
@@ -278,10 +279,10 @@ class Config:
 
 
 def fields_in(content: Any) -> dict[str, Any]:
-    """The fields of a part of a configuration by name, as Config.replace takes them.
+    """The fields of a partial configuration by name, as Config.replace takes them.
 
-    `content` has the sections of to_json, or some of them with some of their fields. The method is a name, or an object
-    with its name and options. Raises ValueError for unknown sections and fields.
+    `content` has some or all sections of to_json, each with some or all fields. The method is a name, or an object with
+    its name and options. Raises ValueError for unknown sections and fields.
     """
     _known_keys(content, SECTIONS, "configuration")
     found: dict[str, Any] = {}
@@ -305,7 +306,7 @@ SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": 
 
 
 def _section(section: type, content: Any, where: str) -> Any:
-    """A section of the configuration from its JSON object."""
+    """Builds a section of the configuration from its JSON object."""
     hints = {spec.name: hint for spec, hint in fields_of(section)}
     added = {spec.name for spec, _ in fields_of(section) if spec.metadata["added"]}
     _same_keys(content, hints, where, added)
@@ -313,9 +314,9 @@ def _section(section: type, content: Any, where: str) -> Any:
 
 
 def _with_method(model: Any) -> Any:
-    """A model's JSON object with the method built from its own object.
+    """A model's JSON object, in which the method's object is replaced by the method.
 
-    In older files there is no such object: the options of the default method are among the model's own.
+    Older files have no object for the method: the options of the default method are among the model's fields.
     """
     if not isinstance(model, dict):
         return model
@@ -332,7 +333,7 @@ def _with_method(model: Any) -> Any:
 
 
 def _from_plain(value: Any, hint: Any) -> Any:
-    """A JSON value as the field holds it: lists become tuples, strings become paths."""
+    """Converts a JSON value to the field's type: lists become tuples, strings become paths."""
     if isinstance(value, list):
         return tuple(value)
     if isinstance(value, str) and Path in typing.get_args(hint):

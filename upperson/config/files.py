@@ -1,4 +1,4 @@
-"""Configurations in files: the one that every run leaves, and those that a user writes, JSON or TOML."""
+"""Configurations in files: the config.json of a run, and a user's own JSON or TOML file."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ CONFIG = "config.json"  # in a run folder
 
 
 def read_configuration(path: Path) -> Config:
-    """The whole configuration of a run. Raises OSError, and ValueError that names the file and what is wrong in it."""
+    """The whole configuration of a run. Raises OSError, and ValueError with the file and the problem."""
     try:
         return Config.from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -24,9 +24,9 @@ def read_configuration(path: Path) -> Config:
 
 
 def read_changes(path: Path) -> dict[str, Any]:
-    """The fields of a JSON or TOML file by name: all of a run's config.json, or some in the same sections.
+    """The fields of a JSON or TOML file by name. The file has some or all fields of a config.json, in its sections.
 
-    The method is under "method", by its name. Raises OSError, and ValueError that names the file and what is wrong.
+    The value of "method" is the method's name. Raises OSError, and ValueError with the file and the problem.
     """
     if path.suffix not in (".json", ".toml"):
         raise ValueError(f"{path}: expected a file whose name ends in .json or .toml")

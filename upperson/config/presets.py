@@ -1,7 +1,7 @@
 """The presets: a configuration for every data set, and for every method on it.
 
 The presets of the paper's data sets are UP-Person's (arXiv 2504.10084). Another method keeps the data and the backbone
-of a preset, and brings its own recipe.
+of a preset, and applies its own recipe.
 """
 
 from upperson.config.configuration import Config, DataConfig, ModelConfig, TrainConfig, method_named
@@ -41,19 +41,21 @@ PRESETS: dict[str, Config] = {
 
 
 def preset(name: str, method: str | None = None) -> Config:
-    """A preset; `method` names another method than its own."""
+    """The preset of a name, or this preset with another method and its recipe."""
     return with_method(PRESETS[name], method)
 
 
 def with_method(config: Config, method: str | None) -> Config:
-    """A configuration with another method and its recipe; None and the configuration's own method change nothing.
+    """A configuration with another method and its recipe. None and the configuration's own method change nothing.
 
-    A recipe lists the differences from UP-Person's. Raises ValueError for a configuration of a third method.
+    A recipe lists the differences from UP-Person's recipe. The configuration must therefore be one of UP-Person;
+    otherwise ValueError is raised.
     """
     if method in (None, config.model.method.name):
         return config
     if config.model.method.name != DEFAULT:
         raise ValueError(
-            f"method: a configuration of {config.model.method.name} cannot become one of {method}; start from a preset"
+            f"method: a configuration of method {config.model.method.name} cannot be changed to method {method}; start "
+            "from a preset"
         )
-    return config.replace(method=method, **method_named(method).recipe(config.data.is_drawn))
+    return config.replace(method=method, **method_named(method).recipe(config.data.is_synthetic))

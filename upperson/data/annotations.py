@@ -1,4 +1,4 @@
-"""Annotation files: finding and loading them, and taking values out of their entries with a check for each."""
+"""Annotation files: finding, loading, and checked access to the values of their entries."""
 
 import html
 import json
@@ -14,11 +14,11 @@ from upperson.errors import DataError
 
 SPLITS = ("train", "val", "test")
 
-# More than this is a mistake in the file, not a description of an image. What is shorter, but exceeds the 77
-# tokens of CLIP, is accepted: the tokenizer cuts it there, as CLIP does.
+# A longer caption is a mistake in the file. A shorter caption of more than CLIP's 77 tokens is accepted; the tokenizer
+# truncates it, as in CLIP.
 MAX_CAPTION_CHARACTERS = 5000
 
-# These would become real control tokens, in OpenAI's or in open_clip's spelling, and end the caption early.
+# The tokenizer would turn these texts, in OpenAI's or open_clip's spelling, into control tokens that end the caption.
 CONTROL_TOKEN = re.compile(r"<\|(startoftext|endoftext|mask)\|>|<(start|end)_of_text>", re.IGNORECASE)
 
 TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", list: "a list", dict: "an object"}
@@ -31,20 +31,20 @@ class Annotation:
     split: str
     image: Path
     captions: list[str]
-    identity: int | None  # None: every image is an identity of its own
-    name: str | None = None  # of the identity, in a user's own file
+    identity: int | None  # None: every image has its own identity
+    name: str | None = None  # name of the identity in a user's own file
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of an annotation file. All methods raise DataError if the value is not what they promise."""
+    """An entry of an annotation file. All methods raise DataError for an invalid value."""
 
     values: dict[str, Any]
-    where: str  # what errors start with: the file and the entry in it
-    noun: str = "field"  # what the keys are called there
+    where: str  # start of error messages: the file and the entry in it
+    noun: str = "field"  # word for a key in error messages
 
     def get(self, key: str, *kinds: type) -> Any:
-        """The value of `key`, of one of these types."""
+        """The value of `key`, which must have one of these types."""
         if key not in self.values:
             found = ", ".join(map(repr, self.values)) or "none"
             raise DataError(f"{self.where}: expected a {self.noun} {key!r}, found the {self.noun}s {found}")
@@ -87,7 +87,7 @@ class Entry:
 
 
 def entries(values: Any, where: str) -> list[Entry]:
-    """A list of objects, counted from 0 in errors."""
+    """The entries of a list of objects. Errors count the entries from 0."""
     if not isinstance(values, list):
         raise DataError(f"{where}: expected a list of entries, found {_named(values)}")
     return [as_entry(value, f"{where}, entry {number}") for number, value in enumerate(values)]
@@ -100,7 +100,7 @@ def as_entry(value: Any, where: str) -> Entry:
 
 
 def find_folder(title: str, root: Path, names: Sequence[str]) -> Path:
-    """`root` or the folder `title` in it: the first that holds a file of one of these names."""
+    """The first of `root` and `root`/`title` that contains a file of one of these names. Raises DataError."""
     candidates = (root, root / title)
     for folder in candidates:
         if any((folder / name).is_file() for name in names):
@@ -115,7 +115,7 @@ def load_json(file: Path) -> Any:
         return json.loads(load_text(file))
     except json.JSONDecodeError as error:
         position = f"line {error.lineno}, column {error.colno} (character {error.pos} of {len(error.doc)})"
-        raise DataError(f"{file}: not valid JSON, or cut off, at {position}: {error.msg}") from error
+        raise DataError(f"{file}: invalid or truncated JSON at {position}: {error.msg}") from error
 
 
 def load_text(file: Path) -> str:
@@ -123,7 +123,7 @@ def load_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: expected UTF-8 text, found byte {error.start} to be otherwise") from error
+        raise DataError(f"{file}: expected UTF-8 text; byte {error.start} is invalid") from error
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
 
@@ -141,7 +141,7 @@ def _caption_problem(caption: Any) -> str | None:
         return f"expected text, found {'only white space' if caption else 'an empty string'}"
     if len(caption) > MAX_CAPTION_CHARACTERS:
         return f"expected at most {MAX_CAPTION_CHARACTERS} characters, found {len(caption)}"
-    # The tokenizer undoes HTML escapes, twice, and full-width letters before it looks for control tokens.
+    # The tokenizer also unescapes HTML twice and normalises full-width letters before it looks for control tokens.
     cleaned = unicodedata.normalize("NFKC", html.unescape(html.unescape(caption)))
     token = CONTROL_TOKEN.search(cleaned)
     return f"expected plain text, found the control token {token.group()}" if token else None

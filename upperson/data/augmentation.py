@@ -1,10 +1,10 @@
-"""The augmentation of training images: drawn for one image at a time, applied to a whole batch on any device.
+"""The augmentation of training images: sampled for each image, applied to a whole batch on any device.
 
-The recipe is the one of the released UP-Person code (arXiv 2504.10084) and of its ancestors in this field: horizontal
-flip with probability 0.5; a black border and a random crop back to the size; normalisation; last, with probability
-0.5, a random rectangle of 2 to 40 % of the area is filled with `mean`. That is the mean taken as a normalised value,
-so not the average colour, but it is what the released code trains with. The border is 10 pixels at height 384 and
-proportional to the height elsewhere.
+The recipe is that of the released UP-Person code (arXiv 2504.10084) and of earlier work in this field: horizontal flip
+with probability 0.5; a black border and a random crop back to the size; normalisation; with probability 0.5, random
+erasing of a rectangle of 2 to 40 % of the area. The rectangle is filled with `mean` as a normalised value. This is not
+the average colour, but the released code trains in this way. The border is 10 pixels at height 384 and proportional to
+the height elsewhere.
 """
 
 from functools import lru_cache
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-# The columns of what is drawn: whether the image is flipped; by how many pixels the crop then lies below and to the
-# right of the image's corner (negative: in the border); the erased rectangle, of height and width 0 if there is none.
+# The columns of a sampled augmentation: whether the image is flipped; the offset of the crop from the image's upper
+# left corner in pixels (negative: in the border); the erased rectangle, with height and width 0 if nothing is erased.
 COLUMNS = ("flip", "top", "left", "erased_top", "erased_left", "erased_height", "erased_width")
 
 
 class RandomAugmentation:
-    """Draws the augmentation of one image of `image_size` (height, width), as torchvision's transforms draw it."""
+    """Samples the augmentation of an image of `image_size` (height, width), as torchvision's transforms do."""
 
     def __init__(self, image_size: tuple[int, int]):
         height, width = image_size
@@ -31,7 +31,7 @@ class RandomAugmentation:
         self.like = [torch.empty(3, height, width, device="meta")]  # torchvision reads the size from an image
 
     def draw(self) -> Tensor:
-        """[7] int64, COLUMNS, from torch's global generator, as in all of torchvision."""
+        """Samples [7] int64, COLUMNS, from torch's global generator, as torchvision does."""
         flip = int(torch.rand(1) < self.flip.p)
         crop = self.crop.make_params(self.like)
         erased = 0, 0, 0, 0
@@ -43,11 +43,14 @@ class RandomAugmentation:
 
 
 def augment(images: Tensor, augmentation: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """[B, 3, H, W] uint8 and what was drawn for each, [B, 7] int64 (COLUMNS) -> [B, 3, H, W] float32, normalised.
+    """Augments and normalises a batch on its device, without a loop over the images or a transfer to the host.
 
-    Runs where the images are, without a loop over them and without a transfer to the host. On the CPU the result is
-    to the bit that of torchvision's transforms, image by image. `mean` and `std` refer to values in [0, 1].
+    Args:
+        images: [B, 3, H, W] uint8.
+        augmentation: [B, 7] int64, the sampled COLUMNS of each image.
+        mean, std: of the red, green and blue values in [0, 1].
 
+    Returns [B, 3, H, W] float32. On the CPU the result is bitwise equal to torchvision's transforms of each image.
     Raises ValueError for other shapes or dtypes.
     """
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
@@ -61,7 +64,7 @@ def augment(images: Tensor, augmentation: Tensor, mean: tuple[float, ...], std: 
     flip, top, left, erased_top, erased_left, erased_height, erased_width = augmentation[:, :, None].unbind(1)
     row, column = (torch.arange(side, device=images.device) for side in (height, width))
 
-    # Where each pixel comes from, [B, H] and [B, W]; the flip comes before the crop.
+    # The source row and column of each pixel, [B, H] and [B, W]; the flip comes before the crop.
     from_row, from_column = row + top, column + left
     inside = _rectangle((from_row >= 0) & (from_row < height), (from_column >= 0) & (from_column < width))[:, None]
     from_column = torch.where(flip == 1, width - 1 - from_column, from_column)
@@ -80,9 +83,9 @@ def augment(images: Tensor, augmentation: Tensor, mean: tuple[float, ...], std: 
 
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """[..., 3, H, W] uint8 -> float32, with `mean` and `std` of the values in [0, 1]."""
+    """[..., 3, H, W] uint8 -> float32, normalised with `mean` and `std` of the values in [0, 1]."""
     scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
-    channels: list[Any] = [_channels(values, pixels.device) for values in (mean, std)]  # tensors: no copy to the GPU
+    channels: list[Any] = [_channels(values, pixels.device) for values in (mean, std)]  # on the GPU already: no copy
     return v2.functional.normalize(scaled, *channels, inplace=True)
 
 
@@ -93,5 +96,5 @@ def _rectangle(rows: Tensor, columns: Tensor) -> Tensor:
 
 @lru_cache
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[3] float32. Kept, because to copy a list to a GPU waits for the GPU."""
+    """[3] float32, cached, since copying a list to a GPU waits for the GPU."""
     return torch.tensor(values, device=device)

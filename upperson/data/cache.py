@@ -1,9 +1,9 @@
-"""Images decoded and resized once for all, in a file that every later run reads instead of the image files.
+"""A cache of decoded and resized images in one file, which later runs read instead of the image files.
 
-A cache is two files in a folder: `384x128-0123456789abcdef.npy` with the pixels, [images, 3, H, W] uint8, which are
-mapped into memory, and beside it `.json`, the index, whose rows name an image and the size and the time stamp that its
-file had. The name is a hash of the index, so it never gets another content, and data sets and image sizes share a
-folder. The index is written last: pixels without it count for nothing.
+A cache consists of two files in a folder. `384x128-0123456789abcdef.npy` holds the pixels, [images, 3, H, W] uint8, and
+is memory-mapped. The `.json` file beside it is the index: for each row the path of the image, its file size and its
+time stamp. The file name contains a hash of the index, so that the content of a name never changes, and data sets and
+image sizes can share a folder. The index is written last; pixels without an index are ignored.
 """
 
 import errno
@@ -29,15 +29,15 @@ from upperson.data.images import load_pixels
 from upperson.embedded.drawing import Drawing
 from upperson.errors import DataError
 
-FORMAT = 1  # of the index; another one is not read
-CHUNK = 256  # images that are decoded at once, which bounds what waits in memory to be written
+FORMAT = 1  # version of the index; other versions are ignored
+CHUNK = 256  # images decoded at once, which bounds the memory of unwritten images
 OWN_FILE = re.compile(r"\.?(?P<name>\d+x\d+-[0-9a-f]{16})\.(npy|json)(?P<temporary>\.[0-9a-f]{8}\.tmp)?")
 
-Stamp = tuple[int, int]  # an image file's size in bytes and its modification time in ns
+Stamp = tuple[int, int]  # size of an image file in bytes, and modification time in ns
 
 
 class ImageCache:
-    """The pixels of a data set's image files, at one size. It can be pickled; each process maps the file itself."""
+    """The pixels of a data set's image files at one size. A cache can be pickled; each process maps the file itself."""
 
     def __init__(self, image_size: tuple[int, int], rows: dict[Path, int], file: Path | None):
         self.image_size, self.rows, self.file = image_size, rows, file
@@ -47,16 +47,15 @@ class ImageCache:
     def open(
         cls, images: Iterable[Path | Drawing], image_size: tuple[int, int], folder: Path, *, progress: bool = True
     ) -> "ImageCache":
-        """The cache in `folder` that holds all of `images` as they now are; it is made if there is none.
+        """Opens the cache in `folder` that holds the current version of all `images`, or builds this cache.
 
-        What has to be made is decoded in threads, at `image_size` (height, width); images that another cache of the
-        folder holds unchanged are copied from there. That cache stays, since a training may be reading it; it can be
-        deleted when none does. Processes that want to write one folder wait for each other; one that is killed leaves
-        nothing that is taken for a cache. Drawings are left out: every process keeps their pixels anyway, see
-        `load_image`.
+        Images are decoded in threads, at `image_size` (height, width). Unchanged images of another cache in the folder
+        are copied. The other cache is kept, since a training may be reading it; it can be deleted afterwards. A lock
+        lets only one process write to a folder at a time. A killed process leaves no file that is read as a cache.
+        Synthetic images are not cached here, since every process keeps their pixels, see `load_image`.
 
-        Raises DataError with the path of an image that is missing or broken, and OSError naming the file if it
-        cannot be written; where the space does not suffice, that says how much is needed.
+        Raises DataError with the path of a missing or broken image, and OSError with the name of a file that cannot be
+        written. If the disk is too small, the error states the required space.
         """
         paths = {image: os.path.abspath(image) for image in images if isinstance(image, Path)}
         if not paths:
@@ -75,17 +74,17 @@ class ImageCache:
         return cache
 
     def __getitem__(self, image: Path) -> torch.Tensor:
-        """[3, H, W] uint8, as `load_pixels` gives it. KeyError for an image that the cache was not opened with."""
+        """[3, H, W] uint8, as from `load_pixels`. Raises KeyError for an image that `open` was not given."""
         if image not in self.rows:
             raise KeyError(f"{image}: expected one of the {len(self.rows)} images that the cache was opened with")
         pixels = self._pixels
         if pixels is None:
-            assert self.file is not None  # there are rows
+            assert self.file is not None  # a cache with rows has a file
             pixels = self._pixels = np.load(self.file, mmap_mode="r")
         return torch.from_numpy(np.array(pixels[self.rows[image]]))
 
     def load(self, image: Path | Drawing) -> torch.Tensor:
-        """[3, H, W] uint8: a file from the cache, a drawing as it is drawn."""
+        """[3, H, W] uint8: from the cache for a file, drawn for a synthetic image."""
         return self[image] if isinstance(image, Path) else load_pixels(image, self.image_size)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,7 +93,7 @@ class ImageCache:
 
 @dataclass(frozen=True)
 class Stored:
-    """A whole cache."""
+    """A complete cache."""
 
     file: Path
     stamps: dict[str, Stamp]  # by absolute path, in the order of the rows
@@ -109,21 +108,19 @@ def _stamps(files: dict[str, Path]) -> dict[str, Stamp]:
             raise DataError(f"{image}: image is missing") from error
         return status.st_size, status.st_mtime_ns
 
-    with ThreadPoolExecutor() as threads:  # a network file system takes its time for each
+    with ThreadPoolExecutor() as threads:  # each request to a network file system takes long
         return dict(zip(files, threads.map(stamp, files.values()), strict=True))
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """The folder, made if need be, for one process at a time."""
+    """Locks the folder for one process, and creates it if necessary."""
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
-        raise OSError(
-            error.errno, f"image_cache: {folder} is not a folder that can be written ({error.strerror})"
-        ) from error
+        raise OSError(error.errno, f"image_cache: {folder} is not a writable folder ({error.strerror})") from error
     try:
         yield
     finally:
@@ -131,7 +128,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _stored(folder: Path, image_size: tuple[int, int]) -> list[Stored]:
-    """The whole caches of this image size; what is cut off or otherwise not as it was written is passed over."""
+    """The complete caches of this image size. Truncated and otherwise damaged files are skipped."""
     height, width = image_size
     found = []
     for index in sorted(folder.glob(f"{height}x{width}-*.json")):
@@ -175,7 +172,7 @@ def _build(
 
     paths = list(files)
     with (
-        _appearing_whole(file) as opened,
+        _written_atomically(file) as opened,
         ThreadPoolExecutor() as threads,
         tqdm(total=len(paths), desc="caching images", unit="image", disable=not progress) as bar,
     ):
@@ -185,13 +182,13 @@ def _build(
             for image in threads.map(pixels, paths[start : start + CHUNK]):
                 opened.write(image.tobytes())
                 bar.update()
-    with _appearing_whole(file.with_suffix(".json")) as opened:
+    with _written_atomically(file.with_suffix(".json")) as opened:
         opened.write(index)
     return Stored(file, stamps, np.load(file, mmap_mode="r"))
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Deletes the files that a killed process left. Only the process that holds the lock may call this."""
+    """Deletes the files of killed processes. Only the process that holds the lock may call this function."""
     for path in folder.iterdir():
         own = OWN_FILE.fullmatch(path.name)
         if own and (own["temporary"] or not (folder / f"{own['name']}.json").exists()):
@@ -203,14 +200,14 @@ def _check_space(file: Path, needed: int) -> None:
     if needed > free:
         raise OSError(
             errno.ENOSPC,
-            f"{file} needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there; the image cache can be in "
-            "another folder, or be left out",
+            f"{file} needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free; choose another folder for the "
+            "image cache, or omit it",
         )
 
 
 @contextmanager
-def _appearing_whole(file: Path) -> Iterator[BinaryIO]:
-    """A file that is there when all of it is written, and not at all if anything fails. OSError names it."""
+def _written_atomically(file: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is complete afterwards, or absent after a failure. Raises OSError with the path."""
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as opened:

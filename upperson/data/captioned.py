@@ -1,10 +1,10 @@
-"""Flickr30k and MSCOCO in Karpathy's splits, from either of the two formats that are in use.
+"""Flickr30k and MSCOCO in Karpathy's splits, from either of the two common formats.
 
 Karpathy's own, one file:    {"images": [{"split": "restval", "filepath": "val2014", "filename": "COCO_....jpg",
                               "sentences": [{"raw": "A man ..."}, ...]}, ...]}; Flickr30k has no filepath
 Flat lists, one a split:     [{"image": "val2014/COCO_....jpg", "caption": "A man ..." or ["A man ...", ...]}, ...]
 
-Nobody is identified in these sets: every image is an identity of its own.
+These data sets have no identities: every image has its own identity.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,22 @@ from pathlib import Path, PurePath
 from upperson.data.annotations import SPLITS, Annotation, Entry, as_entry, entries, find_folder, load_json
 from upperson.errors import DataError
 
-# MSCOCO's "restval" are the images of its validation set that Karpathy left over; everybody trains on them.
+# MSCOCO's "restval" holds the remaining images of its validation set; they are commonly used for training.
 KARPATHY_SPLITS = (*SPLITS, "restval")
 
 
 def read_captioned(
     title: str, root: Path, *, karpathy: str, flat: str, image_folders: Sequence[str], filepath: bool
 ) -> tuple[str, list[Annotation]]:
-    """The annotation file's name, for errors, and what it says in its order. Raises DataError.
+    """The name of the annotation file, for errors, and its annotations in order. Raises DataError.
 
-    `flat` is the name of the flat lists, with {split} in it. Where there are both formats, Karpathy's is read.
-    `image_folders` may lie between the root and the images; `filepath`: Karpathy's entries have that field.
+    Args:
+        title: name of the data set.
+        root: the data set's folder, or the folder above it.
+        karpathy: name of Karpathy's file, which is preferred to the flat lists.
+        flat: name of the flat lists, with {split} in it.
+        image_folders: folders that may lie between the root and the images.
+        filepath: whether Karpathy's entries have the field "filepath".
     """
     lists = {split: flat.format(split=split) for split in SPLITS}
     folder = find_folder(title, root, [karpathy, *lists.values()])
@@ -64,15 +69,15 @@ def _sentences(entry: Entry) -> list[str]:
 def _read_flat(file: Path, split: str) -> list[tuple[str, str, list[str]]]:
     annotations = []
     for entry in entries(load_json(file), str(file)):
-        one = isinstance(entry.get("caption", str, list), str)
+        single = isinstance(entry.get("caption", str, list), str)
         annotations.append(
-            (split, entry.path("image"), [entry.caption("caption")] if one else entry.captions("caption"))
+            (split, entry.path("image"), [entry.caption("caption")] if single else entry.captions("caption"))
         )
     return annotations
 
 
 def _image_root(title: str, folder: Path, path: str, image_folders: Sequence[str]) -> Path:
-    """The folder that the paths are relative to, found by the first of them without a look at every image."""
+    """The folder that the paths are relative to, found from the first path only, without a look at every image."""
     top = PurePath(path).parts[0] if len(PurePath(path).parts) > 1 else ""
     roots = [folder / name for name in (["", *image_folders] if top else image_folders)]
     for root in roots:

@@ -1,4 +1,4 @@
-"""A data set looked through as a whole: how large it is, what is broken, what is odd. `train.py --check-data`."""
+"""The report of `train.py --check-data`: the size of a data set, broken images, and unusual entries."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from upperson.data.readers import DATASETS
 from upperson.data.samples import Sample, names_of
 from upperson.embedded.drawing import Drawing
 
-CONTEXT_LENGTH = 77  # tokens of CLIP, start and end among them
+CONTEXT_LENGTH = 77  # CLIP's tokens, including the start and end tokens
 
-Person = str | int  # as the data set names them
+Person = str | int  # name or id of a person in the data set
 
-MOST_IMAGES = 50  # broken ones that are listed one by one
-MOST_EXAMPLES = 5  # of everything else
+MOST_IMAGES = 50  # limit of listed broken images
+MOST_EXAMPLES = 5  # limit of listed examples of everything else
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The middle and the ends of many numbers."""
+    """The median and the range of a list of numbers."""
 
     minimum: float
     median: float
@@ -38,13 +38,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """One split. Identities are those of this split, whatever they mean in another."""
+    """One split. The same identity in two splits may be two persons."""
 
     counts: Counts
-    published: Counts | None  # None: nobody published any
-    in_train: dict[Person, Path | Drawing]  # identities that are in "train" too, and an image of each; none for "train"
+    published: Counts | None  # None: no published counts
+    in_train: dict[Person, Path | Drawing]  # identities that are also in "train", with an image; empty for "train"
     single_image: list[Person]  # identities with a single image
-    repeated_captions: dict[str, list[Person]]  # by caption, without case and extra white space: its identities
+    repeated_captions: dict[str, list[Person]]  # identities by caption, without case and extra white space
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class DataReport:
     """The result of `check_dataset`."""
 
     title: str
-    splits: dict[str, SplitReport]  # also a published split that is not there
-    images: int  # distinct ones, over all splits
+    splits: dict[str, SplitReport]  # includes published splits that are missing
+    images: int  # number of distinct images in all splits
     unreadable: list[str]  # "PATH: image is missing" or "PATH: image is broken (why)"
     of_several: list[tuple[Path | Drawing, list[Person]]]  # images that are listed under several identities
-    cut_captions: list[tuple[Sample, int]]  # those of more than CONTEXT_LENGTH tokens, and how many they have
-    caption_tokens: Spread  # start and end among them
-    widths: Spread | None  # pixels of the images that can be read; None: there are none
+    cut_captions: list[tuple[Sample, int]]  # captions of more than CONTEXT_LENGTH tokens, with their number of tokens
+    caption_tokens: Spread  # including start and end tokens
+    widths: Spread | None  # in pixels, of the readable images; None: no image is readable
     heights: Spread | None
 
     @property
@@ -68,9 +68,9 @@ class DataReport:
 
 
 def check_dataset(name: str, splits: dict[str, list[Sample]], *, progress: bool = True) -> DataReport:
-    """Looks through the samples of data set `name`, decoding every image and tokenising every caption once.
+    """Checks the samples of data set `name`. Every image is decoded and every caption is tokenised once.
 
-    Missing and broken images go into the report; nothing is raised.
+    Missing and broken images are listed in the report; no error is raised.
     """
     published = DATASETS[name].published if name in DATASETS else {}
     shared = identities_in_train(splits)
@@ -135,34 +135,34 @@ def text(report: DataReport) -> str:
         [f"{_name(image)}: identities {_joined(identities)}" for image, identities in report.of_several],
     )
     lines += _finding(
-        f"captions longer than {CONTEXT_LENGTH} tokens, of which the model reads the beginning",
+        f"captions longer than {CONTEXT_LENGTH} tokens, which the tokenizer truncates",
         [f"{_name(sample.image)}, {length} tokens: {short(sample.caption)}" for sample, length in report.cut_captions],
     )
     for split, found in report.splits.items():
         if split != "train":
             shared = [f"{identity}, such as {_name(image)}" for identity, image in found.in_train.items()]
-            lines += _finding(f"identities of {split} that are in train too", shared)
+            lines += _finding(f"identities of {split} that are also in train", shared)
     for split, found in report.splits.items():
         repeated = [
             f"{short(caption)}: identities {_joined(identities)}"
             for caption, identities in found.repeated_captions.items()
         ]
-        lines += _finding(f"captions of {split} that stand under several identities", repeated)
+        lines += _finding(f"captions of {split} that describe several identities", repeated)
     for split, found in report.splits.items():
         lines.append(f"{len(found.single_image):>8,} identities of {split} with a single image")
     return "\n".join(lines)
 
 
-def _row(name: str, of: Counts) -> str:
-    return f"{name:<22}{of.identities:>12,}{of.images:>12,}{of.captions:>12,}"
+def _row(name: str, counts: Counts) -> str:
+    return f"{name:<22}{counts.identities:>12,}{counts.images:>12,}{counts.captions:>12,}"
 
 
-def _finding(what: str, instances: Sequence[str], most: int = MOST_EXAMPLES) -> list[str]:
-    return [f"{len(instances):>8,} {what}", *(f"{'':>11}{line}" for line in first_of(instances, most))]
+def _finding(title: str, instances: Sequence[str], most: int = MOST_EXAMPLES) -> list[str]:
+    return [f"{len(instances):>8,} {title}", *(f"{'':>11}{line}" for line in first_of(instances, most))]
 
 
 def _name(image: Path | Drawing) -> str:
-    return str(image) if isinstance(image, Path) else "a drawn image"
+    return str(image) if isinstance(image, Path) else "a synthetic image"
 
 
 def _joined(identities: Sequence[Person]) -> str:
@@ -170,7 +170,7 @@ def _joined(identities: Sequence[Person]) -> str:
 
 
 def _images_of(identities: Sequence[int], samples: Iterable[Sample]) -> dict[Person, Path | Drawing]:
-    """An image of each identity. Where several fit, it is the last one."""
+    """The last image of each identity."""
     last = {sample.person_id: sample for sample in samples}
     return {last[identity].person: last[identity].image for identity in identities}
 
@@ -183,7 +183,7 @@ def _single_image(samples: Iterable[Sample]) -> list[Person]:
 
 
 def _repeated_captions(samples: Iterable[Sample]) -> dict[str, list[Person]]:
-    """Captions that the tokenizer turns into the same tokens: it ignores case and the amount of white space."""
+    """Captions with the same tokens. The tokenizer ignores case and the amount of white space."""
     people: dict[str, dict[Person, None]] = {}
     for sample in samples:
         caption = " ".join(sample.caption.lower().split())

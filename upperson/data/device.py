@@ -1,4 +1,4 @@
-"""Batches of the training loader on the device that computes, augmented there."""
+"""Moves batches of the training loader to the computing device, and augments them there."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +12,9 @@ Batch = dict[str, Any]
 
 
 def to_device(batch: Batch, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> Batch:
-    """A batch of `train_loader` on `device`, its images augmented and normalised there: (B, 3, H, W) float32.
+    """Moves a batch of `train_loader` to `device`. Its images are augmented and normalised: (B, 3, H, W) float32.
 
-    "augmentation" is used up; everything else is moved as it is. Copies from pinned memory do not wait for the device.
+    The entry "augmentation" is removed; the other entries are only moved. Copies from pinned memory are asynchronous.
     """
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     moved["images"] = augment(moved["images"], moved.pop("augmentation"), mean, std)
@@ -22,10 +22,10 @@ def to_device(batch: Batch, device: torch.device, mean: tuple[float, ...], std: 
 
 
 class DeviceBatches:
-    """The batches of `loader` as `to_device` gives them, on a GPU one ahead of the batch that is computed with.
+    """The batches of `loader`, each passed through `to_device`. On a GPU the next batch is prefetched.
 
-    `options` are those of `to_device` after the device. On a GPU a thread fetches the next batch, which is copied and
-    augmented on a stream of its own while the caller waits for the results of the current one.
+    `options` are the arguments of `to_device` after the device. On a GPU a thread fetches the next batch. The batch is
+    copied and augmented on a separate stream while the current batch is computed.
     """
 
     def __init__(self, loader: Iterable[Batch], device: torch.device, *options: Any):
@@ -53,7 +53,7 @@ class DeviceBatches:
 
     def _hand_out(self, batch: Batch, ready: Any) -> Batch:
         current = torch.cuda.current_stream(self.device)
-        current.wait_event(ready)  # not for the stream, which already works on the batch after this one
+        current.wait_event(ready)  # waiting for the stream would also wait for the batch after this one
         for tensor in batch.values():
             tensor.record_stream(current)
         return batch

@@ -1,7 +1,7 @@
-"""Data of one's own: a CSV file with a header, or a file of JSON lines.
+"""A user's own data: a CSV file with a header, or a file of JSON lines.
 
-Columns or keys: image (a path, absolute or relative to the file's folder), caption (one a line), identity (a
-string or a number; the same for all images of a person) and, to train on it, split (train, val or test).
+Columns or keys: image (a path, absolute or relative to the file's folder), caption (one per line), identity (a string
+or a number, the same for all images of a person) and, for training, split (train, val or test).
 """
 
 import csv
@@ -19,10 +19,10 @@ COLUMNS = ("image", "caption", "identity")
 
 
 def read_folder(title: str, root: Path) -> tuple[str, list[Annotation]]:
-    """The annotation file's name, for errors, and what it says in its order. Raises DataError.
+    """The name of the annotation file, for errors, and its annotations in order. Raises DataError.
 
-    `root` is the file, or a folder with either of NAMES in it. Where no line has a split, all are "test".
-    Identities keep their names; their ids are counted from 0 in the order in which they appear.
+    `root` is the file, or a folder that contains one of NAMES. If no line has a split, all lines belong to "test".
+    Identities keep their names; their ids count from 0 in the order of appearance.
     """
     file = _find(title, root)
     lines = list(_csv_lines(file) if file.suffix == ".csv" else _json_lines(file))
@@ -52,7 +52,9 @@ def _find(title: str, root: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if found:
-        raise DataError(f"{title}: expected one annotation file, found both {found[0]} and {found[1]}; name one")
+        raise DataError(
+            f"{title}: expected one annotation file, found both {found[0]} and {found[1]}; give the path of one"
+        )
     missing = "annotation file not found" if root.is_dir() else f"{root} does not exist"
     raise DataError(f"{title}: {missing}; looked for {root / NAMES[0]} and {root / NAMES[1]}")
 
@@ -60,22 +62,22 @@ def _find(title: str, root: Path) -> Path:
 def _csv_lines(file: Path) -> Iterator[Entry]:
     rows = csv.reader(io.StringIO(load_text(file)), skipinitialspace=True, strict=True)
     header: list[str] | None = None
-    line = 1  # the first one of a row; a quoted caption may go over several
+    line = 1  # the first line of a row; a quoted caption may span several lines
     try:
         for row in rows:
             where = f"{file}, line {line}"
             if header is None:
                 header = _checked_header(row, where)
-            elif row:  # else an empty line
+            elif row:  # an empty line is an empty row
                 if len(row) != len(header):
                     raise DataError(
                         f"{where}: expected {len(header)} columns as in the header, found {len(row)}; a value with a "
-                        "comma stands in double quotes"
+                        "comma needs double quotes"
                     )
                 yield Entry(dict(zip(header, row, strict=True)), where, "column")
             line = rows.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{file}, line {line}: not valid CSV: {error}") from error
+        raise DataError(f"{file}, line {line}: invalid CSV: {error}") from error
 
 
 def _checked_header(row: list[str], where: str) -> list[str]:
@@ -100,7 +102,7 @@ def _json_of(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON, or cut off, at column {error.colno}: {error.msg}") from error
+        raise DataError(f"{where}: invalid or truncated JSON at column {error.colno}: {error.msg}") from error
 
 
 def _identity(entry: Entry) -> str:

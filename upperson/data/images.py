@@ -1,4 +1,4 @@
-"""Opening images, and making sure before a long training that every one of them opens."""
+"""Loading of images, and a check before a long training that every image can be decoded."""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +16,14 @@ from upperson.data.samples import Sample
 from upperson.embedded.drawing import Drawing
 from upperson.errors import DataError
 
-NAMED_IN_ERROR = 5  # broken images that an error lists one by one
+NAMED_IN_ERROR = 5  # limit of broken images listed in an error
 
-# Drawing costs more than decoding a JPEG. Each process keeps the pixels as long as the drawing lives.
+# Drawing an image takes longer than decoding a JPEG. Each process caches the pixels for the lifetime of the drawing.
 _drawn: WeakKeyDictionary[Drawing, np.ndarray] = WeakKeyDictionary()
 
 
 def load_image(image: Path | Drawing | Image.Image) -> Image.Image:
-    """The decoded RGB image. Raises DataError with the path of an image that is missing or broken."""
+    """The decoded RGB image. Raises DataError with the path of a missing or broken image."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     if not isinstance(image, Path):
@@ -41,16 +41,19 @@ def load_image(image: Path | Drawing | Image.Image) -> Image.Image:
 
 
 def load_pixels(image: Path | Drawing | Image.Image, image_size: tuple[int, int]) -> torch.Tensor:
-    """[3, H, W] uint8: the image in `image_size` (height, width), bilinear and antialiased. Raises as `load_image`."""
-    loaded: Any = load_image(image)  # torchvision resizes PIL images too, and is annotated for tensors only
+    """[3, H, W] uint8: the image resized to `image_size` (height, width), bilinear with antialiasing.
+
+    Raises the errors of `load_image`.
+    """
+    loaded: Any = load_image(image)  # torchvision's annotations omit PIL images, which it also resizes
     resized = v2.functional.resize(loaded, list(image_size), v2.InterpolationMode.BILINEAR, antialias=True)
     return v2.functional.pil_to_tensor(resized)
 
 
 def check_images(samples: Iterable[Sample], *, progress: bool = True) -> None:
-    """Decodes every distinct image file once, in threads; drawings have nothing to check.
+    """Decodes every distinct image file once, in threads. Synthetic images need no check.
 
-    Raises DataError with the number of images that are missing or broken and the paths of the first few.
+    Raises DataError with the number of missing or broken images and the paths of the first ones.
     """
     paths = list(dict.fromkeys(sample.image for sample in samples if isinstance(sample.image, Path)))
     problems = [found for found in inspect_images(paths, progress=progress) if isinstance(found, str)]
@@ -60,14 +63,14 @@ def check_images(samples: Iterable[Sample], *, progress: bool = True) -> None:
 
 
 def inspect_images(images: Sequence[Path | Drawing], *, progress: bool = True) -> list[tuple[int, int] | str]:
-    """Decodes every image once, in threads: (width, height) of each, or what is wrong with it, path first."""
+    """Decodes every image once, in threads. Returns (width, height) or an error message for each image."""
     with ThreadPoolExecutor() as threads:
         inspected = threads.map(_inspect, images)
         return list(tqdm(inspected, total=len(images), desc="checking images", unit="image", disable=not progress))
 
 
 def first_of(lines: Sequence[str], most: int) -> list[str]:
-    """The first lines, and how many more there are."""
+    """The first `most` lines, and the number of the others."""
     return [*lines[:most], *([f"and {len(lines) - most} more"] if len(lines) > most else [])]
 
 

@@ -1,8 +1,8 @@
-"""Batches for training, and images and captions in order for evaluation.
+"""Data loaders: batches for training, and images and captions in order for evaluation.
 
-In training, what an epoch shows is a function of (seed, epoch, index of the sample) alone: not of the number
-of workers, of the processes that share a batch, of the batch one starts at, or of the process's random state, which
-stays as it is. So a training that is resumed in the middle of an epoch continues as if it had never stopped.
+In training, the content of an epoch depends only on (seed, epoch, index of the sample). The number of workers, the
+number of processes, the first batch and the global random state have no influence, and the global random state is left
+unchanged. A training that is resumed within an epoch is therefore equal to an uninterrupted one.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from upperson.errors import DataError
 from upperson.machine import share_of
 
 Tokenizer = Callable[[list[str]], torch.Tensor]  # texts -> (texts, L) int64
-Packer = Callable[[torch.Tensor], Any]  # token ids (B, L) int64 -> what the text tower takes
+Packer = Callable[[torch.Tensor], Any]  # token ids (B, L) int64 -> input of the text tower
 PixelLoader = Callable[[Path | Drawing], torch.Tensor]  # image -> [3, H, W] uint8
 
 
 def batches_per_epoch(pairs: int, batch_size: int) -> int:
-    """The batches of an epoch. A last batch of one pair has no negatives to learn from and is left out."""
+    """The number of batches in an epoch. A last batch of one pair is dropped, since it has no negatives."""
     return pairs // batch_size + (pairs % batch_size > 1)
 
 
@@ -53,25 +53,27 @@ def train_loader(
     cache: ImageCache | None = None,
     pack: Packer | None = None,
 ) -> DataLoader:
-    """One epoch of batches for `to_device`: {"images": [B, 3, H, W] uint8, resized alone; "augmentation": [B, 7] int64,
-    what is drawn for each (`upperson.data.augmentation.COLUMNS`); "captions": [B, L] int64; "person_ids": [B] int64}.
+    """One epoch of batches for `to_device`. A batch is a dictionary of
 
-    With `mask_captions` the captions are masked, see `mask_caption`. With `mask_labels` there are "masked_captions",
-    which are the captions themselves if those are masked, and "mask_labels" as well, both [B, L] int64.
+        "images": [B, 3, H, W] uint8, resized only; "augmentation": [B, 7] int64, the sampled
+        `upperson.data.augmentation.COLUMNS`; "captions": [B, L] int64; "person_ids": [B] int64
 
-    `image_size` is (height, width). Each epoch shows every sample once, in an order of its own. Batches
-    before `first_batch` are skipped without being loaded. For a further epoch with the same worker processes
-    call `loader.batch_sampler.set_epoch(epoch)`; a new loader gives the same batches.
+    With `mask_captions` the captions are masked, see `mask_caption`. With `mask_labels` a batch also has
+    "masked_captions" (equal to "captions" if those are masked) and "mask_labels", both [B, L] int64.
 
-    Of every batch, process `rank` of `world_size` loads the part that is its `share_of` the batch. A process without
-    a share, as in a last batch of few pairs, loads the first pair of the batch instead, to have something to compute.
+    `image_size` is (height, width). Each epoch contains every sample once, in a new random order. Batches before
+    `first_batch` are skipped without being loaded. `loader.batch_sampler.set_epoch(epoch)` starts another epoch with
+    the same worker processes; a new loader gives the same batches.
 
-    The captions are tokenised here, once. `pack` is applied to the captions of each batch where it is loaded, such as
-    AdaptedCLIP.caption_packer(). Images that are files come from `cache` if there is one.
+    Process `rank` of `world_size` loads only its `share_of` each batch. A process without a share, as in a small last
+    batch, loads the first pair of the batch instead, so that it has something to compute.
 
-    Raises ValueError for a batch size below 2, a `first_batch` beyond the epoch, a rank that is not there or a cache
-    of another image size, and DataError for fewer than two samples. An image that cannot be read raises DataError
-    with its path when its batch is due.
+    The captions are tokenised once, by this function. The loader applies `pack`, such as AdaptedCLIP.caption_packer(),
+    to the captions of each batch. Image files are read from `cache` if given.
+
+    Raises ValueError for a batch size below 2, a `first_batch` beyond the epoch, an invalid rank or a cache of another
+    image size, and DataError for fewer than two samples. An unreadable image raises DataError with its path when its
+    batch is loaded.
     """
     if batch_size < 2:
         raise ValueError(f"batch_size: expected at least 2, as the loss compares pairs, found {batch_size}")
@@ -99,7 +101,7 @@ def image_loader(
 ) -> DataLoader:
     """Batches (B, 3, H, W) float32 of `images`, in order and without augmentation.
 
-    Images that are files come from `cache` if there is one. Raises ValueError if the cache has another image size.
+    Image files are read from `cache` if given. Raises ValueError if the cache has another image size.
     """
     dataset = EvaluationImages(images, _pixel_loader(preprocess.image_size, cache), preprocess)
     return _loader(dataset, workers, batch_size=batch_size)
@@ -108,9 +110,9 @@ def image_loader(
 def caption_loader(
     captions: Sequence[str], *, tokenizer: Tokenizer, batch_size: int, pack: Packer | None = None
 ) -> DataLoader:
-    """Batches (B, L) int64 of the token ids of `captions`, in order, or what `pack` makes of them.
+    """Batches (B, L) int64 of the token ids of `captions`, in order, or the results of `pack`.
 
-    Tokens beyond L are cut off.
+    Tokens beyond L are truncated.
     """
 
     def collate(texts: list[str]) -> Any:
@@ -125,16 +127,16 @@ def _collate(pairs: list[dict[str, Any]], pack: Packer) -> dict[str, Any]:
 
 
 def _leave_process_group(_: int) -> None:
-    """Has Ctrl-C, and the signal by which torchrun stops a process with all its children, spare a loader's process.
+    """Protects a loader process from Ctrl-C and from the signal by which torchrun stops a process and its children.
 
-    The training that it loads for goes on to the end of a step. It notices by itself when that process has ended.
+    The training process needs its loaders until the end of a step. A loader detects the end of that process by itself.
     """
     if hasattr(os, "setpgid"):  # not on Windows
         os.setpgid(0, 0)
 
 
 def _loader(dataset: Any, workers: int, **options: Any) -> DataLoader:
-    # With a generator of its own, a DataLoader leaves the global one alone.
+    # With its own generator, a DataLoader does not use the global one.
     return DataLoader(
         dataset,
         num_workers=workers,
@@ -154,7 +156,7 @@ def _pixel_loader(image_size: tuple[int, int], cache: ImageCache | None) -> Pixe
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """One process's share of batches of (epoch, index): the indices in random order, a function of seed and epoch."""
+    """One process's shares of batches of (epoch, index). The order of the indices depends on seed and epoch."""
 
     def __init__(
         self,
@@ -166,15 +168,15 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world_size: int = 1,
     ):
-        share_of(batch_size, rank, world_size)  # raises ValueError if there is no such rank
+        share_of(batch_size, rank, world_size)  # raises ValueError for an invalid rank
         self.size, self.batch_size, self.seed, self.rank, self.world_size = size, batch_size, seed, rank, world_size
         self.total = batches_per_epoch(size, batch_size)
         self.set_epoch(epoch, first_batch)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Sets the batches of the next iteration: those of `epoch`, from `first_batch` on."""
+        """Sets the batches of the next iteration: the batches of `epoch`, from `first_batch` on."""
         if not 0 <= first_batch <= self.total:
-            raise ValueError(f"first_batch: expected 0 to {self.total}, the end, found {first_batch}")
+            raise ValueError(f"first_batch: expected 0 to {self.total}, the number of batches, found {first_batch}")
         self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
@@ -191,7 +193,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 class TrainingPairs(Dataset):
-    """(epoch, index) -> the pair and its augmentation; random choices depend on seed, epoch and index alone."""
+    """(epoch, index) -> a pair and its augmentation. Random choices depend only on seed, epoch and index."""
 
     def __init__(
         self,
@@ -210,7 +212,7 @@ class TrainingPairs(Dataset):
     def __getitem__(self, position: tuple[int, int]) -> dict[str, torch.Tensor | int]:
         sample = self.samples[position[1]]
         with torch.random.fork_rng(devices=[]):
-            # torchvision draws from this generator. torch.manual_seed would reseed the GPU as well.
+            # torchvision samples from this generator. torch.manual_seed would also reseed the GPU.
             torch.default_generator.manual_seed(stable_seed("image", self.seed, *position))
             augmentation = self.augmentation.draw()
         caption = self.token_ids[position[1]].long()
@@ -243,7 +245,7 @@ class EvaluationImages(Dataset):
 
 
 def _token_ids(captions: Sequence[str], tokenizer: Tokenizer) -> torch.Tensor:
-    """[captions, L] int32, half the memory of int64. A bar appears if it takes long: 500,000 captions take 40 s."""
+    """[captions, L] int32, half the memory of int64. Long tasks show a bar: 500,000 captions take 40 s."""
     starts = tqdm(range(0, len(captions), 1000), desc="tokenizing captions", delay=2, leave=False, disable=None)
     return torch.cat([tokenizer(list(captions[start : start + 1000])).to(torch.int32) for start in starts])
 
@@ -253,5 +255,5 @@ def _generator(*key: str | int) -> torch.Generator:
 
 
 def stable_seed(*key: str | int) -> int:
-    """64 bits that are the same in every process and on every machine, unlike those of hash()."""
+    """A 64-bit seed that is the same in every process and on every machine, unlike hash()."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")

@@ -1,4 +1,4 @@
-"""Checks of a data set that need no images: its size, and entries that should not be in it."""
+"""Checks of a data set without its images: its size, and suspicious entries."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ def counts(samples: Sequence[Sample]) -> Counts:
 
 
 def identities_in_train(splits: dict[str, list[Sample]]) -> dict[str, list[int]]:
-    """By split other than "train": the identities that are in "train" as well, in rising order."""
+    """For each split but "train", the identities that are also in "train", in rising order."""
     train = {sample.person_id for sample in splits.get("train", [])}
     return {
         split: sorted(train & {sample.person_id for sample in samples})
@@ -36,7 +36,7 @@ def identities_in_train(splits: dict[str, list[Sample]]) -> dict[str, list[int]]
 
 
 def images_of_several(samples: Iterable[Sample]) -> list[tuple[Sample, list[int]]]:
-    """The images with more than one identity: the first sample of each, and its identities as they appear."""
+    """The images with several identities: the first sample of each, and its identities in order of appearance."""
     first: dict[int, Sample] = {}
     identities: dict[int, dict[int, None]] = {}
     for sample in samples:

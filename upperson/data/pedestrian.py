@@ -1,7 +1,7 @@
-"""CUHK-PEDES, ICFG-PEDES and RSTPReid, from the files as their authors distribute them.
+"""CUHK-PEDES, ICFG-PEDES and RSTPReid, in the file formats of their authors.
 
-One JSON list, an entry an image: {"split": "train", "id": 5, "file_path": "CUHK01/0363004.png", "captions":
-["A pedestrian ...", ...]}, and all images under imgs/. RSTPReid calls the path img_path.
+The annotations are a JSON list with one entry per image: {"split": "train", "id": 5, "file_path": "CUHK01/0363004.png",
+"captions": ["A pedestrian ...", ...]}. All images are under imgs/. RSTPReid names the path img_path.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ IMAGE_FOLDER = "imgs"
 
 
 def read_pedestrian(title: str, root: Path, *, annotation: str, path_key: str) -> tuple[str, list[Annotation]]:
-    """The annotation file's name, for errors, and what it says in its order. Raises DataError."""
+    """The name of the annotation file, for errors, and its annotations in order. Raises DataError."""
     folder = find_folder(title, root, [annotation])
     images = folder / IMAGE_FOLDER
     if not images.is_dir():

@@ -1,4 +1,4 @@
-"""The one way from an image to what the image tower takes: evaluation, search and a user's own code share it."""
+"""The preprocessing of an image for the image tower, shared by evaluation, search and a user's own code."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,9 @@ class Preprocess:
     std: tuple[float, ...]
 
     def __call__(self, image: Image.Image | Path | Drawing) -> Tensor:
-        """An image, or the path of one -> (3, H, W) float32, normalised.
+        """An image or its path -> (3, H, W) float32, normalised.
 
-        The image is resized bilinearly with antialiasing. Raises DataError as load_image.
+        The image is resized bilinearly with antialiasing. Raises DataError for a missing or broken image.
         """
         return self.normalise(load_pixels(image, self.image_size))
 

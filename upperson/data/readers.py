@@ -1,4 +1,4 @@
-"""Reading a data set by its name, checking that it is whole, and warning of what is odd."""
+"""Reads a data set by its name, checks that it is complete, and warns of suspicious entries."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ from upperson.errors import DataError
 
 @dataclass(frozen=True)
 class DataSet:
-    """How a data set is read and how large it should be."""
+    """The reader of a data set, and its published size."""
 
-    title: str  # also the name of its own folder
+    title: str  # also the name of the data set's folder
     read: Callable[[str, Path], tuple[str, list[Annotation]]]  # title, root -> name of the file, annotations
     published: dict[str, Counts] = field(default_factory=dict)
-    split_advice: str = ""  # ends the error about a split that is missing
+    split_advice: str = ""  # end of the error about a missing split
 
 
 DATASETS = {
@@ -82,21 +82,21 @@ DATASETS = {
     "folder": DataSet(
         "Own data",
         read_folder,
-        split_advice="; add 'split', which says train, val or test in every line (without it all lines are test)",
+        split_advice="; add 'split' with train, val or test to every line (without it all lines are test)",
     ),
 }
 
 
 def read_dataset(name: str, root: str | Path, need: Sequence[str] = ("train", "test")) -> dict[str, list[Sample]]:
-    """Reads one of DATASETS; `upperson.data.pedestrian`, `captioned` and `folder` describe the files.
+    """Reads one of DATASETS. `upperson.data.pedestrian`, `captioned` and `folder` describe the file formats.
 
-    `root` is the data set's own folder or the one above it (root/CUHK-PEDES, root/Flickr30k, ...); of "folder",
-    the folder or the file. Returns the samples of "train", "val" and "test", as far as there are entries of
-    them: one sample a caption, in the order of the file. Image files are not opened; `check_images` does that.
+    `root` is the data set's own folder or the folder above it (root/CUHK-PEDES, root/Flickr30k, ...). For "folder",
+    `root` is the folder or the file. Returns the samples of each existing split of "train", "val" and "test": one
+    sample per caption, in the order of the file. Image files are not opened; see `check_images`.
 
-    Raises DataError naming the file, the entry (counted from 0; of "folder" the line, from 1) and the field
-    that is wrong, and where a split of `need` is missing. Warns when a split differs in size from the published
-    one, when an identity of val or test is in train as well, and when one image is listed under two identities.
+    Raises DataError with the file, the entry (counted from 0; for "folder" the line, counted from 1) and the invalid
+    field, and DataError for a missing split of `need`. Warns if the size of a split differs from the published one, if
+    an identity of val or test is also in train, and if one image is listed under two identities.
     """
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}: expected one of {', '.join(DATASETS)}")
@@ -129,7 +129,7 @@ def _warn_of_oddities(dataset: DataSet, splits: dict[str, list[Sample]]) -> None
     for split, shared in identities_in_train(splits).items():
         if shared:
             _warn(
-                f"{dataset.title}, split {split!r}: {len(shared)} identities are in split 'train' too, first "
+                f"{dataset.title}, split {split!r}: {len(shared)} identities are also in split 'train', the first is "
                 f"{names[shared[0]]}. Unless ids restart in every split, the results are not on unseen people"
             )
     several = images_of_several(all_samples(splits))
@@ -137,9 +137,9 @@ def _warn_of_oddities(dataset: DataSet, splits: dict[str, list[Sample]]) -> None
         sample, identities = several[0]
         _warn(
             f"{dataset.title}: image {sample.image} is listed under the identities {names[identities[0]]} and "
-            f"{names[identities[1]]}; {len(several)} such images in all"
+            f"{names[identities[1]]}; {len(several)} images have several identities"
         )
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=4)  # points at the caller of read_dataset
+    warnings.warn(message, stacklevel=4)  # the caller of read_dataset

@@ -1,4 +1,4 @@
-"""The common form of every data set: one `Sample` for each caption."""
+"""The common format of all data sets: one `Sample` per caption."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ class Sample:
 
     image: Path | Drawing
     caption: str
-    person_id: int  # the same for all samples of a person within one split; ids need not be contiguous
-    image_id: int  # one for each image, over all splits of a data set
-    person_name: str | None = None  # the person as the user's own file names them; None: the id is the name
+    person_id: int  # the same for all samples of a person in a split; ids need not be contiguous
+    image_id: int  # unique for each image in all splits of a data set
+    person_name: str | None = None  # the person's name in the user's own file; None: the id is the name
 
     @property
     def person(self) -> str | int:
-        """The person as the data set names them."""
+        """The name of the person in the data set."""
         return self.person_id if self.person_name is None else self.person_name
 
 

@@ -1,5 +1,5 @@
-"""Use of trained models.
+"""Deployment of trained models.
 
-merge.py      folds a checkpoint into the weights of a plain CLIP; the command: upperson merge
+merge.py      merges a checkpoint into the weights of a plain CLIP; the command: upperson merge
 switching.py  several adaptations of one backbone, switched at run time
 """

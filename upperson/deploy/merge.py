@@ -1,13 +1,13 @@
-"""Folds a checkpoint into the weights of a plain CLIP, which open_clip loads and which costs nothing extra.
+"""Merges a checkpoint into the weights of a plain CLIP, which open_clip loads and which has no extra cost.
 
     upperson merge CHECKPOINT OUTPUT.safetensors
     upperson merge CHECKPOINT OUTPUT.safetensors --rest REST.safetensors
 
-LoRA, DoRA and WoRA fold into the weights of keys and values. LN-tuning folds into LayerNorm's gain and bias. CLIP's own
-weights, where a method trains them, need no folding. The other modules do not fold. A prefix adds columns of keys and
-values, whose attention weights λ scales; prompts add tokens; open_clip's towers have neither. A bottleneck adapter is
-not linear, and no layer of CLIP computes it. `--rest` writes these modules to a second checkpoint, whose backbone is
-OUTPUT: load_model gives the same features, and merges no weights at every step.
+LoRA, DoRA and WoRA merge into the weights of keys and values. LN-tuning merges into LayerNorm's gain and bias. If a
+method trains CLIP's own weights, these are already merged. The other modules cannot be merged. A prefix adds columns of
+keys and values, whose attention weights λ scales; prompts add tokens; open_clip's towers have neither. A bottleneck
+adapter is not linear, and no layer of CLIP computes it. `--rest` writes these modules to a second checkpoint, whose
+backbone is OUTPUT. load_model of this checkpoint gives the same features, and no longer merges weights in every step.
 """
 
 import argparse
@@ -36,24 +36,24 @@ from upperson.model.checkpoint import Checkpoint, build_model, load_checkpoint, 
 from upperson.model.weights import weights_as_bytes
 from upperson.petl import LayerNormTuning, LoRA
 
-TOLERANCE = 1e-5  # of features, relative, in float32
+TOLERANCE = 1e-5  # relative error of features in float32
 
 
 def merge(model: AdaptedCLIP) -> dict[str, Tensor]:
     """The state dict of a plain open_clip model with the features of `model`, in its dtype and on its device.
 
-    The model is left as it is; weights that nothing is folded into are its own tensors. The position embedding is that
-    of config.image_size. Raises MergeError, which names them, for modules that do not fold.
+    The model is not changed; unchanged weights of the result are the model's own tensors. The position embedding is
+    that of config.image_size. Raises MergeError with the names of modules that cannot be merged.
     """
-    modules = unfoldable(model)
+    modules = unmergeable(model)
     if modules:
         named = dict.fromkeys(f"{place.kind} {type(module).__name__}" for place, module in modules.items())
-        raise MergeError(f"does not fold into weights that open_clip can use: {', '.join(named)}")
-    return folded(model)
+        raise MergeError(f"cannot be merged into open_clip's weights: {', '.join(named)}")
+    return merged_state(model)
 
 
-def unfoldable(model: AdaptedCLIP) -> dict[Place, nn.Module]:
-    """The trained modules that do not fold, by their places."""
+def unmergeable(model: AdaptedCLIP) -> dict[Place, nn.Module]:
+    """The trained modules that cannot be merged, by their places."""
     return {
         place: module
         for place, module in model.trained_modules().items()
@@ -62,8 +62,8 @@ def unfoldable(model: AdaptedCLIP) -> dict[Place, nn.Module]:
 
 
 @torch.no_grad()
-def folded(model: AdaptedCLIP) -> dict[str, Tensor]:
-    """The state dict of open_clip's model, with everything in it that folds."""
+def merged_state(model: AdaptedCLIP) -> dict[str, Tensor]:
+    """The state dict of open_clip's model, with all modules merged that can be merged."""
     state = dict(model.clip.state_dict())
     for name, block in model.clip.named_modules():
         if not isinstance(block, Block):
@@ -100,7 +100,7 @@ def _merge(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     backbone = checkpoint.config.model
     _check_files(parser, outputs, [options.checkpoint, Path(backbone.pretrained), Path(backbone.model)])
     found = merge_checkpoint(checkpoint, options.output, options.rest)
-    print(f"features differ by {found:.1e} at most, relative, in float32")
+    print(f"features differ by {found:.1e} at most (relative, in float32)")
     print("\n".join(_how_to_load(backbone, *outputs)))
     return 0
 
@@ -109,9 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="upperson merge",
         allow_abbrev=False,
-        description="Fold a checkpoint into the weights of a plain CLIP, for open_clip: LoRA, DoRA, WoRA, LN-tuning, "
-        "full fine-tuning. Prefixes and bottleneck adapters do not fold. The result is compared with the checkpoint "
-        "before anything is written.",
+        description="Merge a checkpoint into the weights of a plain CLIP, for open_clip: LoRA, DoRA, WoRA, LN-tuning, "
+        "full fine-tuning. Prefixes and bottleneck adapters cannot be merged. The result is compared with the "
+        "checkpoint before files are written.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .safetensors file that training wrote")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="the weights, a .safetensors file")
@@ -119,9 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         "--rest",
         type=Path,
         metavar="REST",
-        help="a second checkpoint, .safetensors, for the modules that do not fold; its backbone is OUTPUT",
+        help="a second checkpoint, .safetensors, for the modules that cannot be merged; its backbone is OUTPUT",
     )
-    parser.add_argument("--pretrained", metavar="FILE", help="the backbone's weights, where they have moved")
+    parser.add_argument("--pretrained", metavar="FILE", help="the backbone's weights, if the file has moved")
     return parser
 
 
@@ -130,15 +130,15 @@ def _check_files(parser: argparse.ArgumentParser, outputs: list[Path], inputs: l
         if path.suffix != ".safetensors":
             parser.error(f"{path}: expected a name that ends in .safetensors")
         if path.resolve() in [other.resolve() for other in inputs]:
-            parser.error(f"{path} is read; expected another file to write")
+            parser.error(f"{path} is an input; expected another file to write")
         if path.is_dir() or not path.parent.is_dir():
-            parser.error(f"{path}: expected a file in a folder that is there")
+            parser.error(f"{path}: expected a file in an existing folder")
     if len({path.resolve() for path in outputs}) < len(outputs):
         parser.error(f"OUTPUT and --rest are the same file, {outputs[0]}")
 
 
 def _how_to_load(config: ModelConfig, output: Path, rest: Path | None = None) -> list[str]:
-    """Lines of Python."""
+    """Lines of Python that load the files."""
     if rest is not None:
         return [f"upperson.load_model({str(rest)!r})          # and {output}"]
     path = configuration_file(config.model)
@@ -151,26 +151,26 @@ def _how_to_load(config: ModelConfig, output: Path, rest: Path | None = None) ->
 
 
 def merge_checkpoint(checkpoint: Checkpoint, output: Path, rest: Path | None = None) -> float:
-    """Writes the merged weights of a checkpoint to `output`, and the modules that do not fold to `rest`.
+    """Writes the merged weights of a checkpoint to `output`, and the modules that cannot be merged to `rest`.
 
-    Returns the largest relative difference between the features of the written files and of the checkpoint. If it is
-    above TOLERANCE, or anything else fails, nothing is written. Raises MergeError, BackboneError, CheckpointError or
-    OSError.
+    Returns the largest relative difference between the features of the written files and of the checkpoint. No file is
+    written if this difference is above TOLERANCE, or after any other error. Raises MergeError, BackboneError,
+    CheckpointError or OSError.
     """
     path, config = checkpoint.path, checkpoint.config
     model = build_model(checkpoint, backend="torch")
-    remaining, method = unfoldable(model), config.model.method
+    remaining, method = unmergeable(model), config.model.method
     if rest is None:
         try:
             state = merge(model)
         except MergeError as error:
-            raise MergeError(f"{path}: {error}; --rest FILE keeps that in a checkpoint of its own") from None
+            raise MergeError(f"{path}: {error}; --rest FILE writes these modules to a second checkpoint") from None
     elif not remaining:
-        raise MergeError(f"{path}: everything in it folds into {output}; nothing remains for {rest}")
+        raise MergeError(f"{path}: all modules merge into {output}; none remains for {rest}")
     else:
         kept, kinds = ({place.kind for place in places} for places in (remaining, model.trained_modules()))
         method = method.without([kind for kind in KINDS if kind in kinds - kept])
-        state = folded(model)
+        state = merged_state(model)
 
     content = weights_as_bytes(state, model.preprocess)
     with staged([output] if rest is None else [output, rest]) as (staged_output, *staged_rest):
@@ -184,19 +184,19 @@ def merge_checkpoint(checkpoint: Checkpoint, output: Path, rest: Path | None = N
             written: Any = random_clip(config.model.model, config.model.image_size).eval()
             open_clip.load_checkpoint(written, str(staged_output), strict=True)
         found = largest_difference(model, written)
-        if not found <= TOLERANCE:  # NaN as well
+        if not found <= TOLERANCE:  # also true for NaN
             raise MergeError(
-                f"{path}: the merged features differ by {found:.1e}, relative, from the checkpoint's; expected "
-                f"{TOLERANCE:.0e} at most; nothing was written"
+                f"{path}: the merged features have a relative difference of {found:.1e} from the checkpoint's; "
+                f"expected at most {TOLERANCE:.0e}; no file was written"
             )
     return found
 
 
 @contextmanager
 def staged(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Temporary paths: the files there move to `paths` if the body succeeds, and are deleted if it fails."""
+    """Temporary paths, whose files are moved to `paths` if the body succeeds, and are deleted if the body fails."""
     with ExitStack() as stack:
-        # In the folder of the final path, so that moving a file is only a change of its name.
+        # The temporary folders are beside the final paths, so that moving a file is only a rename.
         folders = [stack.enter_context(TemporaryDirectory(prefix=".merge-", dir=path.parent)) for path in paths]
         files = [Path(folder) / path.name for folder, path in zip(folders, paths, strict=True)]
         yield files
@@ -206,7 +206,7 @@ def staged(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 @torch.no_grad()
 def largest_difference(model: AdaptedCLIP, other: Any) -> float:
-    """The largest distance of two models' features of the same random input, relative to the features' length.
+    """The largest distance between two models' features of the same random input, relative to the features' norm.
 
     `other` has open_clip's encode_image and encode_text.
     """
@@ -216,7 +216,7 @@ def largest_difference(model: AdaptedCLIP, other: Any) -> float:
     start, end = CLIP_VOCABULARY - 2, CLIP_VOCABULARY - 1
     tokens = torch.randint(1, start, (samples, length), generator=generator)
     tokens[:, 0] = start
-    for i in range(samples):  # captions of a quarter to all of the length
+    for i in range(samples):  # caption lengths from a quarter to all of the context
         last = (length - 1) * (i + 1) // samples
         tokens[i, last], tokens[i, last + 1 :] = end, 0
     pairs = (

@@ -1,6 +1,6 @@
 """Several adaptations of one backbone in memory, switched at run time.
 
-adaptations = Adaptations(AdaptedCLIP(config))          # or the model of a checkpoint that does not train CLIP
+adaptations = Adaptations(AdaptedCLIP(config))          # or a checkpoint's model whose method does not train CLIP
 adaptations.add("cuhk", "cuhk.safetensors")
 adaptations.add("rstp", "rstp.safetensors")
 adaptations.use("rstp")
@@ -18,24 +18,24 @@ from upperson.model.adapted_clip import parameters_of
 from upperson.model.checkpoint import copy_parameters, load_checkpoint, other_backbone
 
 ORIGINAL = "original"
-COMPUTED = ("backend", "skip_unread", "pack_captions", "low_rank_gradients")  # fields that change no result
+COMPUTED = ("backend", "skip_unread", "pack_captions", "low_rank_gradients")  # fields that do not change results
 
 
 class Adaptations:
-    """The adaptations of a model's backbone, by name; "original" is the one that the model had at the start.
+    """The adaptations of a model's backbone, by name. "original" is the model's first adaptation.
 
     Adaptations may differ in method, kinds of modules, sizes and depths, but not in the backbone. A switch exchanges
-    references to modules in the model's blocks, and its `config`; encode_image, encode_text and trained_parameters are
-    then those of the adaptation in use. A switch while another thread computes is not safe.
+    references to modules in the model's blocks, and the model's `config`; encode_image, encode_text and
+    trained_parameters then use the active adaptation. Do not switch while another thread computes.
 
-    Raises CheckpointError for a model whose method trains CLIP, which is no longer the backbone that others adapt.
+    Raises CheckpointError for a model whose method trains CLIP, since this changes the backbone of other adaptations.
     """
 
     def __init__(self, model: AdaptedCLIP):
         if model.config.method.trains_clip:
             raise CheckpointError(
-                f"a model of method {model.config.method.name!r} has changed its backbone; expected the "
-                "backbone that the checkpoints adapt"
+                f"method {model.config.method.name!r} has changed the model's backbone; expected the backbone of the "
+                "checkpoints"
             )
         self.model = model
         self.active = ORIGINAL
@@ -46,36 +46,36 @@ class Adaptations:
         return tuple(self._adaptations)
 
     def add(self, name: str, path: Path | str, **changes: Any) -> None:
-        """Reads a checkpoint of the model's backbone under a name. The adaptation in use stays in use.
+        """Adds a checkpoint of the model's backbone under a name. The active adaptation is not changed.
 
-        `changes` replace fields of its configuration, as in load_model: `pretrained="…"` where the backbone's file was
-        elsewhere when the checkpoint was trained. Raises CheckpointError for a name that is taken, for a file that is
-        not a checkpoint, and for a checkpoint of another backbone.
+        `changes` replace fields of the checkpoint's configuration, as in load_model: `pretrained="…"` if the backbone's
+        file was elsewhere during the training. Raises CheckpointError for a name in use, for a file that is not a
+        checkpoint, and for a checkpoint of another backbone.
         """
         if name in self._adaptations:
-            raise CheckpointError(f"the name {name!r} is taken; taken are {', '.join(self.names)}")
+            raise CheckpointError(f"the name {name!r} is in use; names in use are {', '.join(self.names)}")
         checkpoint = load_checkpoint(path)
         config, own = checkpoint.config.replace(**changes).model, self.model.config
         if config.method.trains_clip:
             raise CheckpointError(
-                f"{path}: a checkpoint of method {config.method.name!r}, which changes the backbone; expected an "
-                "adaptation"
+                f"{path}: a checkpoint of method {config.method.name!r}, which changes the backbone; expected a method "
+                "that keeps the backbone"
             )
         if differences := other_backbone(config, own):
             raise CheckpointError(f"{path}: a checkpoint of another backbone, {differences} as in the model")
         if config.pretrained == "none":
             raise CheckpointError(
-                f"{path}: a checkpoint with pretrained 'none', whose random weights may differ from the model's"
+                f"{path}: a checkpoint with pretrained 'none'; its random weights may differ from the model's"
             )
-        with torch.random.fork_rng(devices=[]):  # the initial values are replaced next
+        with torch.random.fork_rng(devices=[]):  # copy_parameters replaces the initial values
             modules = self.model.new_modules(config)
         copy_parameters(checkpoint.parameters, parameters_of(modules), str(path))
         self._adaptations[name] = replace(config, **{field: getattr(own, field) for field in COMPUTED}), modules
 
     def use(self, name: str) -> None:
-        """Puts an adaptation in use. Raises CheckpointError, which lists the names, for an unknown one."""
+        """Activates an adaptation. Raises CheckpointError with the known names for an unknown name."""
         if name not in self._adaptations:
-            raise CheckpointError(f"there is no adaptation {name!r}; there are {', '.join(self.names)}")
+            raise CheckpointError(f"unknown adaptation {name!r}; expected one of {', '.join(self.names)}")
         config, modules = self._adaptations[name]
         weight = self.model.image_blocks[0].attn.in_proj_weight
         for module in modules.values():

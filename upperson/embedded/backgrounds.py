@@ -5,7 +5,7 @@ import random
 from upperson.embedded.drawing import Canvas, mix, shade
 from upperson.embedded.vocabulary import RGB
 
-# name -> how a caption says it
+# name -> phrases for a caption
 ROOMS = {
     "studio": ("on a plain background",),
     "room": ("in a room", "in an empty room"),
@@ -22,7 +22,7 @@ PLACES = {
 
 
 def draw_background(canvas: Canvas, place: str, rng: random.Random) -> None:
-    """Fills the canvas with one of PLACES or ROOMS; every call draws other details from `rng`."""
+    """Fills the canvas with one of PLACES or ROOMS. The details are sampled from `rng`."""
     horizon = canvas.height * rng.uniform(0.42, 0.72)
     _PAINTERS[place](canvas, horizon, rng)
 

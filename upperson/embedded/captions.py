@@ -1,4 +1,4 @@
-"""Captions in varied wording, as several annotators would write them: most of what is visible, not all."""
+"""Captions in varied wording, as of several annotators. A caption mentions most of the visible items, but not all."""
 
 import random
 
@@ -6,7 +6,7 @@ from upperson.embedded.backgrounds import PLACES
 from upperson.embedded.pedestrians import Pedestrian
 from upperson.embedded.vocabulary import COLOURS, HAIR, NAMES, PATTERNS, PLURAL, Item
 
-# How often an annotator mentions a part that is visible.
+# The probability that an annotator mentions a visible part.
 MENTIONED = {"upper": 0.95, "lower": 0.9, "bag": 0.8, "hat": 0.8, "hair": 0.6, "shoes": 0.55, "glasses": 0.5}
 
 _SOMEONE = ("a person", "someone", "a pedestrian", "a walker", "an individual")
@@ -28,7 +28,7 @@ _CARRIED = {
 
 
 def colour_word(rng: random.Random, colour: str, synonyms: bool) -> str:
-    """A colour's first name, or sometimes another."""
+    """The first name of a colour, or sometimes a synonym."""
     names = COLOURS[colour].names
     return names[0] if not synonyms or rng.random() < 0.6 else rng.choice(names)
 
@@ -42,7 +42,7 @@ def noun_phrase(
 ) -> str:
     """An item in words: "a red t-shirt with white stripes", "a pair of blue jeans", "a coat in navy".
 
-    Without synonyms every colour and every kind of thing is called by its first name.
+    Without synonyms, only the first name of every colour and kind of item is used.
     """
     name = rng.choice(names[item.kind][: None if synonyms else 1])
     colour = colour_word(rng, item.colour, synonyms)
@@ -50,12 +50,12 @@ def noun_phrase(
     if item.accent is not None and item.pattern != "plain" and rng.random() < 0.85:
         adjectives, endings = PATTERNS[item.pattern]
         accent = colour_word(rng, item.accent, synonyms)
-        way = rng.random()
-        if not adjectives or way < 0.45:
+        choice = rng.random()
+        if not adjectives or choice < 0.45:
             ending = " " + rng.choice(endings).format(accent)
             if ending.startswith(" with a ") and accent[0] in "aeiou":
                 ending = ending.replace(" with a ", " with an ", 1)
-        elif way < 0.75:
+        elif choice < 0.75:
             colour = f"{colour} and {accent} {rng.choice(adjectives)}"
         else:
             colour = f"{rng.choice(adjectives)} {colour}"
@@ -68,7 +68,7 @@ def noun_phrase(
 
 
 def describe(rng: random.Random, pedestrian: Pedestrian) -> str:
-    """One caption of one image, of one or two sentences."""
+    """A caption of an image, in one or two sentences."""
     visible = pedestrian.visible()
     mentioned = [part for part in visible if rng.random() < MENTIONED[part]]
     if len(mentioned) == len(visible) > 2:
@@ -103,7 +103,7 @@ def listed(words: list[str]) -> str:
 
 
 def _clothes(rng: random.Random, words: dict[str, str]) -> list[str]:
-    """The clothes, mostly from top to bottom."""
+    """The clothes, usually from top to bottom."""
     worn = [words[part] for part in ("upper", "lower", "shoes") if part in words]
     if rng.random() < 0.25:
         rng.shuffle(worn)

@@ -1,4 +1,4 @@
-"""The embedded data sets as lists of captioned drawings: people in several views, or scenes; by day and by night."""
+"""The embedded data sets as lists of captioned drawings: people in several views, or scenes, by day or by night."""
 
 import itertools
 import random
@@ -13,12 +13,12 @@ from upperson.embedded.scenes import draw_scene
 
 CAPTIONS_PER_IMAGE = 2
 
-# Series of draw_scene, by "is it night", which the embedded seed is added to. The small CLIP was trained on series 0.
+# The first seed of draw_scene by night (True) and day (False). The small CLIP was trained with seed 0.
 SCENE_SERIES = {False: 1_000_000, True: 2_000_000}
 
 
 class CaptionedDrawing(NamedTuple):
-    """One caption and the drawing that it describes."""
+    """A caption and its drawing."""
 
     image: Drawing
     caption: str
@@ -29,11 +29,11 @@ class CaptionedDrawing(NamedTuple):
 def read_embedded(
     seed: int = 0, *, train: int = 600, val: int = 100, test: int = 200, views: int = 4, night: bool = False
 ) -> dict[str, list[CaptionedDrawing]]:
-    """Pedestrians by split; `train`, `val` and `test` are numbers of identities, each shown in `views` images.
+    """Synthetic pedestrians by split. `train`, `val` and `test` are numbers of identities, each with `views` images.
 
-    No identity is in two splits, and no two of them look alike from every side. Those of the night are other
-    people than those of the day. The same arguments give the same drawings in every process. Images are 192 x 64
-    (height x width), drawn by `image.draw()`.
+    No identity is in two splits, and no two identities look the same from every side. The identities of night and day
+    differ. The same arguments give the same drawings in every process. `image.draw()` draws an image of 192 x 64 pixels
+    (height x width). Raises ValueError for a size below 1.
     """
     _check_sizes(train=train, val=val, test=test, views=views)
     rng = random.Random(f"pedestrians by night/{seed}" if night else f"pedestrians/{seed}")
@@ -57,10 +57,10 @@ def read_embedded(
 def read_scenes(
     seed: int = 0, *, train: int = 600, val: int = 100, test: int = 200, night: bool = False
 ) -> dict[str, list[CaptionedDrawing]]:
-    """Scenes without people by split; each is an identity of its own, with one caption that no other one has.
+    """Synthetic scenes without people, by split. Each scene has its own identity and one unique caption.
 
-    The small CLIP has seen none of them in its training, and those of the night are others than those of the day.
-    The same arguments give the same drawings in every process. Images are 128 x 128, drawn by `image.draw()`.
+    The small CLIP was not trained on these scenes. The scenes of night and day differ. The same arguments give the same
+    drawings in every process. `image.draw()` draws an image of 128 x 128 pixels. Raises ValueError for a size below 1.
     """
     _check_sizes(train=train, val=val, test=test)
     scenes = (draw_scene(SCENE_SERIES[night] + seed, index) for index in itertools.count())

@@ -1,4 +1,4 @@
-"""A supersampled canvas: polygons, limbs and patterned fills in final pixels, reduced once at the end."""
+"""A supersampled canvas for polygons, limbs and patterned fills. Coordinates are final pixels."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -14,27 +14,27 @@ Fill = RGB | tuple[int, int, int, int]
 
 
 class Drawing(Hashable, Protocol):
-    """An image that is drawn instead of read, such as a frozen dataclass. Equal ones have equal pixels."""
+    """A synthetic image, such as a frozen dataclass. Equal drawings have equal pixels."""
 
     def draw(self) -> Image.Image:
-        """The RGB image, always the same one."""
+        """Draws the RGB image, always with the same pixels."""
         ...
 
 
 def shade(rgb: RGB, factor: float) -> RGB:
-    """The colour made darker (factor < 1) or brighter."""
+    """A darker (factor < 1) or brighter colour."""
     red, green, blue = (min(255, max(0, round(channel * factor))) for channel in rgb)
     return red, green, blue
 
 
 def mix(a: RGB, b: RGB, share: float) -> RGB:
-    """`share` of b in a."""
+    """A mixture of two colours, with `share` of b."""
     red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
     return red, green, blue
 
 
 def edge(rgb: RGB) -> RGB:
-    """A colour for trimmings: darker than that of the thing, or lighter on a dark thing."""
+    """A colour for trimmings: darker than the item's colour, or lighter for a dark item."""
     return shade(rgb, 1.9) if sum(rgb) < 200 else shade(rgb, 0.66)
 
 
@@ -48,7 +48,7 @@ _PERIOD = {"stripes": 9, "vertical stripes": 7, "checks": 10, "dots": 8}  # fina
 
 @dataclass(frozen=True)
 class Paint:
-    """A colour, or two in a repeating pattern. A logo is no such pattern: its garment draws it."""
+    """A colour, or two colours in a repeating pattern. A logo is not a pattern; the garment draws its logo."""
 
     rgb: RGB
     pattern: str = "plain"
@@ -56,6 +56,7 @@ class Paint:
 
     @classmethod
     def of(cls, item: Item, light: float = 1.0) -> "Paint":
+        """The paint of an item, darkened or brightened by the factor `light`."""
         accent = None if item.accent_rgb is None else shade(item.accent_rgb, light)
         return cls(shade(item.rgb, light), item.pattern, accent)
 
@@ -64,7 +65,7 @@ class Paint:
         return self.pattern in ("plain", "logo")
 
     def texture(self, box: tuple[int, int, int, int], scale: int) -> Image.Image:
-        """The pattern inside a box of canvas pixels; neighbouring boxes fit together."""
+        """The pattern inside a box (left, top, right, bottom) of canvas pixels. The patterns of adjacent boxes fit."""
         left, top, right, bottom = box
         width, height = right - left, bottom - top
         image = Image.new("RGB", (width, height), self.rgb)
@@ -94,7 +95,7 @@ class Paint:
 
 
 class Canvas:
-    """An RGB picture of `width` x `height` final pixels, drawn `scale` times larger."""
+    """An RGB picture of `width` x `height` final pixels, which is drawn `scale` times larger and then reduced."""
 
     def __init__(self, width: int, height: int, background: RGB, scale: int = 3):
         self.width, self.height, self.scale = width, height, scale
@@ -116,7 +117,7 @@ class Canvas:
         self.polygon(((x0, y0), (x1, y0), (x1, y1), (x0, y1)), paint)
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, paint: Paint | Fill) -> None:
-        """An ellipse by its centre and half axes."""
+        """An ellipse with centre (x, y) and half axes rx and ry."""
         s = self.scale
         x0, y0, x1, y1 = (x - rx) * s, (y - ry) * s, (x + rx) * s, (y + ry) * s
 
@@ -135,7 +136,7 @@ class Canvas:
         self.pen.line([(x * s, y * s) for x, y in points], fill, max(1, round(width * s)), joint="curve")
 
     def limb(self, joints: Sequence[Point], radii: Sequence[float], paint: Paint | Fill) -> None:
-        """A tube through the joints, as thick at each as its radius says, with round ends."""
+        """A tube with round ends through the joints, with one radius for each joint."""
         s = self.scale
         discs = [(x * s, y * s, r * s) for (x, y), r in zip(joints, radii, strict=True)]
 
@@ -152,7 +153,7 @@ class Canvas:
         self._fill([(x, y) for x, y, _ in discs], max(r for *_, r in discs), paint, shape)
 
     def _fill(self, points: Sequence[Point], margin: float, paint: Paint | Fill, shape: Callable[..., None]) -> None:
-        """Draws a shape that lies within `margin` of the points; a patterned one through a mask."""
+        """Draws a shape that lies within `margin` of the points. Patterns are pasted through a mask."""
         if not isinstance(paint, Paint):
             return shape(self.pen, 0, 0, paint)
         if paint.flat:
@@ -169,51 +170,52 @@ class Canvas:
 
 
 class Brush:
-    """Draws in coordinates of its own: their origin is pixel (x, y), their unit (unit_x, unit_y) pixels."""
+    """Draws in its own coordinates, whose origin is pixel (x, y) and whose units are (unit_x, unit_y) pixels."""
 
     def __init__(self, canvas: Canvas, x: float, y: float, unit_x: float, unit_y: float):
         self.canvas, self.x, self.y, self.unit_x, self.unit_y = canvas, x, y, unit_x, unit_y
 
     def at(self, u: float, v: float) -> Point:
+        """The pixel of the coordinates (u, v)."""
         return self.x + u * self.unit_x, self.y + v * self.unit_y
 
     def shape(self, *points: Point, paint: Paint | Fill) -> None:
         self.canvas.polygon([self.at(u, v) for u, v in points], paint)
 
     def both(self, *points: Point, paint: Paint | Fill) -> None:
-        """A symmetric outline from its right half."""
+        """A symmetric polygon, given by its right half."""
         self.shape(*points, *((-u, v) for u, v in reversed(points)), paint=paint)
 
     def oval(self, u: float, v: float, ru: float, rv: float, paint: Paint | Fill) -> None:
         self.canvas.ellipse(*self.at(u, v), ru * abs(self.unit_x), rv * abs(self.unit_y), paint)
 
     def dome(self, u: float, v: float, ru: float, rv: float, fill: Fill, start: float = 180, end: float = 360) -> None:
-        """The upper half of an oval, or what the chord between two angles cuts off."""
+        """The segment of an oval between two angles; by default the upper half."""
         self.canvas.chord(*self.at(u, v), ru * abs(self.unit_x), rv * abs(self.unit_y), start, end, fill)
 
     def line(self, *points: Point, width: float, fill: Fill) -> None:
-        """A line as many final pixels wide as `width` says."""
+        """A line of `width` final pixels."""
         self.canvas.line([self.at(u, v) for u, v in points], width, fill)
 
     def tube(self, *points: Point, radii: float | Sequence[float], paint: Paint | Fill) -> None:
-        """A limb through the points; one radius for all of them, or one each."""
+        """A limb through the points, with one radius for all points or one for each."""
         radii = radii if isinstance(radii, Sequence) else [radii] * len(points)
         self.canvas.limb([self.at(u, v) for u, v in points], [r * abs(self.unit_x) for r in radii], paint)
 
 
 @dataclass(frozen=True)
 class Light:
-    """How a picture was taken: factors for brightness, contrast and channels; noise and blur."""
+    """The camera's effects on a picture: factors for brightness, contrast and channels; noise and blur."""
 
     brightness: float = 1.0
     contrast: float = 1.0
     cast: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    slope: float = 0.0  # how much brighter the right edge is than the left
+    slope: float = 0.0  # relative difference in brightness between the right and the left edge
     noise: float = 0.0  # standard deviation in grey levels
     blur: float = 0.0  # radius in pixels
 
     def apply(self, image: Image.Image, seed: int) -> Image.Image:
-        """The picture as this camera sees it; the noise is a function of `seed` alone."""
+        """The picture of this camera. The noise depends only on `seed`."""
         if self.blur > 0:
             image = image.filter(ImageFilter.GaussianBlur(self.blur))
         pixels = np.asarray(image, dtype=np.float32)

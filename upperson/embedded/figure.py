@@ -1,7 +1,7 @@
-"""Draws one walking person.
+"""Draws a walking person.
 
-Coordinates are in body heights: u from the spine, v up from the ground. Seen from the front or the back, +u
-is the image's right; seen from the side, +u is the way the person walks, and limb +1 is the near one.
+Coordinates are in body heights: u from the spine, v up from the ground. From the front or the back, +u is the right of
+the image. From the side, +u is the walking direction, and limb +1 is the near limb.
 """
 
 import math
@@ -15,7 +15,7 @@ _HEM = {
     "dress": 0.47,
     "padded jacket": 0.455,
     "t-shirt": 0.475,
-}  # height of the upper's lower edge
+}  # height of the lower edge of the upper garment
 _SKIRT = {"skirt": (0.32, 0.035), "long skirt": (0.11, 0.045), "dress": (0.27, 0.045)}  # hem, flare
 _OPEN = ("jacket", "coat")
 _LIGHT_COLLAR = ("t-shirt", "tank top", "dress")
@@ -43,7 +43,7 @@ class _Figure(Brush):
         self.arms = {limb: self._arm_joints(limb) for limb in (-1, 1)}
 
     def draw(self) -> None:
-        """From back to front."""
+        """Draws all parts from back to front."""
         self.oval(0, 0.005, 0.15, 0.018, (20, 20, 25, 90))  # shadow on the ground
         self._backpack_behind()
         self._hair_behind()
@@ -64,7 +64,7 @@ class _Figure(Brush):
     # -- legs
 
     def _leg_joints(self, limb: int) -> tuple[Point, Point, Point]:
-        """Hip, knee, ankle."""
+        """The positions of hip, knee and ankle."""
         if self.side:
             stride = 0.36 if self.person.lower and self.person.lower.kind not in _SKIRT else 0.24
             thigh = stride * self.swing * limb
@@ -231,7 +231,7 @@ class _Figure(Brush):
     # -- arms
 
     def _arm_joints(self, limb: int) -> tuple[Point, Point, Point]:
-        """Shoulder, elbow, hand."""
+        """The positions of shoulder, elbow and hand."""
         if self.side:
             bag = self.person.bag
             carries = bag is not None and bag.kind != "backpack" and self.bag_limb == limb
@@ -356,7 +356,7 @@ class _Figure(Brush):
     # -- bags
 
     def _backpack_behind(self) -> None:
-        """The visible part of a backpack from the front or the side, behind the body."""
+        """The part of a backpack that is visible behind the body, from the front or the side."""
         bag = self.person.bag
         if bag is None or bag.kind != "backpack" or self.back:
             return
@@ -417,7 +417,7 @@ class _Figure(Brush):
         self.line((u - 0.06, top), (u + 0.06, top), width=2.0, fill=trim)
 
     def _suitcase(self, rgb: RGB, trim: RGB, u: float, v: float) -> None:
-        """On wheels, beside the person or drawn behind."""
+        """A suitcase on wheels, beside or behind the person."""
         lean = 0.06 if self.side else 0.0
         u += -0.13 if self.side else 0.005 * self.bag_limb
         for s in (-0.03, 0.03):
@@ -430,5 +430,5 @@ class _Figure(Brush):
 
 
 def _trim(shoes: Item) -> RGB:
-    """The sole of a sneaker: white, and grey under a white one."""
+    """The colour of a sneaker's sole: white, or grey for a white sneaker."""
     return (150, 150, 155) if shoes.colour == "white" else (236, 236, 236)

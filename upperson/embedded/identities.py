@@ -1,4 +1,4 @@
-"""Who the drawn pedestrians are, and the views that cameras take of them."""
+"""The identities of synthetic pedestrians, and their views."""
 
 import math
 import random
@@ -25,7 +25,7 @@ from upperson.embedded.vocabulary import (
 HEIGHT, WIDTH = 192, 64
 FACINGS = ("front", "back", "left", "right")
 
-# How often each kind is worn or carried.
+# The frequency of each kind, as relative weights.
 _UPPER = {
     "t-shirt": 5.0,
     "shirt": 3.0,
@@ -38,7 +38,7 @@ _UPPER = {
     "dress": 1.5,
 }
 _LOWER = {"trousers": 5.0, "jeans": 4.0, "shorts": 2.5, "skirt": 2.0, "long skirt": 1.0}
-_LOWER_UNDER_COAT = {"trousers": 5.0, "jeans": 4.0, "long skirt": 1.0}  # the coat would hide the short ones
+_LOWER_UNDER_COAT = {"trousers": 5.0, "jeans": 4.0, "long skirt": 1.0}  # a coat would hide shorter kinds
 _SHOES = dict(zip(SHOES, (5.0, 3.0, 2.0, 1.5), strict=True))
 _BAGS = dict(zip(BAGS, (5.0, 3.0, 2.0, 2.0, 1.0), strict=True))
 _HAIR = dict(zip(HAIR, (5.0, 4.0, 3.0, 2.0, 2.0), strict=True))
@@ -47,7 +47,7 @@ _HAIR_COLOURS = dict(zip(HAIR_COLOURS, (6.0, 4.0, 2.0, 1.0, 1.0), strict=True))
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything about a person that stays the same from view to view."""
+    """The properties of a person that are the same in all views."""
 
     skin: RGB
     girth: float  # 1 is average
@@ -56,14 +56,14 @@ class Identity:
     lower: Item | None  # None under a dress
     shoes: Item
     bag: Item | None
-    bag_hand: int  # +1 left, -1 right, as the person sees it
+    bag_hand: int  # +1: the person's left hand, -1: the right hand
     hat: Item | None
     glasses: bool
     inner: RGB  # the shirt in the neckline of a jacket or coat
 
     @property
     def appearance(self) -> tuple:
-        """The features that are visible from every side; no two identities of a data set share all of them."""
+        """The features that are visible from every side. No two identities of a data set have the same appearance."""
         items = (self.hat, self.upper.without_logo(), self.lower, self.shoes)
         worn = tuple(item and (item.kind, item.colour, item.pattern, item.accent) for item in items)
         return (self.hair.colour, *worn)
@@ -80,12 +80,12 @@ class View:
     feet: float  # pixels from the top
     place: str  # one of PLACES
     light: Light
-    occluded: bool  # something stands in front of the feet
-    seed: int  # of the details of the background, and of the noise
+    occluded: bool  # an obstacle is in front of the feet
+    seed: int  # seed of the background's details and of the noise
 
 
 def draw_identity(rng: random.Random) -> Identity:
-    """A person at random; black, white, grey and blue clothes are commoner, as on the street."""
+    """Samples a person. Black, white, grey and blue clothes are more frequent, as on the street."""
     skin = rng.choice(SKIN)
     upper_kind = _choose(rng, _UPPER)
     upper = _unlike(skin, lambda: pick_item(rng, upper_kind, patterned=0.4))
@@ -105,7 +105,7 @@ def draw_identity(rng: random.Random) -> Identity:
 
 
 def draw_views(rng: random.Random, count: int) -> list[View]:
-    """`count` views of one identity, from changing sides, at changing places, each by another camera."""
+    """Samples `count` views of an identity, from different sides, at different places, with different cameras."""
     facings = rng.sample(FACINGS, len(FACINGS))
     places = rng.sample(tuple(PLACES), len(PLACES))
     return [_draw_view(rng, facings[i % len(facings)], places[i % len(places)]) for i in range(count)]
@@ -146,7 +146,7 @@ def _draw_lower(rng: random.Random, upper: Item) -> Item:
 
 
 def _unlike(rgb: RGB, draw: Callable[[], Item]) -> Item:
-    """Draws items until one stands out from the colour beside it."""
+    """Samples items until the item's colour differs enough from the adjacent colour."""
     while contrast((item := draw()).rgb, rgb) < 50:
         pass
     return item

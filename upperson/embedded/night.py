@@ -1,4 +1,4 @@
-"""Another domain of the embedded data: what a drawing shows, photographed at night."""
+"""The night domain of the embedded data: the content of a drawing, photographed at night."""
 
 import random
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from PIL import Image
 
 from upperson.embedded.drawing import Drawing, Light
 
-AMBIENT = 0.6  # how bright it is outside the light of the street lamp; inside it is 1
+AMBIENT = 0.6  # brightness outside the light of the street lamp; the brightness inside is 1
 
 
 @dataclass(frozen=True)
 class Night:
-    """A drawing under a street lamp: dark, bluish, low in contrast, noisy. Always the same pixels."""
+    """A drawing under a street lamp: dark, bluish, noisy, and low in contrast. The pixels are always the same."""
 
     day: Drawing
-    seed: int  # of where the lamp stands, of the camera, and of its noise
+    seed: int  # seed of the lamp's position, the camera and its noise
 
     def draw(self) -> Image.Image:
-        """The RGB image, as large as that of the day."""
+        """Draws the RGB image, of the same size as by day."""
         rng = random.Random(f"night/{self.seed}")
         lit = Image.fromarray(_under_lamp(np.asarray(self.day.draw(), dtype=np.float32), rng).round().astype(np.uint8))
         camera = Light(
@@ -33,9 +33,9 @@ class Night:
 
 
 def _under_lamp(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Darkens pixels (H, W, 3) outside a cone of light that widens from the top of the picture to its foot."""
+    """Darkens pixels (H, W, 3) outside a cone of light, which widens from the top of the picture to the bottom."""
     height, width = pixels.shape[:2]
-    lamp, middle = rng.uniform(0.1, 0.9), rng.uniform(0.35, 0.65)  # the cone's axis at top and foot, in widths
+    lamp, middle = rng.uniform(0.1, 0.9), rng.uniform(0.35, 0.65)  # the cone's axis at top and bottom, in widths
     down = np.linspace(0, 1, height, dtype=np.float32)[:, None]
     across = np.linspace(0, 1, width, dtype=np.float32)[None, :]
     off_axis = np.abs(across - (lamp + (middle - lamp) * down)) / (0.15 + 0.65 * down)

@@ -1,4 +1,4 @@
-"""The things in the scenes, a short function each; they reach from -1 to 1 around the centre, y downwards."""
+"""The items in the scenes, one short function each. Coordinates are -1 to 1 around the centre, with y downwards."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from upperson.embedded.vocabulary import LOWER, SHOES, UPPER, Item
 
 
 def draw_item(canvas: Canvas, item: Item, x: float, y: float, size: float) -> None:
-    """An item with its centre and half size in pixels."""
+    """Draws an item with its centre (x, y) and half size in pixels."""
     b = _Brush(canvas, item, x, y, size)
     if item.kind in UPPER:
         _upper(b, item)
@@ -21,7 +21,7 @@ def draw_item(canvas: Canvas, item: Item, x: float, y: float, size: float) -> No
 
 
 class _Brush(Brush):
-    """A brush that has the colours of one item at hand."""
+    """A brush with the colours of one item."""
 
     def __init__(self, canvas: Canvas, item: Item, x: float, y: float, size: float):
         super().__init__(canvas, x, y, size, size)

@@ -1,4 +1,4 @@
-"""One image of the embedded data set: an identity in a view."""
+"""An image of the embedded data set: an identity in a view."""
 
 import random
 from dataclasses import dataclass, replace
@@ -14,13 +14,13 @@ from upperson.embedded.vocabulary import Item
 
 @dataclass(frozen=True)
 class Pedestrian:
-    """Drawn when asked for, the same pixels every time."""
+    """An image of a person. Every call of `draw` gives the same pixels."""
 
     identity: Identity
     view: View
 
     def draw(self) -> Image.Image:
-        """The RGB image, 192 high and 64 wide."""
+        """Draws the RGB image, 192 pixels high and 64 wide."""
         rng = random.Random(self.view.seed)
         canvas = Canvas(WIDTH, HEIGHT, (128, 128, 128))
         draw_background(canvas, self.view.place, rng)
@@ -30,13 +30,13 @@ class Pedestrian:
         return self.view.light.apply(canvas.finish(), self.view.seed)
 
     def visible(self) -> dict[str, Item]:
-        """The items that a caption may name, by part; items that this view hides are left out."""
+        """The items that a caption may mention, by part. Items that are hidden in this view are excluded."""
         person, facing = self.identity, self.view.facing
         parts = {"upper": person.upper, "lower": person.lower, "hair": person.hair, "hat": person.hat}
         if facing != "front":
             parts["upper"] = person.upper.without_logo()
         if person.hat or (facing == "front" and person.hair.kind in ("ponytail", "bun")):
-            parts["hair"] = replace(person.hair, kind="hair")  # its colour shows, its style does not
+            parts["hair"] = replace(person.hair, kind="hair")  # the colour is visible, the style is not
         if person.glasses and facing != "back":
             parts["glasses"] = Item("glasses", "black", (25, 25, 30))
         if not self.view.occluded:
@@ -47,7 +47,7 @@ class Pedestrian:
 
 
 def _bag_shows(bag: Item, hand: int, facing: str) -> bool:
-    """From the side the far hand, and what it holds, is behind the body."""
+    """Whether a bag is visible. Seen from the side, a bag in the far hand is behind the body."""
     if bag.kind == "backpack" or facing in ("front", "back"):
         return True
     return hand == (-1 if facing == "right" else 1)

@@ -1,7 +1,7 @@
-"""Trains the small CLIP on drawn scenes without people: `python -m upperson.embedded.pretrain`.
+"""Trains the small CLIP on synthetic scenes without people: `python -m upperson.embedded.pretrain`.
 
-Contrastive training as in CLIP (arXiv 2103.00020). Every pair is seen once: scene i of an endless series
-is drawn when step i // batch needs it, so what is seen depends on the seed alone.
+The training is contrastive, as in CLIP (arXiv 2103.00020). Every pair is used once. Scene i of an infinite series is
+drawn for step i // batch, so the training data depend only on the seed.
 """
 
 import argparse
@@ -29,7 +29,7 @@ LARGEST_SCALE = math.log(100)
 
 
 class Scenes(Dataset):
-    """Scene i of a series: its pixels [3, 128, 128] uint8 and its token ids [77] int64."""
+    """Scene i of a series: pixels [3, 128, 128] uint8 and token ids [77] int64."""
 
     def __init__(self, seed: int, count: int):
         self.seed, self.count = seed, count
@@ -44,7 +44,7 @@ class Scenes(Dataset):
 
 
 def encode_short_text(clip: Any, tokens: Tensor) -> Tensor:
-    """clip.encode_text without the padding behind the longest text, which a causal tower never sees."""
+    """clip.encode_text without the padding behind the longest text, which does not affect a causal tower."""
     ends = tokens.argmax(dim=-1)
     length = int(ends.max()) + 1
     x = clip.token_embedding(tokens[:, :length]) + clip.positional_embedding[:length]
@@ -55,7 +55,7 @@ def encode_short_text(clip: Any, tokens: Tensor) -> Tensor:
 def pretrain(
     seed: int, steps: int, batch_size: int, learning_rate: float, workers: int
 ) -> tuple[open_clip.CLIP, set[int]]:
-    """The trained CLIP and the ids of the tokens that its captions had."""
+    """The trained CLIP, and the ids of the tokens in its training captions."""
     torch.manual_seed(seed)
     clip = build_embedded_clip().train()
     optimizer = AdamW(_groups(clip), lr=learning_rate, betas=(0.9, 0.98), eps=1e-6)
@@ -87,7 +87,7 @@ def pretrain(
 
 
 def _groups(clip: open_clip.CLIP) -> list[dict]:
-    """Matrices decay; gains, biases and embeddings do not."""
+    """Parameter groups with weight decay for matrices only, not for gains, biases and embeddings."""
     decayed, kept = [], []
     for name, parameter in clip.named_parameters():
         (kept if parameter.ndim < 2 or "embedding" in name else decayed).append(parameter)
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
     parser.add_argument("--output", type=Path, default=CLIP_WEIGHTS)
     options = parser.parse_args()
     clip, tokens = pretrain(options.seed, options.steps, options.batch_size, options.learning_rate, options.workers)

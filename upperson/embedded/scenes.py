@@ -1,4 +1,4 @@
-"""Drawn scenes without people, for pretraining: garments on a wall, bags, shoes, toys, and where they are."""
+"""Synthetic scenes without people, for pretraining: garments, bags, shoes and toys in several places."""
 
 import random
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """One pretraining image with its caption."""
+    """An image for pretraining, with its caption."""
 
     things: tuple[Placed, ...]
     place: str
@@ -56,7 +56,7 @@ class Scene:
     seed: int
 
     def draw(self) -> Image.Image:
-        """The RGB image, 128 x 128; always the same pixels."""
+        """Draws the RGB image of 128 x 128 pixels. The pixels are always the same."""
         canvas = Canvas(SIZE, SIZE, (128, 128, 128), scale=2)
         draw_background(canvas, self.place, random.Random(self.seed))
         for thing in self.things:
@@ -65,7 +65,7 @@ class Scene:
 
 
 def draw_scene(seed: int, index: int) -> Scene:
-    """Scene `index` of the endless series that belongs to a seed."""
+    """Scene `index` of the infinite series of a seed."""
     rng = random.Random(f"scene/{seed}/{index}")
     things, words = rng.choices((_side_by_side, _shelf, _alone), (4, 2, 3))[0](rng)
     place = rng.choice(tuple(ROOMS))
@@ -82,7 +82,7 @@ def draw_scene(seed: int, index: int) -> Scene:
     return Scene(tuple(things), place, light, words[0].upper() + words[1:] + ".", rng.getrandbits(63))
 
 
-# -- arrangements: what stands where, and how one says so
+# -- arrangements: the placed items, and their description
 
 
 def _side_by_side(rng: random.Random) -> tuple[list[Placed], str]:
@@ -122,7 +122,7 @@ def _alone(rng: random.Random) -> tuple[list[Placed], str]:
 
 
 def _words(rng: random.Random, item: Item) -> str:
-    """Plain words alone: captions of pedestrians bring synonyms that the small CLIP has never read."""
+    """An item in words without synonyms: only the captions of pedestrians contain synonyms."""
     return noun_phrase(rng, item, _NAMES, synonyms=False)
 
 

@@ -1,4 +1,4 @@
-"""The things that the drawings show, and their names: shared by pedestrians, scenes and captions."""
+"""The items in the drawings, and their names. Pedestrians, scenes and captions share them."""
 
 import random
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ RGB = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Colour:
-    names: tuple[str, ...]  # synonyms; the first is the commonest
+    names: tuple[str, ...]  # synonyms; the first is the most frequent
     shades: tuple[RGB, ...]
-    weight: float  # how often it is worn
+    weight: float  # relative frequency
 
 
 COLOURS = {
@@ -35,7 +35,7 @@ COLOURS = {
 
 DENIM = ("blue", "dark blue", "light blue", "black", "grey")
 
-# kind -> names. A name in the plural takes no article ("blue jeans" or "a pair of blue jeans").
+# kind -> names. A plural name has no article ("blue jeans" or "a pair of blue jeans").
 UPPER = {
     "t-shirt": ("t-shirt", "tee", "short-sleeved top"),
     "shirt": ("shirt", "button-up shirt", "long-sleeved shirt"),
@@ -88,7 +88,7 @@ HAIR_COLOURS = {
 }
 SKIN = ((244, 206, 178), (230, 184, 150), (204, 152, 112), (164, 112, 76), (122, 80, 54), (90, 58, 42))
 
-# pattern -> (adjectives, endings with the second colour in them)
+# pattern -> (adjectives, endings with the second colour)
 PATTERNS = {
     "stripes": (("striped",), ("with {} stripes", "with horizontal {} stripes")),
     "vertical stripes": (("vertically striped",), ("with vertical {} stripes", "with {} pinstripes")),
@@ -103,7 +103,7 @@ PLURAL = frozenset({"trousers", "jeans", "shorts", *SHOES})
 
 @dataclass(frozen=True)
 class Item:
-    """A coloured thing: a garment, a bag, a toy car. `accent` is the second colour of its pattern."""
+    """A coloured item, such as a garment, a bag or a toy car. `accent` is the second colour of its pattern."""
 
     kind: str
     colour: str
@@ -113,17 +113,17 @@ class Item:
     accent_rgb: RGB | None = None
 
     def without_logo(self) -> "Item":
-        """The item as it looks from where a logo on its front does not show."""
+        """The item without a logo, as seen from a side where the logo on its front is not visible."""
         return Item(self.kind, self.colour, self.rgb) if self.pattern == "logo" else self
 
 
 def pick_colour(rng: random.Random, among: tuple[str, ...] = tuple(COLOURS)) -> str:
-    """A colour name, drawn as often as it is worn."""
+    """Samples a colour name by the weights of the colours."""
     return rng.choices(among, [COLOURS[name].weight for name in among])[0]
 
 
 def pick_item(rng: random.Random, kind: str, among: tuple[str, ...] = tuple(COLOURS), patterned: float = 0.0) -> Item:
-    """An item of one kind in a colour from `among`; with probability `patterned` in two colours."""
+    """Samples an item of a kind in a colour from `among`, and with probability `patterned` in two colours."""
     colour = pick_colour(rng, among)
     rgb = rng.choice(COLOURS[colour].shades)
     if rng.random() >= patterned:
@@ -133,5 +133,5 @@ def pick_item(rng: random.Random, kind: str, among: tuple[str, ...] = tuple(COLO
 
 
 def contrast(a: RGB, b: RGB) -> int:
-    """Sum of the absolute differences of the channels: 0 for the same colour, 765 for black and white."""
+    """The sum of the absolute differences of the channels: 0 for the same colour, 765 for black and white."""
     return sum(abs(x - y) for x, y in zip(a, b, strict=True))

@@ -1,4 +1,4 @@
-"""The shipped weights of the small CLIP: half precision, and of the token embedding only what was trained."""
+"""The shipped weights of the small CLIP, in half precision. The token embedding contains only trained rows."""
 
 import json
 import os
@@ -22,11 +22,11 @@ _ROWS, _IDS = "token_embedding.rows", "token_embedding.ids"
 
 
 class EmbeddedWeightsError(RuntimeError):
-    """The shipped weights are missing or damaged; the message says how to make them again."""
+    """Missing or damaged weights of the small CLIP. The message contains the command that creates them again."""
 
 
 def build_embedded_clip() -> open_clip.CLIP:
-    """The small CLIP with random weights, float32; its token embedding is always the same."""
+    """The small CLIP with random weights in float32. The token embedding is always the same."""
     clip: Any = open_clip.CLIP(**json.loads(CLIP_CONFIG.read_text()))
     with torch.no_grad():
         clip.token_embedding.weight.copy_(untrained_embedding(*clip.token_embedding.weight.shape))
@@ -34,13 +34,13 @@ def build_embedded_clip() -> open_clip.CLIP:
 
 
 def untrained_embedding(tokens: int, width: int) -> Tensor:
-    """The token embedding before training, [tokens, width] float32: normal with standard deviation 0.02."""
+    """The token embedding before training, [tokens, width] float32: normal, with standard deviation 0.02."""
     generator = np.random.Generator(np.random.PCG64(0))
     return torch.from_numpy(generator.standard_normal((tokens, width), dtype=np.float32) * np.float32(0.02))
 
 
 def save_embedded_clip(clip: open_clip.CLIP, trained_tokens: Iterable[int], path: Path = CLIP_WEIGHTS) -> None:
-    """Writes the weights in float16, atomically; of the token embedding only the rows of `trained_tokens`."""
+    """Writes the weights in float16, atomically, with only the rows of `trained_tokens` of the token embedding."""
     tensors = {name: tensor.detach().half().contiguous() for name, tensor in clip.state_dict().items()}
     ids = torch.tensor(sorted(set(trained_tokens)), dtype=torch.int32)
     tensors[_ROWS], tensors[_IDS] = tensors.pop(_EMBEDDING)[ids].contiguous(), ids
@@ -50,9 +50,9 @@ def save_embedded_clip(clip: open_clip.CLIP, trained_tokens: Iterable[int], path
 
 
 def load_embedded_clip(path: Path = CLIP_WEIGHTS) -> open_clip.CLIP:
-    """The pretrained small CLIP, float32, for 128 x 128 images normalised by OpenAI's mean and deviation.
+    """The pretrained small CLIP in float32, for 128 x 128 images normalised with OpenAI's mean and deviation.
 
-    Raises EmbeddedWeightsError where the file is missing, damaged or of another model.
+    Raises EmbeddedWeightsError for a file that is missing, damaged or of another model.
     """
     clip: Any = build_embedded_clip()
     try:
@@ -68,4 +68,4 @@ def load_embedded_clip(path: Path = CLIP_WEIGHTS) -> open_clip.CLIP:
     return clip.eval()
 
 
-_REBUILD = "`python -m upperson.embedded.pretrain` makes it again (about 8 minutes on two cores)"
+_REBUILD = "`python -m upperson.embedded.pretrain` creates the file again (about 8 minutes on two cores)"

@@ -1,6 +1,6 @@
-"""Evaluates a checkpoint, text → image and image → text, on the data set it was trained on or on any other.
+"""Evaluates a checkpoint, text → image and image → text, on the data set of its training or on any other.
 
-upperson evaluate runs/embedded-1/best.safetensors                          its own test split
+upperson evaluate runs/embedded-1/best.safetensors                          the test split of its training data
 upperson evaluate runs/embedded-1/best.safetensors --data embedded-night    cross-domain
 upperson evaluate --help                                                    every option
 """
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    from upperson.evaluate.evaluation import evaluate_checkpoint  # imports torch, which --help does not need
+    from upperson.evaluate.evaluation import evaluate_checkpoint  # a late import: --help does not need torch
     from upperson.model.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(options.checkpoint)
@@ -38,33 +38,33 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="upperson evaluate",
-        description="Evaluate a checkpoint in both directions. What is not given is as in the checkpoint.",
+        description="Evaluate a checkpoint in both directions. Other settings are those of the checkpoint.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .safetensors file that training wrote")
     parser.add_argument(
         "--data", choices=typing.get_args(Dataset), metavar="DATASET",
-        help=f"the data set to evaluate on (default: the one of training): {', '.join(typing.get_args(Dataset))}",
+        help=f"data set to evaluate on (default: that of the training): {', '.join(typing.get_args(Dataset))}",
     )  # fmt: skip
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data set; none for embedded ones")
-    parser.add_argument("--split", choices=("test", "val", "train"), default="test", help="which split (default: test)")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data set; not for embedded ones")
+    parser.add_argument("--split", choices=("test", "val", "train"), default="test", help="the split (default: test)")
     parser.add_argument(
         "--output", type=Path, metavar="DIR",
-        help="where results go (default: beside the checkpoint, CHECKPOINT-DATASET-SPLIT)",
+        help="folder of the results (default: beside the checkpoint, CHECKPOINT-DATASET-SPLIT)",
     )  # fmt: skip
-    parser.add_argument("--pretrained", metavar="FILE", help="the backbone's weights, where they have moved")
+    parser.add_argument("--pretrained", metavar="FILE", help="the backbone's weights, if the file has moved")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images or captions embedded at once")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that load images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="autocast; auto: bf16 on a GPU, fp32 on a CPU (default: auto)",
+        help="autocast dtype; auto: bf16 on a GPU, fp32 on a CPU (default: auto)",
     )  # fmt: skip
     return parser
 
 
 def _configuration(trained: Config, options: argparse.Namespace) -> Config:
-    """The checkpoint's configuration with the changes of the command line. ValueError names a field out of range."""
+    """The checkpoint's configuration with the changes of the command line. Raises ValueError for invalid fields."""
     changes = {
         "dataset": options.data,
         "data_root": options.data_root,
@@ -77,10 +77,10 @@ def _configuration(trained: Config, options: argparse.Namespace) -> Config:
     }
     changes = {field: value for field, value in changes.items() if value is not None}
     dataset = options.data or trained.data.dataset
-    if options.data_root is not None and trained.replace(dataset=dataset).data.is_drawn:
-        raise ValueError(f"--data-root: {dataset} is drawn, not read; name a data set by --data")
+    if options.data_root is not None and trained.replace(dataset=dataset).data.is_synthetic:
+        raise ValueError(f"--data-root: {dataset} is synthetic and has no files; choose a data set with --data")
     if options.data not in (None, trained.data.dataset):
-        changes.setdefault("data_root", None)  # the folder in the checkpoint is that of another data set
+        changes.setdefault("data_root", None)  # the checkpoint has the folder of another data set
     return trained.replace(**changes)
 
 

@@ -1,4 +1,4 @@
-"""The features of a split, and retrieval in either direction, text → image and image → text."""
+"""The features of a split, and retrieval in both directions, text → image and image → text."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from tqdm import tqdm
 
 from upperson.data import ImageCache, Sample, caption_loader, gallery, image_loader, queries
 from upperson.evaluate.metrics import Retrieval, retrieval_metrics
-from upperson.machine import ALONE, Group, autocast
+from upperson.machine import SINGLE_PROCESS, Group, autocast
 from upperson.model import AdaptedCLIP
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """G distinct images and Q captions in one space of E dimensions, not normalised, and whom they show."""
+    """The features of G distinct images and Q captions, of E dimensions and not normalised, and their person ids."""
 
     image_features: Tensor  # (G, E) float32, in the order of upperson.data.gallery
     text_features: Tensor  # (Q, E) float32, in the order of upperson.data.queries
@@ -24,13 +24,13 @@ class Embeddings:
     caption_person_ids: Tensor  # (Q,) int64
 
     def text_to_image(self) -> Retrieval:
-        """Every caption searches the images for those of its person. Raises RetrievalError as retrieval_metrics."""
+        """Ranks the images for every caption; images of its person match. Raises RetrievalError."""
         return retrieval_metrics(
             self.text_features, self.image_features, self.caption_person_ids, self.image_person_ids
         )
 
     def image_to_text(self) -> Retrieval:
-        """Every image searches the captions for those of its person. Raises RetrievalError as retrieval_metrics."""
+        """Ranks the captions for every image; captions of its person match. Raises RetrievalError."""
         return retrieval_metrics(
             self.image_features, self.text_features, self.image_person_ids, self.caption_person_ids
         )
@@ -45,20 +45,20 @@ def embed(
     workers: int = 0,
     precision: str = "fp32",
     progress: bool = True,
-    group: Group = ALONE,
+    group: Group = SINGLE_PROCESS,
     cache: ImageCache | None = None,
 ) -> Embeddings:
     """The features of the captions of `samples` and of their distinct images, computed on the model's device.
 
     Args:
-        model: on any device; compiled blocks run eagerly here.
-        samples: one for each caption.
-        batch_size: images or captions that are embedded at once.
-        workers: processes that load images.
+        model: model on any device; compiled blocks run eagerly.
+        samples: one sample for each caption.
+        batch_size: number of images or captions embedded at once.
+        workers: number of processes that load images.
         precision: "fp32", "bf16" or "fp16".
-        progress: whether a bar is shown.
-        group: processes that embed a share each; all of them get the whole.
-        cache: where image files come from instead, if there is one.
+        progress: whether a progress bar is shown.
+        group: processes that embed one share each; all of them get all features.
+        cache: image cache to read instead of image files.
 
     Raises DataError for an image that cannot be read.
     """
@@ -87,15 +87,14 @@ def embed(
         text_features = features(model.encode_text, own_captions, "captions")
     image_features = group.gather(image_features, len(images))
     text_features = group.gather(text_features, len(captions))
-    if device.type == "mps":  # which has no float64, in which the metrics are averaged
+    if device.type == "mps":  # mps has no float64, and the metrics are averaged in float64
         image_features, text_features = image_features.cpu(), text_features.cpu()
     return Embeddings(image_features, text_features, image_person_ids, caption_person_ids)
 
 
 def evaluate(model: AdaptedCLIP, samples: Sequence[Sample], **options: Any) -> Retrieval:
-    """Every caption of `samples` searches the distinct images of `samples`; `options` are those of `embed`.
+    """Ranks the distinct images of `samples` for every caption of `samples`; `options` are those of `embed`.
 
-    `top` of the result indexes the images in the order of `upperson.data.gallery`. Raises RetrievalError as
-    retrieval_metrics.
+    `top` of the result contains indices in the order of `upperson.data.gallery`. Raises DataError and RetrievalError.
     """
     return embed(model, samples, **options).text_to_image()

@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint on any data set, text → image and image → text, with one line for each query."""
+"""Evaluates a checkpoint on any data set, text → image and image → text, and writes one line for each query."""
 
 import json
 from collections.abc import Sequence
@@ -27,25 +27,25 @@ def evaluate_checkpoint(checkpoint: Checkpoint, config: Config, split: str, outp
 
     Args:
         checkpoint: the trained parameters.
-        config: the checkpoint's own configuration, with another data set, device, batch size, … in it.
+        config: the checkpoint's configuration, possibly with another data set, device, batch size, …
         split: "train", "val" or "test".
         output: folder for the results, the table and one line for each query; None: a folder beside the checkpoint.
 
-    Raises BackboneError, CheckpointError, DataError, RetrievalError or RunError that the user can mend, OSError
-    where nothing can be written.
+    Raises BackboneError, CheckpointError, DataError, RetrievalError or RunError for errors that the user can correct,
+    and OSError for a file that cannot be written.
     """
     device, precision = device_and_precision(config.train.device, config.train.precision)
     samples = read_splits(config.data, need=[split])[split]
-    if not config.data.is_drawn:
+    if not config.data.is_synthetic:
         check_images(samples)
     backend = config.model.backend
     if device.type != "cuda" and backend == "triton":
-        backend = "auto"  # it was trained on a GPU
+        backend = "auto"  # the model was trained on a GPU
     model = build_model(checkpoint, pretrained=config.model.pretrained, backend=backend).to(device)
     path = checkpoint.path
     output = output or path.with_name(f"{path.stem}-{config.data.dataset}-{split}")
     if (output / CONFIG).exists():
-        raise RunError(f"{output} holds a run, whose results this would overwrite; name another --output")
+        raise RunError(f"{output} contains a run, whose results would be overwritten; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
 
     embeddings = embed(
@@ -83,7 +83,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, config: Config, split: str, outp
 
 
 def name_of(data: DataConfig) -> str:
-    """The data set; "folder" is everybody's, so its path is part of the name."""
+    """The name of the data set. The name of a user's own folder includes its path."""
     if data.dataset == "folder" and data.data_root is not None:
         return f"folder {data.data_root.expanduser().resolve()}"
     return data.dataset
@@ -95,7 +95,7 @@ def _captions(samples: Sequence[Sample]) -> list[dict[str, Any]]:
 
 
 def _images(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """The fields of a line for each image in the order of upperson.data.gallery; a drawing has a number, not a path."""
+    """The fields of a line for each image, in the order of upperson.data.gallery. Synthetic images have no path."""
     images, person_ids = gallery(samples)
     image_ids = dict.fromkeys(sample.image_id for sample in samples)
     names = names_of(samples)
@@ -106,7 +106,7 @@ def _images(samples: Sequence[Sample]) -> list[dict[str, Any]]:
 
 
 def _lines(retrieval: Retrieval, queries: list[dict[str, Any]], entries: list[dict[str, Any]]) -> bytes:
-    """JSON lines, one for each query: its results, and the gallery entries that it finds, best first."""
+    """JSON lines, one for each query: its metrics, and its first gallery entries, best first."""
     columns = (
         retrieval.first_match, retrieval.average_precision, retrieval.inverse_negative_penalty, retrieval.top,
         retrieval.top_similarity,

@@ -10,27 +10,27 @@ from torch import Tensor
 from upperson.errors import RetrievalError
 
 CMC_LENGTH = 10
-BLOCK_ELEMENTS = 2**24  # similarities ranked at once: 20 000 images are ranked for 838 queries at a time
+BLOCK_ELEMENTS = 2**24  # similarities ranked at once; 20,000 images are ranked for 838 queries at a time
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """The ranks of Q queries among the gallery entries of their persons; in the order of the queries, on the CPU."""
+    """The metrics of Q queries, in the order of the queries, on the CPU. Entries of the query's person match."""
 
-    first_match: Tensor  # (Q,) int64: rank of the best match, from 1
+    first_match: Tensor  # (Q,) int64: rank of the first match, counted from 1
     average_precision: Tensor  # (Q,) float64, percent
     inverse_negative_penalty: Tensor  # (Q,) float64, percent
     top: Tensor  # (Q, at most 10) int64: gallery indices, best first
-    top_similarity: Tensor  # the similarities of these entries
+    top_similarity: Tensor  # (Q, at most 10): the similarities of these entries
 
     @property
     def cmc(self) -> tuple[float, ...]:
-        """Entry k - 1: the percentage of queries with a match among the first k; up to k = 10."""
+        """Entry k - 1: the percentage of queries with a match among the first k entries, for k up to 10."""
         return tuple(100 * (self.first_match <= k).double().mean().item() for k in range(1, CMC_LENGTH + 1))
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The averages over the queries, in percent, by their usual names."""
+        """The averages over the queries, in percent, by their common names."""
         cmc = self.cmc
         return {
             "R@1": cmc[0],
@@ -52,15 +52,14 @@ def retrieval_metrics(
     """Ranks the gallery by cosine similarity to each query.
 
     Args:
-        query_features, gallery_features: (Q, E) and (G, E), on one device; normalised here, in float32 at least.
+        query_features, gallery_features: (Q, E) and (G, E), on one device; they are normalised in float32 or wider.
         query_ids, gallery_ids: (Q,) and (G,), integer person ids.
-        block_elements: upper bound of Q' · G, where Q' queries are ranked at once.
+        block_elements: upper bound of Q' · G, where Q' is the number of queries ranked at once.
 
     Equal similarities keep the order of the gallery. Average precision is the mean of (k / rank of the k-th match) over
     the matches of a query. Inverse negative penalty is (number of matches / rank of the last match).
 
-    Raises RetrievalError for features that are not finite and for queries without a match, ValueError for shapes that
-    do not match.
+    Raises RetrievalError for non-finite features and for queries without a match, and ValueError for mismatched shapes.
     """
     if query_features.ndim != 2 or gallery_features.ndim != 2 or query_features.shape[1] != gallery_features.shape[1]:
         raise ValueError(
@@ -84,7 +83,7 @@ def retrieval_metrics(
 def similarity_metrics(
     similarity: Tensor, query_ids: Tensor, gallery_ids: Tensor, *, block_elements: int = BLOCK_ELEMENTS
 ) -> Retrieval:
-    """The same from a similarity matrix (Q, G); higher is more similar."""
+    """The same metrics from a similarity matrix (Q, G), where higher means more similar."""
     if similarity.ndim != 2:
         raise ValueError(f"expected a similarity matrix (Q, G), got {tuple(similarity.shape)}")
     _check_finite("similarities", similarity)
@@ -121,7 +120,7 @@ def _rank_in_blocks(
         block = slice(start, start + rows)
         similarity, order = similarity_of(block).sort(dim=1, descending=True, stable=True)
         matches = gallery_ids[order] == query_ids[block, None]
-        # (query, rank) of every match, ordered by query and then by rank: few values, however large the gallery
+        # (query, rank) of every match, ordered by query and then by rank: few values even for a large gallery
         query, rank = matches.nonzero(as_tuple=True)
         rank = rank + 1
         count = matches.sum(1)
@@ -129,7 +128,7 @@ def _rank_in_blocks(
         number_of_match = torch.arange(1, len(rank) + 1, device=device) - (end - count)[query]
         precision_sum = torch.zeros(len(count), dtype=torch.double, device=device)
         precision_sum.index_add_(0, query, number_of_match / rank.double())
-        results = (  # in the order of Retrieval; copied, since views would keep all blocks in memory
+        results = (  # in the order of Retrieval; cloned, since views would keep all blocks in memory
             rank[end - count],
             100 * precision_sum / count,
             100 * count / rank[end - 1].double(),
@@ -145,16 +144,16 @@ def _check_finite(name: str, values: Tensor) -> None:
     if not finite.all():
         bad = (~finite).nonzero().flatten()
         raise RetrievalError(
-            f"{name}: {len(bad)} of {len(values)} rows hold NaN or infinity, the first is row {bad[0].item()}"
+            f"{name}: {len(bad)} of {len(values)} rows contain NaN or infinity, the first is row {bad[0].item()}"
         )
 
 
 def _check_matches(query_ids: Tensor, gallery_ids: Tensor) -> None:
     if not len(query_ids) or not len(gallery_ids):
         raise RetrievalError(f"nothing to rank: {len(query_ids)} queries, {len(gallery_ids)} gallery entries")
-    alone = query_ids[~torch.isin(query_ids, gallery_ids)]
-    if len(alone):
+    unmatched = query_ids[~torch.isin(query_ids, gallery_ids)]
+    if len(unmatched):
         raise RetrievalError(
-            f"{len(alone)} of {len(query_ids)} queries have no match in the gallery, which leaves their "
-            f"metrics undefined; the first is person {alone[0].item()}"
+            f"{len(unmatched)} of {len(query_ids)} queries have no match in the gallery, which leaves their "
+            f"metrics undefined; the first is person {unmatched[0].item()}"
         )

@@ -1,4 +1,4 @@
-"""Pictures of a training: the curve, and the ten images that captions find."""
+"""Pictures of a training: the curve, and the first ten images of captions."""
 
 import io
 import textwrap
@@ -30,7 +30,7 @@ CAPTION_WIDTH = 150  # characters
 
 
 def curve(histories: Sequence[Sequence[dict[str, Any]]], split: str, results: Results) -> bytes:
-    """PNG of the training loss, and of R@1 and mAP on the split that was watched, by epoch; stages side by side.
+    """A PNG of the training loss, and of R@1 and mAP on the watched split, by epoch. Stages are side by side.
 
     There is one history for each stage of the training, with one entry for each epoch: epoch, loss, R@1 and mAP. The
     first entry, of epoch 0, was measured before training and has no loss.
@@ -84,25 +84,25 @@ def curve(histories: Sequence[Sequence[dict[str, Any]]], split: str, results: Re
         for axes in (left, right):
             axes.margins(y=0.1)
             axes.set_ylim(bottom=0)
-            axes.set_xlim(0.5, ended + 0.5)  # half an epoch beside the first and the last point
+            axes.set_xlim(0.5, ended + 0.5)  # half an epoch before the first and after the last point
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         return as_png(figure)
 
 
 def shown_queries(samples: Sequence[Sample], number: int) -> list[int]:
-    """The queries that a picture shows, evenly spaced through the split: not a selection of good ones."""
+    """The queries of a picture, evenly spaced in the split, so that good results are not selected."""
     number = min(number, len(samples))
     return [(2 * i + 1) * len(samples) // (2 * number) for i in range(number)]
 
 
 def top_ten(samples: Sequence[Sample], queries: Sequence[int], tops: Mapping[str, Sequence[Sequence[int]]]) -> bytes:
-    """PNG of the ten images that captions find, best first, right and wrong ones marked.
+    """A PNG of the first ten images of captions, best first, with frames for right and wrong images.
 
     Args:
         samples: the split.
         queries: the captions to show, as indices into `samples`.
-        tops: by method, for each of these captions, indices of the distinct images of `samples`. The rows of one
-            caption are below each other, with the name of the method if there are several.
+        tops: for each method and caption, indices of the distinct images of `samples`. The rows of one caption are
+            below each other, with the name of the method if there are several.
     """
     images, image_ids = gallery(samples)
     columns = max(len(top) for rows in tops.values() for top in rows)

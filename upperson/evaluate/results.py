@@ -1,4 +1,4 @@
-"""The record of a model on a split: the same for training, evaluation, checkpoints and tables."""
+"""The results of a model on a split, used by training, evaluation, checkpoints and tables."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Metrics = dict[str, float]  # percent, by METRICS
 
 @dataclass(frozen=True)
 class Results:
-    """A model on a split. Fields that do not apply are None, or empty."""
+    """The results of a model on a split. Fields that do not apply are None or empty."""
 
-    method: str  # its title
-    model: str  # the backbone, as --model names it
+    method: str  # title of the method
+    model: str  # the backbone, as in --model
     trained_on: str  # data set, or "folder PATH"
     evaluated_on: str
     split: str
@@ -32,20 +32,20 @@ class Results:
     images: int
     text_to_image: Metrics
     image_to_text: Metrics | None = None
-    selection: str | None = None  # how the epoch was chosen, a key of SELECTIONS
+    selection: str | None = None  # selection of the epoch, a key of SELECTIONS
     epoch: int | None = None
     epochs: int | None = None
-    loss: float | None = None  # of training, mean over the epoch
+    loss: float | None = None  # training loss, mean over the epoch
     losses: str | None = None
     seed: int | None = None
     trained: Mapping[str, int] = dataclasses.field(default_factory=dict)  # number of trained parameters by kind
     all_parameters: int | None = None
-    zero_shot: Metrics | None = None  # text → image, before training
-    start: Metrics | None = None  # text → image, of the checkpoint that training started from
+    zero_shot: Metrics | None = None  # text → image, of zero-shot CLIP
+    start: Metrics | None = None  # text → image, of the starting checkpoint
     checkpoint: str | None = None
     precision: str | None = None
-    stage: str | None = None  # name of the stage, where this is a stage of a training
-    title: str | None = None  # of the stage
+    stage: str | None = None  # name of the stage, if a training has several
+    title: str | None = None  # title of the stage
     stages: tuple[Results, ...] = ()
 
     @property
@@ -64,7 +64,7 @@ class Results:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field that applies, and the properties, for readers of the file."""
+        """All fields that apply, and the properties, for readers of the file."""
         derived = {
             "trained_parameters": self.trained_parameters,
             "domain": self.domain,
@@ -96,10 +96,10 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Raises RunError, which names the file, for anything that `write` did not write."""
+        """Reads results. Raises RunError with the path for a file that `write` did not write."""
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError, AttributeError) as error:
             raise RunError(
-                f"{path}: not results of this version ({error}); delete it, and the same command makes it again"
+                f"{path}: expected results of this version ({error}); delete the file and run the command again"
             ) from error

@@ -1,4 +1,4 @@
-"""Results as a table, for a terminal and as Markdown."""
+"""Results as tables, for a terminal and as Markdown."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,17 +8,17 @@ from upperson.evaluate.results import METRICS, Metrics, Results
 
 
 def text(results: Results) -> str:
-    """The table of a training for a terminal: before it, and after it or after each of its stages."""
+    """The table of a training for a terminal: the metrics before training and after each stage."""
     return "\n".join([_title(results), "", _table(results, "plain"), "", *_footnotes(results)])
 
 
 def markdown(results: Results) -> str:
-    """The same as Markdown."""
+    """The same table as Markdown."""
     return "\n".join([_title(results), "", _table(results, "pipe"), "", "\n\n".join(_footnotes(results)), ""])
 
 
 def both_directions(results: Results) -> str:
-    """Markdown that is readable in a terminal: the checkpoint, the data set, and the metrics of both directions."""
+    """The checkpoint, the data set and the metrics of both directions, as Markdown that is readable in a terminal."""
     sizes = (f"{results.captions:,}", f"{results.images:,}")
     rows = [
         (direction, *(f"{metrics[key]:.2f}" for key in METRICS), *counts)
@@ -41,13 +41,13 @@ def both_directions(results: Results) -> str:
 
 
 def pipe_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, the others to the right. The cells stay as they are."""
+    """A Markdown table of the given cells. The first column is aligned left, the others are aligned right."""
     alignment = ("left", *("right" for _ in header[1:]))
     return tabulate(rows, header, tablefmt="pipe", disable_numparse=True, colalign=alignment)
 
 
 def short(metrics: Metrics) -> str:
-    """The two metrics that a line of progress shows."""
+    """The two metrics of a progress line."""
     return f"R@1 {metrics['R@1']:5.2f}  mAP {metrics['mAP']:5.2f}"
 
 
@@ -88,4 +88,4 @@ def _selection(results: Results) -> str:
     epoch = "epoch not recorded" if results.epoch is None else f"epoch {results.epoch} of {results.epochs}"
     if results.selection is None:
         return f"{epoch}, no selection recorded"
-    return f"{epoch}, selected there by {results.selection} ({results.selection_meaning})"
+    return f"{epoch}, selection {results.selection} ({results.selection_meaning})"

@@ -1,7 +1,7 @@
-"""The losses of a training.
+"""The training losses.
 
 names.py      the losses by name, and a weighted sum of them as text: "sdm+0.5*id"
 pairs.py      sdm, itc, cmpm: losses over the pairs of a batch
-heads.py      id, mlm: losses with parameters of their own
+heads.py      id, mlm: losses with their own parameters
 objective.py  the weighted sum, computed from a model and a batch
 """

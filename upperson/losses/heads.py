@@ -1,9 +1,9 @@
-"""Two losses with parameters of their own, which retrieval does not need (IRRA, arXiv 2303.12501).
+"""Two losses with their own parameters, which retrieval does not need (IRRA, arXiv 2303.12501).
 
-id      identity classification: the image and the text feature name the person among those of the training split
-mlm     masked language modelling: a cross-modal transformer predicts the masked words while it looks at the image
+id      identity classification: the image and text features predict the person among those of the training split
+mlm     masked language modelling: a cross-modal transformer predicts the masked words from the caption and the image
 
-Checkpoints do not hold these heads.
+Checkpoints do not contain these heads.
 """
 
 from collections.abc import Iterable
@@ -15,14 +15,14 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from upperson.losses.names import NOT_MASKED
-from upperson.machine import ALONE, Group
+from upperson.machine import SINGLE_PROCESS, Group
 
 DEPTH = 4  # blocks of the cross-modal transformer
 HEAD_WIDTH = 64
 
 
 class IdentityClassifier(nn.Module):
-    """The id loss: mean of the cross entropies of W f + b for the image and for the text feature, not normalised."""
+    """The id loss: the mean of the cross entropies of W f + b for the image and the text feature f, not normalised."""
 
     def __init__(self, width: int, person_ids: Iterable[int]):
         super().__init__()
@@ -32,14 +32,14 @@ class IdentityClassifier(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(self.person_ids)))
 
     def forward(self, image_features: Tensor, text_features: Tensor, person_ids: Tensor) -> Tensor:
-        """Features (B, E), ids (B,), which need not be contiguous; a scalar, in float32 at least, also under autocast.
+        """The loss of features (B, E) and ids (B,): a scalar in float32 or wider, also under autocast.
 
-        Raises ValueError for a person who is not of the training split; on a GPU, which is not waited for, the next
-        operation that does wait ends with a device-side assertion.
+        Ids need not be contiguous. Raises ValueError for a person who is not in the training split. On a GPU the check
+        is asynchronous, and a device-side assertion fails instead.
         """
         classes = torch.searchsorted(self.person_ids, person_ids).clamp(max=len(self.person_ids) - 1)
         known = (self.person_ids[classes] == person_ids).all()
-        message = "person_ids: the id loss knows the people of the training split alone, found others"
+        message = "person_ids: expected people of the training split only, found others"
         if known.device.type == "cpu" and not known:
             raise ValueError(message)
         torch._assert_async(known, message)  # pyright: ignore[reportPrivateImportUsage]
@@ -52,14 +52,15 @@ class IdentityClassifier(nn.Module):
 
 
 class MaskedLanguageModel(nn.Module):
-    """The mlm loss: masked text tokens attend to the image's, four blocks of self-attention follow, and an MLP.
+    """The mlm loss: masked text tokens attend to the image's tokens; four blocks of self-attention and an MLP follow.
 
         x = attention(query=LN(text), key=value=LN(image));  x = LN(blocks(x));  logits = W LN(quickgelu(V x))
 
-    Padding behind the end token is masked out, so that a caption's loss does not depend on its batch; IRRA lets it in.
+    Padding behind the end token is masked, so that a caption's loss does not depend on its batch. IRRA does not mask
+    the padding.
     """
 
-    def __init__(self, width: int, vocabulary: int, group: Group = ALONE):
+    def __init__(self, width: int, vocabulary: int, group: Group = SINGLE_PROCESS):
         super().__init__()
         self.group = group
         heads = next(heads for heads in range(max(1, width // HEAD_WIDTH), 0, -1) if width % heads == 0)
@@ -75,14 +76,14 @@ class MaskedLanguageModel(nn.Module):
         self.initialise(width)
 
     def initialise(self, width: int) -> None:
-        """CLIP's own start of a transformer, as IRRA takes it: standard deviations by width and depth."""
+        """CLIP's initial values of a transformer, as in IRRA: standard deviations depend on width and depth."""
         inner, outer, wide = width**-0.5, width**-0.5 * (2 * DEPTH) ** -0.5, (2 * width) ** -0.5
         blocks: list[Any] = list(self.transformer.layers)
         for attention in (self.attention, *(block.self_attn for block in blocks)):
             nn.init.normal_(attention.in_proj_weight, std=inner)
             nn.init.normal_(attention.out_proj.weight, std=outer)
         for block in blocks:
-            block.linear1.reset_parameters()  # torch copies one block; biases of its own
+            block.linear1.reset_parameters()  # torch copies one block; each block needs its own biases
             block.linear2.reset_parameters()
             nn.init.normal_(block.linear1.weight, std=wide)
             nn.init.normal_(block.linear2.weight, std=outer)
@@ -92,13 +93,15 @@ class MaskedLanguageModel(nn.Module):
         nn.init.normal_(logits.weight, std=outer)
 
     def forward(self, image_tokens: Tensor, text_tokens: Tensor, ends: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross entropy over the masked tokens of all processes, a scalar in float32 at least; 0 without any.
+        """The mean cross entropy over the masked tokens of all processes, a scalar in float32 or wider.
+
+        The loss is 0 if no token is masked.
 
         Args:
             image_tokens: (B, N, E).
             text_tokens: (B, L, E), of the masked captions.
             ends: (B,) int64, the position of the end token of each caption.
-            labels: (B, ≥ L) int64, NOT_MASKED where nothing is to be predicted.
+            labels: (B, ≥ L) int64, NOT_MASKED for tokens that are not predicted.
         """
         length = text_tokens.shape[1]
         padding = torch.arange(length, device=ends.device) > ends[:, None]

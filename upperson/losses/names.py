@@ -4,21 +4,21 @@ import re
 
 PAIR_LOSSES = ("sdm", "itc", "cmpm")
 LOSSES = (*PAIR_LOSSES, "id", "mlm")
-NOT_MASKED = -100  # in labels: nothing is to be predicted here; PyTorch's cross entropy leaves such tokens out
+NOT_MASKED = -100  # label of a token that is not predicted; PyTorch's cross entropy ignores this label
 
 
 def parse_losses(text: str) -> dict[str, float]:
-    """Weights by name of a sum such as "sdm", "sdm+id" or "sdm+0.5*cmpm". Raises ValueError for anything else."""
+    """The weights by name of a sum such as "sdm", "sdm+id" or "sdm+0.5*cmpm". Raises ValueError for other texts."""
     weights: dict[str, float] = {}
     for term in text.split("+"):
         found = re.fullmatch(r"\s*(?:(\d+\.?\d*|\.\d+)\s*\*\s*)?([a-z]+)\s*", term)
         if found is None or found[2] not in LOSSES:
             raise ValueError(
-                f"{text!r} is not allowed; expected a sum of {', '.join(LOSSES)}, each with a weight if "
-                "wanted, such as sdm+0.5*itc"
+                f"{text!r} is not allowed; expected a sum of {', '.join(LOSSES)}, each with an optional weight, such "
+                "as sdm+0.5*itc"
             )
         if found[2] in weights:
-            raise ValueError(f"{text!r} is not allowed; {found[2]} stands in it twice")
+            raise ValueError(f"{text!r} is not allowed; it contains {found[2]} twice")
         weights[found[2]] = float(found[1] or 1)
         if weights[found[2]] == 0:
             raise ValueError(f"{text!r} is not allowed; the weight of {found[2]} must be above 0")

@@ -1,6 +1,6 @@
 """The weighted sum of losses that training minimises, computed from a model and a batch.
 
-Where several processes train together, all losses are those of the whole batch; see upperson/machine.py.
+With several processes, all losses are those of the whole batch; see upperson/machine.py.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from torch import Tensor, nn
 from upperson.losses.heads import IdentityClassifier, MaskedLanguageModel
 from upperson.losses.names import NOT_MASKED, parse_losses
 from upperson.losses.pairs import PAIR_LOSSES
-from upperson.machine import ALONE, Group
+from upperson.machine import SINGLE_PROCESS, Group
 
 if TYPE_CHECKING:
     from upperson.model import AdaptedCLIP
 
 
 class Objective(nn.Module):
-    """The sum of the losses that `losses` names, such as "sdm" or "sdm+0.5*id+mlm".
+    """The sum of the losses in `losses`, such as "sdm" or "sdm+0.5*id+mlm".
 
     Args:
         losses: see upperson.losses.names.parse_losses.
-        temperature: of SDM and ITC.
-        width: E, that of the embeddings.
+        temperature: temperature of SDM and ITC.
+        width: width E of the embeddings.
         vocabulary: number of tokens, for mlm.
-        person_ids: those of the training split, in any order and number; for id.
-        mask_captions: the captions of a batch are masked as mlm's are, so that all losses share one pass through the
-            text tower (DataConfig.mask_captions).
-        group: the processes that have a share of each batch.
+        person_ids: person ids of the training split, in any order, with or without repetitions; for id.
+        mask_captions: whether the captions of a batch are masked as for mlm, so that all losses share one pass through
+            the text tower (DataConfig.mask_captions).
+        group: the processes that share each batch.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Objective(nn.Module):
         person_ids: Iterable[int],
         *,
         mask_captions: bool = False,
-        group: Group = ALONE,
+        group: Group = SINGLE_PROCESS,
     ):
         super().__init__()
         self.weights = parse_losses(losses)
@@ -54,7 +54,7 @@ class Objective(nn.Module):
         self.mlm = MaskedLanguageModel(width, vocabulary, group) if "mlm" in self.weights else None
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of the heads: objective.{id,mlm}.…"""
+        """The parameters of the heads, named objective.{id,mlm}.…"""
         return {f"objective.{name}": parameter for name, parameter in self.named_parameters()}
 
     def heads(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -65,9 +65,10 @@ class Objective(nn.Module):
     def forward(
         self, model: AdaptedCLIP, batch: Mapping[str, Tensor], pairs: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and the single losses by name, all scalars, of a batch of upperson.data.train_loader.
+        """The weighted sum and the losses by name, all scalars, for a batch of upperson.data.train_loader.
 
-        Several processes give their shares of a batch of `pairs` in all, and get the same losses, those of the whole.
+        With several processes, each passes its share of a batch of `pairs` pairs, and all get the losses of the whole
+        batch.
         """
         images, captions, person_ids = batch["images"], batch["captions"], batch["person_ids"]
         pairs = len(person_ids) if pairs is None else pairs
@@ -81,7 +82,7 @@ class Objective(nn.Module):
             counted = torch.arange(len(labels), device=labels.device) < len(self.group.share_of(pairs))
             labels = labels.where(counted[:, None], NOT_MASKED)
             losses["mlm"] = self.mlm(image_tokens, text_tokens, ends, labels)
-            if self.weights.keys() != {"mlm"} and not self.mask_captions:  # the others see them unmasked
+            if self.weights.keys() != {"mlm"} and not self.mask_captions:  # the other losses need unmasked captions
                 text_features = model.encode_text(captions)
         image_features, text_features, person_ids = (
             self.group.gather(x, pairs) for x in (image_features, text_features, person_ids)
@@ -96,7 +97,7 @@ class Objective(nn.Module):
 
 
 class LossesOfModel(nn.Module):
-    """Objective and model in one, batch in and losses out: what DistributedDataParallel can wrap."""
+    """Objective and model in one module, from a batch to its losses, as DistributedDataParallel requires."""
 
     def __init__(self, objective: Objective, model: AdaptedCLIP):
         super().__init__()

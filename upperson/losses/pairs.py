@@ -1,13 +1,13 @@
 """Losses over the pairs of a batch.
 
-sdm     similarity distribution matching (IRRA, arXiv 2303.12501, Eq. 5-6), which UP-Person trains with
+sdm     similarity distribution matching (IRRA, arXiv 2303.12501, Eq. 5-6), UP-Person's loss
 itc     image-text contrast (CLIP, arXiv 2103.00020): each pair is its own class
 cmpm    cross-modal projection matching (Zhang and Lu, ECCV 2018, Eq. 1-6)
 
-All take image and text features (B, E) of any floating dtype, not normalised; row i of both is one pair. The person ids
-are (B,) integers; pairs of one person are positives of each other. All return a scalar, computed in float32 at least,
-also under autocast. They raise ValueError for shapes that do not match and for a batch of one pair, which has no
-negatives.
+All losses take image and text features (B, E) of any floating dtype, not normalised; row i of both is one pair. The
+person ids are (B,) integers; pairs of one person are positives of each other. All losses return a scalar, computed in
+float32 or wider, also under autocast. They raise ValueError for mismatched shapes and for a batch of one pair, which
+has no negatives.
 """
 
 import torch
@@ -68,7 +68,8 @@ def cmpm_loss(
         p_i = softmax_j(f_i · g_j / |g_j|)        t_ij = [same person] / (number of the same person)^½
         loss = mean_i Σ_j p_ij (log p_ij − log(t_ij + epsilon)),  in both directions
 
-    The labels are divided by their L2 norm, as in the field's code: no distribution, so the loss may be negative.
+    The labels are divided by their L2 norm, as in the field's code. They are not a distribution, so the loss may be
+    negative.
     """
     images, texts = _checked(image_features, text_features, person_ids, "cmpm_loss")
     with torch.autocast(images.device.type, enabled=False):
@@ -87,12 +88,12 @@ def _divergence(logits: Tensor, log_target: Tensor) -> Tensor:
 
 
 def _same_person(person_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, B): 1 where both pairs show one person."""
+    """(B, B): 1 if both pairs show the same person, else 0."""
     return (person_ids.unsqueeze(0) == person_ids.unsqueeze(1)).to(dtype)
 
 
 def _checked(image_features: Tensor, text_features: Tensor, person_ids: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """The features in float32 at least."""
+    """The features in float32 or wider. Raises ValueError for invalid shapes."""
     if image_features.ndim != 2 or image_features.shape != text_features.shape:
         raise ValueError(
             f"{name} expects image and text features of one shape (B, E), got "

@@ -1,13 +1,13 @@
-"""The methods: each a file that says what is trained in a CLIP and how. README.md tells how to add one.
+"""The methods. Each file defines a method: the trained modules and the recipe. README.md shows how to add a method.
 
-    method.py              what a method is
+    method.py              the base class of all methods
     up_person.py           UP-Person: salable prefixes, LoRA, L-Adapters, and their variants
     cskt.py                CSKT: prompts coupled between the towers, adapters beside the MLP
     prompt_decoupling.py   Prompt Decoupling: prompts first, then the encoders
     full_fine_tuning.py    all of CLIP
     zero_shot.py           nothing
 
-The modules that they put into a CLIP stand in upperson/petl/.
+The modules that the methods add to a CLIP are in upperson/petl/.
 """
 
 from upperson.methods.cskt import CSKT

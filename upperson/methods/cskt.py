@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CSKT(Method):
-    """Its two parts, each of which may stand alone, with the released code's values."""
+    """Options of CSKT. Each of its two parts can be disabled. The defaults are the released code's values."""
 
     name: ClassVar[str] = "cskt"
 
-    prompts: bool = option(True, "prompts in both towers, each projected into the other one, too")
+    prompts: bool = option(True, "prompts in both towers, each also projected into the other tower")
     prompt_length: int = option(
-        4, "prompts n that a layer of each tower has of its own; with the other tower's it carries 2 n", at_least=1
+        4, "number n of a layer's own prompts; with those of the other tower, a layer has 2 n", at_least=1
     )
     depth_prompt: int | None = option(
-        None, "prompts in the first so many layers; none: in all of the shallower tower", at_least=1
+        None, "number of first layers with prompts; none: all layers of the shallower tower", at_least=1
     )
     prompt_positions: bool = option(
-        True, "text prompts take 2 n positions of the caption, whose words move behind them and are cut at the end; "
-        "else words stay and prompts have none"
+        True, "text prompts take 2 n positions of the caption; its words move behind them and are truncated at the "
+        "end; otherwise words keep their positions, and prompts have none"
     )  # fmt: skip
-    adapters: bool = option(True, "an adapter with a LayerNorm of its own beside each MLP")
-    adapter_reduction: int = option(8, "adapter width is tower width / this", at_least=1)
-    adapter_scale_image: float = option(0.1, "constant factor on the adapters of the image tower")
-    adapter_scale_text: float = option(4.0, "constant factor on those of the text tower")
+    adapters: bool = option(True, "an adapter with its own LayerNorm beside each MLP")
+    adapter_reduction: int = option(8, "tower width / adapter width", at_least=1)
+    adapter_scale_image: float = option(0.1, "constant factor of the adapters in the image tower")
+    adapter_scale_text: float = option(4.0, "constant factor of the adapters in the text tower")
 
     @property
     def title(self) -> str:
@@ -47,15 +47,15 @@ class CSKT(Method):
         return 2 * self.prompt_length if self.prompts and self.prompt_positions else 0
 
     @classmethod
-    def recipe(cls, drawn: bool) -> dict[str, Any]:
+    def recipe(cls, synthetic: bool) -> dict[str, Any]:
         """The recipe of the released code; weight decay, schedule and temperature are UP-Person's."""
-        if drawn:
+        if synthetic:
             return {"adapter_reduction": 4}
         return {"learning_rate": 3e-4, "bias_learning_rate": 6e-4, "mask_captions": False}
 
     @classmethod
-    def sweeps(cls, drawn: bool) -> dict[str, dict[str, dict[str, Any]]]:
-        """128 prompts have no room in a caption's 77 positions, and 64 leave eleven words."""
+    def sweeps(cls, synthetic: bool) -> dict[str, dict[str, dict[str, Any]]]:
+        """Prompts with positions end at 64: these leave eleven words of a caption's 77 positions."""
         lengths, reductions = (2, 4, 8, 16, 32, 64), (100, 32, 16, 8, 4, 2)
         return {
             "prompts a layer, taking positions of the caption": {
@@ -70,8 +70,8 @@ class CSKT(Method):
         }
 
     def modules(self, towers: Towers) -> dict[Place, nn.Module]:
-        """Prompts in layers i < depth, the input counting as layer 0; adapters in all blocks, whatever the depth."""
-        from upperson.petl import CoupledPrompt, NormedAdapter  # imports torch, which options do not need
+        """Prompts in layers i < depth, where the input is layer 0; adapters in all blocks."""
+        from upperson.petl import CoupledPrompt, NormedAdapter  # a late import: options do not need torch
 
         widths = {tower: blocks[0].attn.embed_dim for tower, blocks in towers.items()}
         scales = {"image": self.adapter_scale_image, "text": self.adapter_scale_text}

@@ -1,4 +1,4 @@
-"""Full fine-tuning: all weights of CLIP that its features depend on are trained."""
+"""Full fine-tuning: all weights of CLIP that affect its features are trained."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -8,7 +8,7 @@ from upperson.methods.method import Method
 
 @dataclass(frozen=True)
 class FullFineTuning(Method):
-    """All of CLIP, at the learning rate of IRRA (arXiv 2303.12501)."""
+    """Trains all of CLIP, with the learning rate of IRRA (arXiv 2303.12501)."""
 
     name: ClassVar[str] = "full"
 
@@ -21,5 +21,5 @@ class FullFineTuning(Method):
         return True
 
     @classmethod
-    def recipe(cls, drawn: bool) -> dict[str, Any]:
-        return {"learning_rate": 3e-4 if drawn else 1e-5}
+    def recipe(cls, synthetic: bool) -> dict[str, Any]:
+        return {"learning_rate": 3e-4 if synthetic else 1e-5}

@@ -30,88 +30,90 @@ class Place(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A part of a training: a run of its own, which starts from the checkpoint of the stage before."""
+    """A stage of a training. Each stage is a run, which starts from the checkpoint of the previous stage."""
 
-    name: str  # its folder in the run folder
-    title: str  # in the field's words
-    changes: dict[str, Any]  # fields of the configuration
+    name: str  # the stage's folder in the run folder
+    title: str  # name for readers
+    changes: dict[str, Any]  # changed fields of the configuration
 
 
 @dataclass(frozen=True)
 class Method(Checked):
-    """The base of all methods. Its subclasses are frozen dataclasses whose fields, made by upperson.fields.option, are
-    the method's options: flags on the command line, and in the configuration of a checkpoint.
+    """The base class of all methods.
 
-    A subclass has a `name`, and overrides the properties below whose default does not fit.
+    A subclass is a frozen dataclass. Its fields, made by upperson.fields.option, are the method's options: flags on the
+    command line, and fields in the configuration of a checkpoint. A subclass has a `name`, and overrides the properties
+    below whose default does not fit.
     """
 
     name: ClassVar[str]
 
     @property
     def title(self) -> str:
-        """The method in the field's words, for tables."""
+        """The method's name for readers, as in tables."""
         return self.name
 
     @property
     def trains(self) -> bool:
-        """Whether there is anything to train."""
+        """Whether the method trains any parameters."""
         return True
 
     @property
     def trains_clip(self) -> bool:
-        """Whether CLIP's own weights change; checkpoints then hold them."""
+        """Whether CLIP's own weights are trained. Checkpoints then contain them."""
         return False
 
     @property
     def positions_taken(self) -> int:
-        """Number of positions behind a caption's start token that prompts take from its words."""
+        """The number of positions behind a caption's start token that prompts occupy."""
         return 0
 
     @classmethod
-    def recipe(cls, drawn: bool) -> dict[str, Any]:
-        """The fields of the configuration that the method is trained with, where they differ from UP-Person's.
+    def recipe(cls, synthetic: bool) -> dict[str, Any]:
+        """The fields of the training configuration that differ from UP-Person's.
 
-        `drawn`: on the embedded data and CLIP, which are smaller.
+        `synthetic`: whether the embedded data and CLIP are used, which are smaller.
         """
         return {}
 
     @classmethod
-    def sweeps(cls, drawn: bool) -> dict[str, dict[str, dict[str, Any]]]:
-        """The options that a figure varies: title of an axis → label of a point → the fields that the point changes."""
+    def sweeps(cls, synthetic: bool) -> dict[str, dict[str, dict[str, Any]]]:
+        """The options that a figure varies: title of an axis → label of a point → changed fields."""
         return {}
 
     def modules(self, towers: Towers) -> dict[Place, nn.Module]:
         """New trained modules with initial values, by their places in the model.
 
-        The kinds are upperson.model.block.KINDS. A tower has prompts in its first layers, or prefixes anywhere, but not
-        both. Raises MethodError.
+        The kinds are upperson.model.block.KINDS. A tower has either prompts in its first layers or prefixes in any
+        blocks. Raises MethodError for options that do not fit the towers.
         """
         return {}
 
     def decided(self) -> dict[str, Any]:
-        """Fields of the configuration that the method's own options override."""
+        """The fields of the configuration that the method's options override."""
         return {}
 
     @property
     def continues(self) -> bool:
-        """Whether a training must start from the parameters of an earlier one (--start-from)."""
+        """Whether a training must start from the parameters of an earlier training (--start-from)."""
         return False
 
     def stages(self) -> Sequence[Stage]:
-        """The stages of a training, each a run of its own; empty for a training in one piece."""
+        """The stages of a training; empty for a training in one stage."""
         return ()
 
     def without(self, kinds: Iterable[str]) -> Method:
-        """The method that remains after its modules of these kinds were folded into CLIP's weights.
+        """The method that remains after its modules of these kinds were merged into CLIP's weights.
 
-        CLIP's own weights, where the method trains them, have then become the backbone (upperson/deploy/merge.py).
+        If the method trains CLIP's own weights, these have become the backbone (upperson/deploy/merge.py). Raises
+        MethodError unless the method defines the remaining method.
         """
         if folded := list(kinds):
-            raise MethodError(f"{self.title} does not say what is left of it without {', '.join(folded)}")
+            raise MethodError(f"{self.title} does not define the method that remains without {', '.join(folded)}")
         return self
 
 
 def require_room(tower: str, field: str, value: int | None, most: int, what: str = "the number of blocks") -> None:
-    """MethodError for an option above what a tower has."""
+    """Raises MethodError for an option above the limit of a tower."""
     if (value or 0) > most:
         raise MethodError(f"{field}: {value} is more than {what} of the {tower} tower, {most}")

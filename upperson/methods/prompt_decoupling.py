@@ -1,9 +1,9 @@
 """Prompt Decoupling (arXiv 2401.02173): prompts adapt CLIP to the domain, then fine-tuning adapts it to the task.
 
 Stage one trains prompts in both towers, with both encoders frozen; stage two freezes the prompts and fine-tunes the
-encoders. No code was released and the hyper-parameters could not be found. What is known is the backbone, CLIP
-ViT-B/16, and these two stages; the rest are defaults of this project: deep prompts without coupling, of length 4, the
-SDM loss in both stages, stage two at a learning rate of 1e-5.
+encoders. No code was released, and the hyper-parameters could not be found. Only the backbone, CLIP ViT-B/16, and these
+two stages are known. The rest are defaults of this project: deep prompts without coupling, of length 4, the SDM loss in
+both stages, and a learning rate of 1e-5 in stage two.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptDecoupling(Method):
-    """The prompts and the two stages. Stage one is trained as --epochs, --learning-rate and --losses say."""
+    """Options of the prompts and of stage two. --epochs, --learning-rate and --losses apply to stage one."""
 
     name: ClassVar[str] = "prompt-decoupling"
 
     stage: Literal["both", "prompts", "encoders"] = option(
-        "both", "one after the other; or only the prompts, or only the encoders, with --start-from a checkpoint of the "
+        "both", "both stages in turn; or only the prompts; or only the encoders, with --start-from a checkpoint of the "
         "prompts"
     )  # fmt: skip
-    prompt_length: int = option(4, "prompts in a layer, each tower its own", at_least=1)
-    depth_prompt: int | None = option(None, "prompts in the first so many layers; none: in all", at_least=1)
+    prompt_length: int = option(4, "number of prompts in a layer of each tower", at_least=1)
+    depth_prompt: int | None = option(None, "number of first layers with prompts; none: all layers", at_least=1)
     prompt_positions: bool = option(
-        True, "text prompts take positions of the caption, whose words move behind them and are cut at the end; else "
-        "words stay and prompts have none"
+        True, "text prompts take positions of the caption; its words move behind them and are truncated at the end; "
+        "otherwise words keep their positions, and prompts have none"
     )  # fmt: skip
     encoder_epochs: int = option(60, "epochs of stage two", at_least=1)
-    encoder_warmup_epochs: int = option(5, "epochs of linear warm-up in stage two; fewer than its epochs", at_least=0)
+    encoder_warmup_epochs: int = option(
+        5, "epochs of linear warm-up in stage two; must be below encoder_epochs", at_least=0
+    )
     encoder_learning_rate: float = option(1e-5, "learning rate of stage two", above=0)
     encoder_losses: str = option("sdm", "losses of stage two, as in --losses")
 
@@ -68,8 +70,8 @@ class PromptDecoupling(Method):
         return self.prompt_length if self.prompt_positions else 0
 
     @classmethod
-    def recipe(cls, drawn: bool) -> dict[str, Any]:
-        if drawn:
+    def recipe(cls, synthetic: bool) -> dict[str, Any]:
+        if synthetic:
             return {
                 "learning_rate": 1e-2,
                 "encoder_epochs": 4,
@@ -79,7 +81,7 @@ class PromptDecoupling(Method):
         return {"learning_rate": 1e-3, "mask_captions": False}
 
     def decided(self) -> dict[str, Any]:
-        """Stage two is trained as the options for it say."""
+        """The fields of stage two, from its options."""
         if self.stage != "encoders":
             return {}
         return {
@@ -100,8 +102,8 @@ class PromptDecoupling(Method):
         )
 
     def modules(self, towers: Towers) -> dict[Place, nn.Module]:
-        """Prompts in layers i < depth, the input counting as layer 0."""
-        from upperson.petl import Prompt  # imports torch, which options do not need
+        """Prompts in layers i < depth, where the input is layer 0."""
+        from upperson.petl import Prompt  # a late import: options do not need torch
 
         modules: dict[Place, nn.Module] = {}
         for tower, blocks in towers.items():
@@ -111,5 +113,5 @@ class PromptDecoupling(Method):
         return modules
 
     def without(self, kinds: Iterable[str]) -> PromptDecoupling:
-        """The encoders have become the backbone."""
+        """The prompts only, since the encoders have become the backbone."""
         return replace(self, stage="prompts")

@@ -1,5 +1,6 @@
-"""UP-Person (arXiv 2504.10084): salable prefixes, LoRA and L-Adapters in every block of a frozen CLIP, and the variants
-that its tables compare.
+"""UP-Person (arXiv 2504.10084): salable prefixes, LoRA and L-Adapters in every block of a frozen CLIP.
+
+The options also cover the variants that the paper's tables compare.
 """
 
 from __future__ import annotations
@@ -30,30 +31,30 @@ TITLES = {
 
 @dataclass(frozen=True)
 class UPPerson(Method):
-    """The modules of each block. Depths count blocks from the input."""
+    """Options of the modules in each block. Depths count blocks from the input."""
 
     name: ClassVar[str] = "up-person"
 
     prefix: Literal["salable", "vanilla", "none"] = option(
         "salable",
-        "prefix in the attention: with a learnable λ (S-Prefix), without (prefix tuning), or none",
+        "prefix in the attention: with a learnable λ (S-Prefix), without λ (prefix tuning), or none",
         added=True,
     )
-    prefix_length: int = option(10, "prefix tokens P in a block, each tower its own", at_least=1)
-    prefix_scale: float = option(10.0, "initial value of the learnable λ on the salable prefix")
+    prefix_length: int = option(10, "number P of prefix tokens in a block of each tower", at_least=1)
+    prefix_scale: float = option(10.0, "initial value of the learnable λ of the salable prefix")
     scale_target: Literal["weights", "logits"] = option(
-        "weights", "what λ multiplies: the prefix's attention weights (the paper's Eq. 15) or its logits"
+        "weights", "target of λ: the prefix's attention weights (the paper's Eq. 15) or its logits"
     )
     lora: Literal["lora", "dora", "wora", "none"] = option(
         "lora", "low-rank update of the key and value projections: LoRA, DoRA, WoRA, or none", added=True
     )
-    lora_rank: int = option(32, "rank of that update", at_least=1)
+    lora_rank: int = option(32, "rank of the low-rank update", at_least=1)
     adapter_attn: AdapterKind = option("l-parallel", f"adapter at the attention: {PLACES}", added=True)
     adapter_mlp: AdapterKind = option("l-parallel", "adapter at the MLP, of the same kinds", added=True)
-    adapter_reduction: int = option(8, "adapter width is tower width / this", at_least=1)
-    depth_prefix: int | None = option(None, "prefix in the first so many blocks; none: in all", at_least=0)
-    depth_lora: int | None = option(None, "LoRA in the first so many blocks; none: in all", at_least=0)
-    depth_adapter: int = option(0, "adapters in all but the first so many blocks", at_least=0)
+    adapter_reduction: int = option(8, "tower width / adapter width", at_least=1)
+    depth_prefix: int | None = option(None, "number of first blocks with a prefix; none: all blocks", at_least=0)
+    depth_lora: int | None = option(None, "number of first blocks with LoRA; none: all blocks", at_least=0)
+    depth_adapter: int = option(0, "number of first blocks without adapters", at_least=0)
 
     @property
     def title(self) -> str:
@@ -67,18 +68,18 @@ class UPPerson(Method):
         return "UP-Person" if parts == ["S-Prefix", "LoRA", "L-Adapter"] else " + ".join(parts)
 
     @classmethod
-    def sweeps(cls, drawn: bool) -> dict[str, dict[str, dict[str, Any]]]:
-        """Figure 6."""
+    def sweeps(cls, synthetic: bool) -> dict[str, dict[str, dict[str, Any]]]:
+        """The axes of the paper's Figure 6."""
         values: dict[str, tuple[int, ...]] = {
-            "lora_rank": (2, 4, 8, 16) if drawn else (8, 16, 32, 64),
-            "prefix_length": (1, 2, 4, 8) if drawn else (2, 6, 10, 14, 18),
-            "adapter_reduction": (2, 4, 8, 16) if drawn else (4, 8, 16, 32),
+            "lora_rank": (2, 4, 8, 16) if synthetic else (8, 16, 32, 64),
+            "prefix_length": (1, 2, 4, 8) if synthetic else (2, 6, 10, 14, 18),
+            "adapter_reduction": (2, 4, 8, 16) if synthetic else (4, 8, 16, 32),
         }
         return {field: {str(value): {field: value} for value in numbers} for field, numbers in values.items()}
 
     def modules(self, towers: Towers) -> dict[Place, nn.Module]:
         """LoRA and prefix in blocks i < depth, adapters in blocks i ≥ depth."""
-        from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES  # imports torch, which options do not need
+        from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES  # a late import: options do not need torch
 
         modules: dict[Place, nn.Module] = {}
         for tower, blocks in towers.items():
@@ -104,6 +105,6 @@ class UPPerson(Method):
         return modules
 
     def without(self, kinds: Iterable[str]) -> UPPerson:
-        """Its kinds of modules are the fields that choose them."""
+        """The same method with the option of each merged kind set to "none"."""
         own = ("prefix", "lora", "adapter_attn", "adapter_mlp")
         return replace(self, **{kind: "none" for kind in kinds if kind in own})

@@ -1,4 +1,4 @@
-"""Zero-shot CLIP: nothing is trained, the backbone is measured as it is."""
+"""Zero-shot CLIP: the backbone is evaluated without training."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,7 +8,7 @@ from upperson.methods.method import Method
 
 @dataclass(frozen=True)
 class ZeroShot(Method):
-    """CLIP as it is."""
+    """CLIP without training."""
 
     name: ClassVar[str] = "zero-shot"
 

@@ -1,13 +1,14 @@
-"""open_clip's towers, frozen, with a method's trained modules in every block.
+"""The model: open_clip's frozen towers, with a method's trained modules in every block.
 
-backbone.py      builds and loads the open_clip model, and fits it to upright images
-weights.py       reads the files that its weights come from
+backbone.py      builds and loads the open_clip model, and adapts it to upright images
+download.py      published weights, from the local cache or downloaded
+weights.py       files with the weights of a CLIP
 block.py         one transformer block with trained modules, on the fused operators
 attention.py     attention of a single query, for the last block
 prompts.py       prompts, which enter the blocks as a prefix
-captions.py      captions without padding
+captions.py      packed captions, without padding
 adapted_clip.py  the model
-checkpoint.py    what a checkpoint holds, and the model that it gives
+checkpoint.py    the content of a checkpoint, and its model
 tensor_files.py  the file format of checkpoints and resume states
 """
 

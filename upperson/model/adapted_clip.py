@@ -1,4 +1,4 @@
-"""The model: a frozen open_clip CLIP whose blocks carry a method's trained modules."""
+"""The model: a frozen open_clip CLIP, whose blocks contain a method's trained modules."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,21 +18,21 @@ from upperson.model.block import KINDS, Block, Sequences, Stream, rows_of
 from upperson.model.captions import CaptionPacker, PackedCaptions
 from upperson.model.prompts import run_captions, run_images
 
-GRAPHS = 64  # of a block, each for a kind of input; some 20 are met in a training with its evaluations
+GRAPHS = 64  # limit of compiled graphs of a block, one for each kind of input; a training needs about 20
 
 
 class AdaptedCLIP(nn.Module):
-    """CLIP adapted to text-based person retrieval by the method that `config` names.
+    """CLIP, adapted to text-based person retrieval by the method of `config`.
 
     Args:
-        config: what to build; see ModelConfig.
-        clip: an open_clip model to adapt and freeze in place, instead of the one that `config` names.
+        config: the backbone and the method; see ModelConfig.
+        clip: an open_clip model to adapt and freeze in place, instead of the backbone of `config`.
 
-    Only the parameters of the method's modules require gradients, and those of CLIP where the method trains them. There
-    is no dropout: train() and eval() agree.
+    Only the parameters of the method's modules require gradients, and CLIP's parameters if the method trains them.
+    There is no dropout: train() and eval() compute the same.
 
-    Raises BackboneError for a backbone that cannot be built, loaded or adapted, MethodError for a method that has no
-    room in it.
+    Raises BackboneError for a backbone that cannot be built, loaded or adapted, and MethodError for a method that does
+    not fit the backbone.
     """
 
     def __init__(self, config: ModelConfig, clip: nn.Module | None = None):
@@ -66,7 +66,7 @@ class AdaptedCLIP(nn.Module):
     # -------------------------------------------------------------------------------- images
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Embeddings (B, E), not normalised, of images (B, 3, H, W) that went through `preprocess`."""
+        """Embeddings (B, E), not normalised, of images (B, 3, H, W), preprocessed by `preprocess`."""
         visual = self.clip.visual
         if self.config.skip_unread and visual.attn_pool is None and visual.pool_type == "tok":
             class_token = torch.zeros(len(images), dtype=torch.int64, device=images.device)
@@ -76,25 +76,25 @@ class AdaptedCLIP(nn.Module):
         return pooled if visual.proj is None else pooled @ visual.proj
 
     def encode_image_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """encode_image's result, and all tokens of the image normalised and projected alike, (B, N, E)."""
+        """The result of encode_image, and all tokens of the image, normalised and projected alike, (B, N, E)."""
         visual = self.clip.visual
         x = self.image_stream(images)
         return visual._pool(x)[0] @ visual.proj, visual.ln_post(x) @ visual.proj
 
     def image_stream(self, images: Tensor, read: Tensor | None = None) -> Tensor:
-        """The output of the image tower's last block: all tokens (B, N, C), or (B, C), those at `read` (B,)."""
+        """The output of the image tower's last block: all tokens (B, N, C), or the tokens at `read` (B,), (B, C)."""
         x = self.clip.visual._embeds(images)
         if not prompted(self.image_blocks):
             return run(self.image_blocks, x, None, read)
-        first, *others = self.prompts("image")  # the first ones come before ln_pre
+        first, *others = self.prompts("image")  # the prompts of layer 0 come before ln_pre
         return run_images(self.image_blocks, x, [self.clip.visual.ln_pre(first), *others], read)
 
     # -------------------------------------------------------------------------------- captions
 
     def encode_text(self, captions: Tensor | PackedCaptions) -> Tensor:
-        """Embeddings (B, E), not normalised, of token ids (B, L) int64, or of packed captions.
+        """Embeddings (B, E), not normalised, of token ids (B, L) int64 or of packed captions.
 
-        Token ids go through `pack_captions` first. Raises ValueError for captions that were packed with other prompts.
+        Token ids are first passed to `pack_captions`. Raises ValueError for captions packed for other prompts.
         """
         captions = self.pack_captions(captions)
         if isinstance(captions, PackedCaptions):
@@ -107,8 +107,8 @@ class AdaptedCLIP(nn.Module):
         return self.project_text(rows_of(self.text_stream(captions)[0], read))
 
     def encode_text_tokens(self, captions: Tensor | PackedCaptions) -> tuple[Tensor, Tensor, Tensor]:
-        """encode_text's result; all tokens projected alike, (B, L, E), L at least the longest caption's; and the
-        position of each caption's end token among them, (B,) int64.
+        """The result of encode_text; all tokens, projected alike, (B, L, E), where L is at least the longest caption's
+        length; and the position of each caption's end token among them, (B,) int64.
         """
         captions = self.pack_captions(captions)
         if not isinstance(captions, PackedCaptions):
@@ -125,42 +125,42 @@ class AdaptedCLIP(nn.Module):
         return rows_of(x, read), x, end
 
     def pack_captions(self, captions: Tensor | PackedCaptions) -> Tensor | PackedCaptions:
-        """Token ids (B, L) as the text tower takes them: packed, unless it sees padding or the option is off.
+        """Packs token ids (B, L) for the text tower, unless padding affects its result or the option is off.
 
-        Under torch.compile token ids stay as they are, since a graph cannot depend on their values. The padding is then
-        computed too, which changes nothing.
+        Under torch.compile token ids stay padded, since a graph cannot depend on their values. The padding is then also
+        computed, which does not change the result.
         """
         if isinstance(captions, PackedCaptions):
             if captions.first_position != self.first_position:
                 raise ValueError(
-                    f"captions were packed for a first token at position {captions.first_position}; expected "
-                    f"{self.first_position}, which is behind the prompts that are in use"
+                    f"captions were packed for a first token at position {captions.first_position}; expected position "
+                    f"{self.first_position}, behind the current prompts"
                 )
             return captions
         return captions if torch.compiler.is_compiling() else self.caption_packer()(captions)
 
     def caption_packer(self) -> CaptionPacker:
-        """The object that packs captions for this model as it is now, for a loader."""
+        """The object with which a loader packs captions for the current state of this model."""
         packs = self.text_causal and pooling(self.clip)[0] == "argmax" and self.config.pack_captions
         return CaptionPacker(packs, self.first_position, self.context_length - self.first_position)
 
     @property
     def caption_length(self) -> int:
-        """Tokens of a caption for which there is room beside prompts, start and end token included."""
+        """The maximum number of a caption's tokens beside the prompts, including start and end tokens."""
         return self.context_length - self.config.method.positions_taken
 
     @property
     def first_position(self) -> int:
-        """The position of the first token that is computed for each caption: 0, or the one behind the prompts."""
+        """The position of each caption's first computed token: 0, or the position behind the prompts."""
         return 1 + self.config.method.positions_taken if prompted(self.text_blocks) else 0
 
     def text_stream(
         self, captions: Tensor | PackedCaptions, read: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The output of the text tower's last block: all tokens, (B, L, C) or packed (T, C), or those at `read`.
+        """The output of the text tower's last block: all tokens, (B, L, C) or packed (T, C), or the tokens at `read`.
 
-        With prompts, the captions come without their start tokens. The output of the start token, (1, C), is returned
-        second if all tokens are wanted; else None.
+        With prompts, the captions have no start tokens. The second result is then the output of the start token,
+        (1, C), if all tokens are returned, else None.
         """
         text, sequences = text_tower(self.clip), None
         if isinstance(captions, PackedCaptions):
@@ -178,7 +178,7 @@ class AdaptedCLIP(nn.Module):
         return run_captions(self.text_blocks, start.unsqueeze(0), x, rows, sequences, read)
 
     def pooled_positions(self, tokens: Tensor) -> Tensor:
-        """The position (B,) of the token that stands for each caption of (B, L)."""
+        """The position (B,) of the token that represents each caption of (B, L)."""
         pool_type, end_id = pooling(self.clip)
         if pool_type == "argmax":  # the end token has the largest id
             return tokens.argmax(1)
@@ -187,18 +187,18 @@ class AdaptedCLIP(nn.Module):
         return torch.full_like(tokens[:, 0], {"first": 0, "last": tokens.shape[1] - 1}[pool_type])
 
     def project_text(self, x: Tensor) -> Tensor:
-        """The final LayerNorm and the projection of any tokens (…, C), (…, E)."""
+        """The final LayerNorm and projection of tokens (…, C) -> (…, E)."""
         text = text_tower(self.clip)
         x, projection = text.ln_final(x), text.text_projection
         return projection(x) if isinstance(projection, nn.Module) else x @ projection
 
-    # -------------------------------------------------------------------------------- what is trained
+    # -------------------------------------------------------------------------------- trained parameters
 
     def adaptation(self) -> dict[str, nn.Parameter]:
-        """All parameters that the method changes, by name; a checkpoint holds them.
+        """All parameters that the method changes, by name. They are the content of a checkpoint.
 
-        The names are {image,text}.blocks.{i}.{kind}.…, and open_clip's names for CLIP's own parameters, where the
-        method trains them.
+        The names are {image,text}.blocks.{i}.{kind}.…, and open_clip's names for CLIP's own parameters if the method
+        trains them.
         """
         parameters = parameters_of(self.trained_modules())
         return parameters | self.clip_parameters() if self.config.method.trains_clip else parameters
@@ -208,7 +208,7 @@ class AdaptedCLIP(nn.Module):
         return {name: parameter for name, parameter in self.adaptation().items() if parameter.requires_grad}
 
     def parameters_by_kind(self) -> dict[str, dict[str, nn.Parameter]]:
-        """The adaptation by kind, one of upperson.model.block.KINDS or "clip"; then by name."""
+        """The parameters of the adaptation by kind (one of upperson.model.block.KINDS, or "clip"), then by name."""
         kinds: dict[str, dict[str, nn.Parameter]] = {}
         if self.config.method.trains_clip:
             kinds["clip"] = self.clip_parameters()
@@ -225,8 +225,8 @@ class AdaptedCLIP(nn.Module):
         for kind in kinds_in(kinds):
             if kind not in known:
                 raise MethodError(
-                    f"freeze: {kind!r} is nothing that {self.config.method.name} trains here; expected "
-                    f"{', '.join(known) or 'nothing'}; several are joined by +"
+                    f"freeze: method {self.config.method.name} with these options does not train {kind!r}; expected "
+                    f"kinds of {', '.join(known) or 'none'}, joined by +"
                 )
             for parameter in known[kind].values():
                 parameter.requires_grad_(False)
@@ -241,7 +241,7 @@ class AdaptedCLIP(nn.Module):
         }
 
     def new_modules(self, config: ModelConfig) -> dict[Place, nn.Module]:
-        """New modules of the method that `config` names, by their places. The model stays as it is."""
+        """New modules of the method of `config`, by their places. The model is not changed."""
         method, modules = config.method, config.method.modules(self.towers)
         for place in modules:
             if (
@@ -250,8 +250,8 @@ class AdaptedCLIP(nn.Module):
                 or not 0 <= place.block < len(self.towers[place.tower])
             ):
                 raise MethodError(
-                    f"{method.name}: there is no place for a module at {place}; expected a block of the image or text "
-                    f"tower, and one of {', '.join(KINDS)}"
+                    f"{method.name}: no block takes a module at {place}; expected a block of the image or text tower, "
+                    f"and a kind of {', '.join(KINDS)}"
                 )
         for tower in self.towers:
             prompts, prefixes = (
@@ -260,14 +260,14 @@ class AdaptedCLIP(nn.Module):
             )
             if prompts and (prefixes or prompts != list(range(len(prompts)))):
                 raise MethodError(
-                    f"{method.name}: expected prompts in layers 0, 1, … of the {tower} tower, and then no prefix; "
+                    f"{method.name}: expected prompts in layers 0, 1, … of the {tower} tower, without a prefix; "
                     f"found prompts in {prompts}, a prefix in {prefixes}"
                 )
         if any(place.kind == "prompt" for place in modules):
             if not self.text_causal or pooling(self.clip)[0] != "argmax":
                 raise MethodError(
-                    f"{method.name}: prompts need a causal text tower that ends at the end token, as CLIP's does; that "
-                    f"of {config.model} is another"
+                    f"{method.name}: prompts need a causal text tower whose embedding is the end token, as CLIP's; the "
+                    f"text tower of {config.model} differs"
                 )
             taken = method.positions_taken
             if self.context_length - taken < 3:
@@ -278,9 +278,9 @@ class AdaptedCLIP(nn.Module):
         return modules
 
     def require_trainable(self, config: ModelConfig, freeze: str | None) -> None:
-        """Raises MethodError or RunError where `config` cannot be trained on this backbone with these kinds frozen.
+        """Raises MethodError or RunError if `config` cannot be trained on this backbone with these kinds frozen.
 
-        The model and the state of the random generators stay as they are.
+        The model and the state of the random generators are not changed.
         """
         with torch.random.fork_rng(devices=[]):
             kinds = {place.kind for place in self.new_modules(config)}
@@ -289,7 +289,7 @@ class AdaptedCLIP(nn.Module):
             raise RunError(nothing_to_train(config, freeze))
 
     def set_modules(self, config: ModelConfig, modules: dict[Place, Any]) -> None:
-        """Makes these modules, which `config` describes, the trained ones. The backbone must be that of `config`."""
+        """Replaces the trained modules by `modules`, those of `config`. The backbone must be that of `config`."""
         self.config = config
         for tower, blocks in self.towers.items():
             for i, block in enumerate(blocks):
@@ -309,7 +309,7 @@ class AdaptedCLIP(nn.Module):
 
     @property
     def towers(self) -> dict[str, list[Block]]:
-        """The blocks of the image and of the text tower."""
+        """The blocks of the image and text towers."""
         return {"image": self.image_blocks, "text": self.text_blocks}
 
     def blocks(self) -> list[Block]:
@@ -317,7 +317,7 @@ class AdaptedCLIP(nn.Module):
         return [*self.image_blocks, *self.text_blocks]
 
     def clip_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of CLIP that its features depend on: all but the temperature of its own loss."""
+        """The parameters of CLIP that affect its features: all but the temperature of CLIP's loss."""
         added = {id(parameter) for module in self.trained_modules().values() for parameter in module.parameters()}
         return {
             name: parameter
@@ -326,10 +326,10 @@ class AdaptedCLIP(nn.Module):
         }
 
     def compile_blocks(self, **options: Any) -> None:
-        """Puts every block through torch.compile, from its next call on; `options` are those of torch.compile.
+        """Compiles every block at its next call; `options` are those of torch.compile.
 
-        Blocks of a kind share a graph: the first, the last and those between, of each tower, with gradients and
-        without, for a first and for any later batch size. PyTorch allows one function fewer kinds by default.
+        Similar blocks share a graph. Separate graphs exist for the first, last and other blocks of each tower, with and
+        without gradients, for the first and for later batch sizes. PyTorch's default limit of graphs is too small.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
         for block in self.blocks():
@@ -337,7 +337,7 @@ class AdaptedCLIP(nn.Module):
 
     @contextmanager
     def zero_shot(self) -> Iterator[None]:
-        """A context in which the model computes the backbone only, with the weights that training left there."""
+        """A context in which the model computes only the backbone, with its current weights."""
         for block in self.blocks():
             block.adapted = False
         try:
@@ -348,14 +348,14 @@ class AdaptedCLIP(nn.Module):
 
 
 def replace_blocks(transformer: Any, **options: Any) -> list[Block]:
-    """Replaces the blocks of an open_clip Transformer, and returns the new ones; `options` are those of Block."""
+    """Replaces the blocks of an open_clip Transformer, and returns the new blocks; `options` are those of Block."""
     for i, frozen in enumerate(transformer.resblocks):
         transformer.resblocks[i] = Block(frozen, **options)
     return list(transformer.resblocks)
 
 
 def require_backend(backend: str, device: torch.device) -> None:
-    """Raises RunError where a backend, as ModelConfig names it, cannot run on a device."""
+    """Raises RunError if a backend of ModelConfig cannot run on a device."""
     try:
         if resolve_backend(None if backend == "auto" else backend, torch.empty(0, device=device)) == "triton":
             tiles.load_named_in_environment()
@@ -364,7 +364,7 @@ def require_backend(backend: str, device: torch.device) -> None:
 
 
 def parameters_of(modules: dict[Place, nn.Module]) -> dict[str, nn.Parameter]:
-    """The parameters of several modules, each under the name of its place and its own."""
+    """The parameters of several modules, each named by its module's place and its own name."""
     return {
         f"{place}.{name}": parameter
         for place, module in modules.items()
@@ -386,12 +386,12 @@ def nothing_to_train(config: ModelConfig, freeze: str | None) -> str:
 
 
 def prompted(blocks: list[Block]) -> bool:
-    """Whether a tower has prompts, and not the backbone alone is computed."""
+    """Whether a tower has prompts that are currently computed."""
     return blocks[0].prompt is not None and blocks[0].adapted
 
 
 def run(blocks: list[Block], x: Tensor, sequences: Sequences | None, read: Tensor | None) -> Tensor:
-    """The tokens behind the last of `blocks`; see Block.forward."""
+    """The output tokens of the last of `blocks`; see Block.forward."""
     stream = Stream(x)
     for block in blocks[:-1]:
         stream = block(stream, sequences)

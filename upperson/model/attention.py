@@ -1,4 +1,4 @@
-"""Attention where one token of each sequence asks: what the last block of a tower needs."""
+"""Attention with one query token per sequence, as the last block of a tower needs it."""
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,16 @@ def attend_once(
     scale_target: str,
     visible: Tensor | None,
 ) -> Tensor:
-    """prefix_attention of a single query in each of S sequences.
+    """prefix_attention with a single query in each of S sequences.
 
-    Bound by reading keys and values once, whatever computes it: plain PyTorch, folded as in its backend (λ on the
-    weights is λ on the prefix values, λ on the logits is λ on the prefix keys).
+    The time is bounded by reading keys and values once, so plain PyTorch suffices. λ is folded as in the PyTorch
+    backend: λ on the weights is λ on the prefix values, λ on the logits is λ on the prefix keys.
 
     Args:
         query: (S, H, D).
         key, value: (S, N, H, D).
         prefix_key, prefix_value, prefix_scale, scale_target: see upperson_kernels.prefix_attention.
-        visible: (S, N) bool, the tokens that the query sees; None: all of them. It always sees the prefix.
+        visible: (S, N) bool, the tokens that the query attends to; None: all tokens. The prefix is always visible.
 
     Returns: (S, H, D).
     """

@@ -1,4 +1,4 @@
-"""One transformer block of either tower: open_clip's frozen layers around the trained modules."""
+"""A transformer block of either tower: open_clip's frozen layers with the trained modules."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ KINDS = ("prefix", "lora", "adapter_attn", "adapter_mlp", "prompt")
 
 
 class Stream(NamedTuple):
-    """The residual stream between two blocks, as x + update: the next LayerNorm adds them on its way."""
+    """The residual stream between two blocks, as x + update. The next LayerNorm computes the sum."""
 
     x: Tensor  # (B, N, C), or (T, C) packed
     update: Tensor | None = None  # the same shape; None: zero
@@ -32,18 +32,18 @@ class Sequences(NamedTuple):
 
 
 class Block(nn.Module):
-    """Takes the place of an open_clip ResidualAttentionBlock, whose layers it keeps, within AdaptedCLIP.
+    """Replaces an open_clip ResidualAttentionBlock in AdaptedCLIP, and keeps its layers.
 
         y = LN₁(x) + adapter_attn(x)
         x = x + out_proj(prefix_attention(in_proj(y)))          low-rank updates on in_proj's keys and values
         x = x + MLP(LN₂(x) + adapter_mlp(x))
 
-    with L-Adapters; petl/adapters.py has the equations of the other adapters. Prompts are tokens, which the tower
-    inserts before the block (prompts.py). The trained modules are None until `set_modules` sets them. With `adapted`
-    False the block computes the same as open_clip's own block.
+    These are the equations with L-Adapters; petl/adapters.py has those of the other adapters. Prompts are tokens, which
+    the tower inserts before the block (prompts.py). The trained modules are None until `set_modules` is called. If
+    `adapted` is False, the block computes the same as open_clip's own block.
 
-    `attention` is the operator upperson_kernels.prefix_attention. `activation` is upperson_kernels.quick_gelu where the
-    model has QuickGELU, else None, and open_clip's activation runs.
+    `attention` is the operator upperson_kernels.prefix_attention. `activation` is upperson_kernels.quick_gelu if the
+    model has QuickGELU; otherwise `activation` is None, and open_clip's activation runs.
     """
 
     def __init__(self, frozen: ResidualAttentionBlock, causal: bool, backend: str | None, low_rank_gradients: bool):
@@ -89,11 +89,14 @@ class Block(nn.Module):
         read: Tensor | None = None,
         shared: Tensor | None = None,
     ) -> Stream:
-        """The stream behind the block.
+        """The stream after the block.
 
-        `shared`: tokens (m, C) of the stream before the block that all tokens of all sequences see as well.
-        `read`: where only one token of each sequence is read afterwards, which one it is, (B,) int64: a position, or of
-        packed sequences the row of the last token. Only these are then computed, and the stream that leaves is (B, C).
+        Args:
+            stream: the stream before the block, (B, N, C), or packed (T, C).
+            sequences: the offsets of packed sequences.
+            read: (B,) int64, the only token of each sequence that is used later: a position, or for packed sequences
+                the row of the last token. Only these tokens are computed, and the returned stream is (B, C).
+            shared: (m, C), further tokens of the stream before the block, which all tokens of all sequences attend to.
         """
         x, update = stream
         if torch.is_autocast_enabled(x.device.type):
@@ -114,7 +117,7 @@ class Block(nn.Module):
         return FROZEN if adapter is None or not self.adapted else adapter
 
     def attend(self, y: Tensor, sequences: Sequences | None, shared: Tensor | None) -> Tensor:
-        """The concatenated outputs of the heads for the normalised input y: both (B, N, C), or packed (T, C)."""
+        """The concatenated outputs of the heads for the normalised input y; both (B, N, C), or packed (T, C)."""
         heads = self.attn.num_heads
         qkv = self.project(y).unflatten(-1, (3, heads, -1))
         key, value, scale, target = self.prefix_columns(qkv, shared)
@@ -134,12 +137,12 @@ class Block(nn.Module):
     def attend_from(
         self, y: Tensor, tokens: Tensor, sequences: Sequences | None, read: Tensor, shared: Tensor | None
     ) -> Tensor:
-        """The same for those at `read` alone, y (B, C), among all `tokens`, (B, N, C) or packed (T, C)."""
+        """The same for the tokens y (B, C) at `read` only, which attend to all `tokens`, (B, N, C) or packed (T, C)."""
         heads, width = self.attn.num_heads, self.attn.embed_dim
         query = F.linear(y, self.attn.in_proj_weight[:width], self.attn.in_proj_bias[:width])
         key_value = self.project(tokens, width).unflatten(-1, (2, heads, -1))
         visible = None
-        if sequences is not None:  # their last tokens, which see all others
+        if sequences is not None:  # the last tokens, which attend to all others
             key_value, *_ = unpack_sequences(key_value, *sequences)
             visible = torch.arange(sequences.longest, device=y.device) < sequences.cu_seqlens.diff()[:, None]
         elif self.causal:
@@ -152,14 +155,14 @@ class Block(nn.Module):
         ).flatten(-2)
 
     def project(self, y: Tensor, first: int = 0) -> Tensor:
-        """Queries, keys and values; with `first`, only the outputs from that row of the packed weight on."""
+        """Queries, keys and values; only the outputs from row `first` of the packed weight on."""
         weight, bias = self.attn.in_proj_weight[first:], self.attn.in_proj_bias[first:]
         if self.lora is None or not self.adapted:
             return F.linear(y, weight, bias)
         return self.lora.linear(y, weight, bias, self.low_rank_gradients)
 
     def prefix_columns(self, like: Tensor, shared: Tensor | None) -> tuple[Tensor, Tensor, Tensor, str]:
-        """Keys and values of the prefix, (P, heads, head width), λ, and what it multiplies. `like`: (…, heads, D)."""
+        """Keys and values of the prefix, (P, heads, head width), λ, and the target of λ. `like`: (…, heads, D)."""
         if shared is not None:
             y, _ = self.active(self.adapter_attn).normalise(self.ln_1, shared, None, self.backend)
             key_value = self.project(y, self.attn.embed_dim).unflatten(-1, (2, *like.shape[-2:]))
@@ -181,5 +184,5 @@ class Block(nn.Module):
 
 
 def rows_of(x: Tensor, read: Tensor) -> Tensor:
-    """One token of each sequence, (B, C), of (B, N, C) or packed (T, C)."""
+    """The token at `read` of each sequence, (B, C), from (B, N, C) or packed (T, C)."""
     return x[read] if x.dim() == 2 else x[torch.arange(len(x), device=x.device), read]

@@ -1,4 +1,4 @@
-"""Captions without padding: packed one after the other, since padding is most of what a text tower would compute."""
+"""Packed captions, one after the other and without padding, since most tokens of a padded batch are padding."""
 
 from dataclasses import dataclass, replace
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedCaptions:
-    """S captions of T tokens in all. Each runs from its start token (with prompts: its first word) to its end token."""
+    """S captions with T tokens in total, each from its start token (with prompts: first word) to its end token."""
 
     token_ids: Tensor  # (T,) int64
-    positions: Tensor  # (T,) int64, of each token in its caption
-    cu_seqlens: Tensor  # (S + 1,) int32: caption i is tokens cu_seqlens[i] to cu_seqlens[i + 1]
-    longest: int  # tokens of the longest caption
-    first_position: int  # of each caption's first token: 0, or behind the prompts
+    positions: Tensor  # (T,) int64, position of each token in its caption
+    cu_seqlens: Tensor  # (S + 1,) int32: caption i has the tokens cu_seqlens[i] to cu_seqlens[i + 1]
+    longest: int  # number of tokens in the longest caption
+    first_position: int  # position of each caption's first token: 0, or behind the prompts
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedCaptions":
         return replace(
@@ -34,7 +34,7 @@ class PackedCaptions:
         )
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """As Tensor.record_stream: the memory is not used again before `stream` is done with it."""
+        """As Tensor.record_stream: the memory is not reused before `stream` has finished its work with the tensors."""
         for tensor in (self.token_ids, self.positions, self.cu_seqlens):
             tensor.record_stream(stream)
 
@@ -44,12 +44,12 @@ class PackedCaptions:
 
 @dataclass(frozen=True)
 class CaptionPacker:
-    """Turns token ids into what the text tower takes: the object that a loader is given. It can be pickled.
+    """Converts token ids to the input of the text tower. A loader can use and pickle this object.
 
     Args:
         packs: whether captions are packed; otherwise they stay padded.
-        first_position: position of the first token of a caption: 0, or the one behind the prompts.
-        room: tokens of a caption for which there are positions, from the first on.
+        first_position: position of a caption's first token: 0, or the position behind the prompts.
+        room: number of positions from the first token on.
     """
 
     packs: bool
@@ -61,15 +61,15 @@ class CaptionPacker:
         return pack_captions(self.words_seen(tokens), self.first_position) if self.packs else tokens
 
     def words_seen(self, tokens: Tensor) -> Tensor:
-        """The part of token ids (B, L) that is computed for each caption.
+        """The token ids of (B, L) that are computed for each caption.
 
-        With prompts these are the words without the start token, cut where the positions end.
+        With prompts these are the words without the start token, truncated to the available positions.
         """
         return words_of(tokens, self.room) if self.first_position else tokens
 
 
 def words_of(tokens: Tensor, room: int) -> Tensor:
-    """Captions (S, L) int64 without their start token, cut to `room` tokens, of which the last is the end token."""
+    """Captions (S, L) int64 without their start token, truncated to `room` tokens including the end token."""
     ends, words = tokens.amax(1), tokens[:, 1 : 1 + room]
     if tokens.shape[1] > 1 + room:
         cut = tokens.argmax(1) > room
@@ -80,8 +80,8 @@ def words_of(tokens: Tensor, room: int) -> Tensor:
 def pack_captions(tokens: Tensor, first_position: int = 0) -> PackedCaptions:
     """Packs padded captions (S, L) int64, whose first tokens are at `first_position`.
 
-    The end token is the one with the largest id, as everywhere in CLIP. On a GPU this waits for the tokens; on the CPU,
-    before the tokens are copied, it does not.
+    The end token has the largest id, as everywhere in CLIP. Packing tokens on a GPU waits for the GPU, so captions are
+    packed on the CPU before they are copied.
     """
     ends = tokens.argmax(1)
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)

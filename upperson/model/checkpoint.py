@@ -1,7 +1,7 @@
-"""A checkpoint: the trained parameters by name, the configuration that made them, and what they achieved.
+"""A checkpoint: the trained parameters by name, their configuration, and their results.
 
-The parameters are a few MB, float32, under the names of AdaptedCLIP.adaptation; the frozen CLIP is not in the file, but
-named by the configuration. The heads of the id and mlm losses are not in it either.
+The parameters are a few MB in float32, named as in AdaptedCLIP.adaptation. The file does not contain the frozen CLIP,
+which the configuration names, or the heads of the id and mlm losses.
 """
 
 import json
@@ -19,7 +19,7 @@ from upperson.model.adapted_clip import AdaptedCLIP
 from upperson.model.tensor_files import CHECKPOINT, plain, read_tensors, write_tensors
 from upperson.model.weights import mismatch
 
-BACKBONE = ("model", "pretrained", "image_size")  # the fields of a ModelConfig that name the backbone
+BACKBONE = ("model", "pretrained", "image_size")  # the fields of a ModelConfig that define the backbone
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Checkpoint:
     path: Path
     config: Config
     parameters: dict[str, Tensor]  # float32, on the CPU
-    results: dict[str, Any]  # those of the saved epoch, as upperson.evaluate.results.Results has them
+    results: dict[str, Any]  # results of the saved epoch, with the fields of upperson.evaluate.results.Results
 
     @property
     def epoch(self) -> int | None:
@@ -37,7 +37,7 @@ class Checkpoint:
 
     @property
     def selection(self) -> str | None:
-        """The rule by which the epoch was selected, a key of SELECTIONS."""
+        """The selection of the epoch, a key of SELECTIONS."""
         return self.results.get("selection")
 
 
@@ -48,7 +48,7 @@ def save_checkpoint(path: Path, parameters: Mapping[str, Tensor], config: Config
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
-    """Reads a checkpoint file. Raises CheckpointError for anything that save_checkpoint did not write."""
+    """Reads a checkpoint file. Raises CheckpointError for a file that save_checkpoint did not write."""
     path = Path(path)
     tensors, config, metadata = read_tensors(path, CHECKPOINT)
     try:
@@ -63,7 +63,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
 def load_model(path: Path | str, **changes: Any) -> AdaptedCLIP:
     """The adapted model of a checkpoint file, on the CPU; `changes` as in build_model.
 
-    Raises CheckpointError for a file that is not a checkpoint, or does not fit its model.
+    Raises CheckpointError for a file that is not a checkpoint, and for parameters that do not fit the model.
     """
     return build_model(load_checkpoint(path), **changes)
 
@@ -71,19 +71,19 @@ def load_model(path: Path | str, **changes: Any) -> AdaptedCLIP:
 def build_model(checkpoint: Checkpoint, **changes: Any) -> AdaptedCLIP:
     """The adapted model of a checkpoint, on the CPU.
 
-    `changes` replace fields of its configuration: `pretrained="…"` where the backbone's file has moved,
+    `changes` replace fields of the configuration, such as `pretrained="…"` if the backbone's file has moved, or
     `backend="torch"`. Raises CheckpointError if the parameters do not fit the model.
     """
     config = checkpoint.config.replace(**changes)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.train.seed)  # as in training: a random backbone is the same one
+        torch.default_generator.manual_seed(config.train.seed)  # a random backbone has the same weights as in training
         model = AdaptedCLIP(config.model)
     copy_parameters(checkpoint.parameters, model.adaptation(), str(checkpoint.path))
     return model
 
 
 def other_backbone(found: ModelConfig, wanted: ModelConfig) -> str:
-    """The fields of the backbone that differ, each as "field: found, not wanted"; "" for the same backbone."""
+    """The differing fields of the backbone, each as "field: found, not wanted"; "" for the same backbone."""
     return "; ".join(
         f"{field}: {getattr(found, field)}, not {getattr(wanted, field)}"
         for field in BACKBONE
@@ -92,10 +92,10 @@ def other_backbone(found: ModelConfig, wanted: ModelConfig) -> str:
 
 
 def parameters_to_start_from(path: Path | str, config: Config, model: AdaptedCLIP) -> dict[str, Tensor]:
-    """The parameters of a checkpoint, all of which a training of `model` by `config` can start from, by name.
+    """The parameters of a checkpoint by name, after a check that a training of `model` by `config` can start from them.
 
-    The model stays as it is; it may have more than they are. CheckpointError for a checkpoint of another backbone, or
-    one with parameters that are none of model.adaptation() or have another shape.
+    The model is not changed, and may have further parameters. Raises CheckpointError for a checkpoint of another
+    backbone, and for parameters that are not in model.adaptation() or have another shape.
     """
     checkpoint = load_checkpoint(path)
     differences = other_backbone(checkpoint.config.model, config.model)
@@ -103,20 +103,22 @@ def parameters_to_start_from(path: Path | str, config: Config, model: AdaptedCLI
     if not differences and config.model.pretrained == "none" and seed != config.train.seed:  # random weights
         differences = f"seed: {seed}, not {config.train.seed}"
     if differences:
-        raise CheckpointError(f"{path}: start_from a checkpoint of another backbone, {differences} as in this training")
+        raise CheckpointError(
+            f"{path}: start_from is a checkpoint of another backbone, {differences} as in this training"
+        )
     found, adaptation = checkpoint.parameters, model.adaptation()
     if not found:
-        raise CheckpointError(f"{path}: start_from a checkpoint that holds no parameters")
+        raise CheckpointError(f"{path}: start_from is a checkpoint without parameters")
     problems = mismatch(found, {name: adaptation[name] for name in found if name in adaptation})
     if problems:
         theirs, ours = (each.model.method.title for each in (checkpoint.config, config))
-        raise CheckpointError(f"{path}: start_from a checkpoint of {theirs}, which does not fit {ours}: {problems}")
+        raise CheckpointError(f"{path}: start_from is a checkpoint of {theirs}, which does not fit {ours}: {problems}")
     return found
 
 
 @torch.no_grad()
 def copy_parameters(source: Mapping[str, Tensor], target: Mapping[str, Tensor], name: str) -> None:
-    """Copies tensors by name, all or none; CheckpointError names the missing, unexpected and wrong-shaped ones."""
+    """Copies all tensors by name, or none. Raises CheckpointError with the missing, unexpected or mismatched names."""
     problems = mismatch(source, target)
     if problems:
         raise CheckpointError(f"{name}: parameters do not fit the model: {problems}")

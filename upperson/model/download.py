@@ -1,4 +1,4 @@
-"""Published weights by their open_clip tag: from the local cache, else downloaded, else an error within seconds."""
+"""Published weights by their open_clip tag: from the local cache, or downloaded, with an early error if offline."""
 
 import logging
 import urllib.error
@@ -12,19 +12,19 @@ from torch import nn
 
 from upperson.errors import BackboneError
 
-TIMEOUT = 5  # seconds until a host counts as unreachable
+TIMEOUT = 5  # seconds to wait for a host
 
 
 def load_published(model: str, tag: str) -> nn.Module:
     """The open_clip model with the weights of one of its tags.
 
-    Raises BackboneError where these are not in the cache and cannot be downloaded.
+    Raises BackboneError if the weights are not in the cache and cannot be downloaded.
     """
     source = open_clip.get_pretrained_cfg(model, tag)
     host = constants.ENDPOINT if source.get("hf_hub") else source.get("url", "")
     online = reachable(host)
     try:
-        with nullcontext() if online else cache_alone():
+        with nullcontext() if online else cache_only():
             return open_clip.create_model(model, pretrained=tag)
     except Exception as error:  # the libraries raise many types for a failed download
         reason = str(error).split("\n")[0] if online else f"{host} cannot be reached"
@@ -35,7 +35,7 @@ def load_published(model: str, tag: str) -> nn.Module:
 
 
 def reachable(url: str) -> bool:
-    """Whether a host answers at all, also through a proxy, within TIMEOUT."""
+    """Whether a host responds within TIMEOUT, also through a proxy."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -48,11 +48,11 @@ def reachable(url: str) -> bool:
 
 
 @contextmanager
-def cache_alone() -> Iterator[None]:
-    """Within it the hub's library takes files from its cache, and does not try for minutes to download them."""
+def cache_only() -> Iterator[None]:
+    """A context in which the hub's library reads only its cache, without minutes of download attempts."""
     before, silenced = constants.HF_HUB_OFFLINE, logging.root.manager.disable
     constants.HF_HUB_OFFLINE = True
-    logging.disable(logging.ERROR)  # open_clip logs what the caller then raises
+    logging.disable(logging.ERROR)  # open_clip logs the error that the caller raises
     try:
         yield
     finally:

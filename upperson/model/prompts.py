@@ -1,15 +1,15 @@
-"""How prompts enter the towers without being computed once a sample.
+"""Inserts prompts into the towers, and computes them once per batch instead of once per sample.
 
-A layer's prompts take the place of m tokens before its block, the same ones for all samples. Where the next layer
-replaces them again, what the block makes of them is thrown away: of the prompts only the keys and values count, and
-those enter the attention as a prefix with λ = 1, computed once a batch.
+A layer's prompts are m tokens before its block, the same for all samples. If the next layer replaces the prompts, the
+block's outputs for them are not used. Only their keys and values matter. These enter the attention as a prefix with
+λ = 1, which is computed once per batch.
 
-The text tower is causal: a caption's start token sees itself alone and is the same for all captions; prompts stand
-behind it and see nothing else but each other. So the start token and the prompts are one short sequence for the whole
-batch, which the words of all captions see as their prefix, in every block.
+The text tower is causal. A caption's start token attends only to itself and is the same for all captions. Prompts
+follow the start token, and attend only to it and each other. The start token and the prompts are therefore one short
+sequence for the whole batch, which is the prefix of all captions' words in every block.
 
-In the image tower the last prompts, where there are layers without, run on unreplaced and see the image: from their
-block on they are tokens of each image.
+In the image tower, if later layers have no prompts, the last prompts are not replaced and attend to the image: from
+their block on they are tokens of each image.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ from upperson.model.block import Block, Sequences, Stream
 
 
 def run_images(blocks: Sequence[Block], x: Tensor, rows: Sequence[Tensor], read: Tensor | None) -> Tensor:
-    """The output of the last block for images x (B, N, C), or of their tokens `read` (B,) alone, (B, C).
+    """The output of the last block for images x (B, N, C), or only for their tokens `read` (B,), (B, C).
 
-    rows: the prompts (m, C) of layers 0, 1, …, of as many blocks or of fewer.
+    rows: the prompts (m, C) of layers 0, 1, …; at most one for each block.
     """
     length, stream = x.shape[1], Stream(x)
-    tokens_from = len(blocks) if len(rows) == len(blocks) else len(rows) - 1  # this block on
+    tokens_from = len(blocks) if len(rows) == len(blocks) else len(rows) - 1  # first block with prompts as tokens
     for i, block in enumerate(blocks):
         if i == tokens_from:
             x = stream.total()
@@ -44,17 +44,17 @@ def run_captions(
     sequences: Sequences | None,
     read: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output of the last block for captions without their start token, (B, N, C) or packed (T, C), and of the start
-    token, (1, C). With `read`, of these tokens of the captions alone, (B, C), and None.
+    """The output of the last block for captions without their start token, (B, N, C) or packed (T, C), and for the
+    start token, (1, C). With `read`, the output of only these tokens of the captions, (B, C), and None.
 
-    start: the start token (1, C), in the first layer. rows: as above.
+    start: the start token (1, C) before the first block. rows: as in run_images.
     """
     stream, shared = Stream(x), torch.cat([start, rows[0].to(start.dtype)])  # (1 + m, C)
     for i, block in enumerate(blocks):
         if i == len(blocks) - 1 and read is not None:
             return block(stream, sequences, read, shared).total(), None
         stream = block(stream, sequences, None, shared)
-        if i + 1 < len(rows):  # these prompts have served
+        if i + 1 < len(rows):  # the next layer replaces these prompts
             start = block(Stream(shared[:1].unsqueeze(0))).total().squeeze(0)
             shared = torch.cat([start, rows[i + 1].to(start.dtype)])
         else:

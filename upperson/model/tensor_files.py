@@ -1,6 +1,6 @@
-"""Safetensors files of one kind and version, never pickle: checkpoints, and the states that runs resume from.
+"""Safetensors files with a kind and a version, without pickle: checkpoints, and the states of interrupted runs.
 
-A file under its own name is always complete.
+Files are written atomically, and are therefore always complete.
 """
 
 from pathlib import Path
@@ -34,12 +34,12 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], Config, dict
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: cut off, or not a safetensors file ({error}); expected an {kind}") from error
+        raise CheckpointError(f"{path}: truncated, or not a safetensors file ({error}); expected an {kind}") from error
     if metadata.get("format") != kind:
         found = metadata.get("format")
         raise CheckpointError(
             f"{path}: expected an {kind}, found "
-            + (f"an {found}" if found in (CHECKPOINT, RESUME_STATE) else "some other safetensors file")
+            + (f"an {found}" if found in (CHECKPOINT, RESUME_STATE) else "another safetensors file")
         )
     if metadata.get("version") != VERSION:
         raise CheckpointError(f"{path}: {kind} of version {metadata.get('version')}, expected version {VERSION}")
@@ -47,11 +47,11 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], Config, dict
         config = Config.from_json(metadata.get("config", ""))
     except ValueError as error:
         raise CheckpointError(
-            f"{path}: the configuration inside does not fit this version of upperson: {error}"
+            f"{path}: the configuration in the file does not fit this version of upperson: {error}"
         ) from error
     return tensors, config, metadata
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The tensor as safetensors can write it."""
+    """The tensor in a form that safetensors can write."""
     return tensor.detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""Files with the weights of a whole CLIP: those that open_clip and OpenAI write, and this project's merged ones."""
+"""Files with the weights of a whole CLIP: those of open_clip and OpenAI, and this project's merged weights."""
 
 import json
 import warnings
@@ -17,23 +17,23 @@ from upperson.data import Preprocess
 
 PREPROCESSING = "upperson preprocessing"  # key in the metadata of a file of weights
 ACCEPTED = (
-    "expected a state dict in open_clip's format (.pt, .safetensors) or in OpenAI's (also the TorchScript "
-    "archives it published), not in that of another library"
+    "expected a state dict in the format of open_clip (.pt, .safetensors) or OpenAI (also its published TorchScript "
+    "archives), not of another library"
 )
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A file's state dict, and the preprocessing that weights_as_bytes wrote with it (else empty).
+    """A file's state dict, and the preprocessing that weights_as_bytes stored in the file (otherwise empty).
 
-    The errors are those of the libraries that read it.
+    Raises the errors of the libraries that read the file, and ValueError for entries that are not tensors.
     """
     preprocessing: dict[str, Any] = {}
     state: dict[str, Any]
     if is_torchscript(path):
-        # OpenAI's own files. Restoring an archive runs TorchScript, an interpreter without access to Python, and no
-        # pickle; torch.load refuses it with weights_only.
+        # OpenAI's own files, which torch.load refuses with weights_only. torch.jit.load runs TorchScript, an
+        # interpreter without access to Python, and no pickle.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of deprecation
+            warnings.simplefilter("ignore")  # a deprecation warning
             archive: Any = torch.jit.load(path, map_location="cpu")
             state = dict(archive.state_dict())
     else:
@@ -42,11 +42,11 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             preprocessing = json.loads((file.metadata() or {}).get(PREPROCESSING, "{}"))
-    for name in ("input_resolution", "context_length", "vocab_size"):  # OpenAI's, no weights
+    for name in ("input_resolution", "context_length", "vocab_size"):  # settings in OpenAI's files, not weights
         state.pop(name, None)
     strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if strange:
-        raise ValueError(f"{strange[0]!r} in it is no tensor")
+        raise ValueError(f"the entry {strange[0]!r} is not a tensor")
     return state, preprocessing
 
 
@@ -58,14 +58,14 @@ def is_torchscript(path: Path) -> bool:
 
 
 def weights_as_bytes(state: Mapping[str, Tensor], preprocess: Preprocess) -> bytes:
-    """A safetensors file that open_clip loads; read_weights also finds the preprocessing of the images in it."""
+    """The content of a safetensors file for open_clip, with the image preprocessing for read_weights."""
     preprocessing = json.dumps({"size": preprocess.image_size, "mean": preprocess.mean, "std": preprocess.std})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     return save(tensors, {"format": "pt", PREPROCESSING: preprocessing})
 
 
 def mismatch(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """The names of missing and unexpected tensors and of those with another shape, on one line; "" if all fit."""
+    """The names of missing, unexpected and wrongly shaped tensors, on one line; "" if all tensors fit."""
     problems = {
         "missing": [name for name in wanted if name not in found],
         "unexpected": [name for name in found if name not in wanted],

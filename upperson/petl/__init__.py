@@ -1,17 +1,17 @@
-"""The modules that are trained in a block, each a small class that a configuration chooses by name.
+"""The modules that are trained in a block. Each is a small class that a configuration selects by name.
 
     prefix.py     salable (S-Prefix), vanilla
     low_rank.py   lora, dora, wora: updates of the key and value projections
     prompts.py    tokens of a layer, of one tower or coupled between both
     adapters.py   l-parallel (L-Adapter), l-sequential, parallel, sequential, ln-tuning; normed
 
-Initial values: most modules start as close to doing nothing as training allows. Low-rank updates and adapters end in
-zeros; the prefix starts small. Prompts and the normed adapter do not.
+Most modules start close to the identity: the last factor of low-rank updates and adapters is zero, and the prefix is
+small. Prompts and the normed adapter do not start in this way.
 
-Fused are every prefix (prefix_attention, with λ = 1 for the vanilla one), prompts (as a prefix, see
-upperson/model/prompts.py), the parallel L-Adapter and the normed adapter (layernorm_adapter in its two modes, up to a
-width of 256). The other adapters, LN-tuning, and the merging of low-rank updates into a weight, once a step, are plain
-PyTorch.
+Both prefixes, prompts, the parallel L-Adapter and the normed adapter are fused. Prefixes use prefix_attention, with
+λ = 1 for the vanilla prefix. Prompts enter as a prefix, see upperson/model/prompts.py. The two adapters use the two
+modes of layernorm_adapter, up to a width of 256. The other adapters, LN-tuning, and the merging of low-rank updates
+into a weight in every step are plain PyTorch.
 """
 
 from upperson.petl.adapters import ADAPTERS, FROZEN, Adapter, LayerNormTuning, NormedAdapter

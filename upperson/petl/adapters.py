@@ -1,6 +1,6 @@
 """Adapters around one sublayer of a block, the attention or the MLP, and its LayerNorm (arXiv 2504.10084, Table VIII).
 
-With the frozen sublayer F, the residual stream x, the bottleneck A(u) = s · up(relu(down(u))):
+F is the frozen sublayer, x the residual stream, and A(u) = s · up(relu(down(u))) the bottleneck:
 
     none          x + F(LN(x))
     l-parallel    x + F(LN(x) + A(x))                   L-Adapter, beside LayerNorm
@@ -8,7 +8,7 @@ With the frozen sublayer F, the residual stream x, the bottleneck A(u) = s · up
     parallel      x + F(y) + A(y),  y = LN(x)           beside the sublayer (arXiv 2110.04366, 2205.13535)
     sequential    x + u + A(u),     u = F(LN(x))        after the sublayer (arXiv 1902.00751)
     ln-tuning     x + F(LN(x)), with LN's gain and bias trained
-    normed        x + F(LN(x)) + A(LN'(x)), LN' trained     beside the sublayer (arXiv 2309.09496), s a constant
+    normed        x + F(LN(x)) + A(LN'(x)), LN' trained     beside the sublayer (arXiv 2309.09496), with constant s
 """
 
 from typing import Any
@@ -23,32 +23,32 @@ from upperson.petl.initial import normal, scalar, uniform_fan_in
 
 
 class Adapter(nn.Module):
-    """An adapter around a sublayer. The base class, FROZEN below, adds nothing; each subclass overrides one step."""
+    """An adapter around a sublayer. The base class, FROZEN below, changes nothing; each subclass overrides one step."""
 
     def normalise(
         self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, backend: str | None
     ) -> tuple[Tensor, Tensor]:
-        """The sublayer's input, and the sum x + residual (x where residual is None); all (B, N, C)."""
+        """The sublayer's input, and the sum x + residual (x if residual is None); all (B, N, C)."""
         if residual is not None:
             x = x + residual
         return self.layer_norm(norm, x), x
 
     def layer_norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        """The sublayer's input, from the residual stream alone."""
+        """The sublayer's input, computed from the residual stream."""
         return norm(x)
 
     def finish(self, y: Tensor, out: Tensor) -> Tensor:
-        """The update of the residual stream, given the input and the output of the sublayer; all (B, N, C)."""
+        """The update of the residual stream from the sublayer's input `y` and output `out`; all (B, N, C)."""
         return out
 
 
 def backend_for(hidden: int, backend: str | None) -> str | None:
-    """The kernels hold the whole bottleneck in a tile; PyTorch computes those that are too wide for that."""
+    """The backend of a bottleneck. A kernel's tile holds the whole bottleneck, so PyTorch computes wider ones."""
     return "torch" if hidden > MAX_HIDDEN_WIDTH else backend
 
 
 class Bottleneck(Adapter):
-    """The bottleneck A, for the subclasses to put in its place.
+    """The bottleneck A. The subclasses define its position.
 
     Args:
         norm: the frozen LayerNorm of the sublayer.
@@ -70,13 +70,13 @@ class Bottleneck(Adapter):
 
 
 class LAdapter(Bottleneck):
-    """Beside LayerNorm, on the fused operator."""
+    """The adapter beside LayerNorm, on the fused operator."""
 
     def normalise(
         self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, backend: str | None
     ) -> tuple[Tensor, Tensor]:
         backend = backend_for(len(self.down_weight), backend)
-        result: Any = layernorm_adapter(  # a pair with a residual
+        result: Any = layernorm_adapter(  # a pair if there is a residual
             x,
             norm.weight,
             norm.bias,
@@ -93,7 +93,7 @@ class LAdapter(Bottleneck):
 
 
 class SequentialLAdapter(Bottleneck):
-    """After LayerNorm."""
+    """The adapter after LayerNorm."""
 
     def layer_norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
         y = norm(x)
@@ -101,26 +101,26 @@ class SequentialLAdapter(Bottleneck):
 
 
 class ParallelAdapter(Bottleneck):
-    """Beside the sublayer, whose input it reads."""
+    """The adapter beside the sublayer, with the same input."""
 
     def finish(self, y: Tensor, out: Tensor) -> Tensor:
         return out + self.bottleneck(y)
 
 
 class SequentialAdapter(Bottleneck):
-    """After the sublayer."""
+    """The adapter after the sublayer."""
 
     def finish(self, y: Tensor, out: Tensor) -> Tensor:
         return out + self.bottleneck(out)
 
 
 class NormedAdapter(Adapter):
-    """Beside the sublayer, reading the residual stream through a LayerNorm of its own, on the fused operator.
+    """The adapter beside the sublayer, with its own LayerNorm of the residual stream, on the fused operator.
 
     Args:
         norm: the frozen LayerNorm of the sublayer.
         hidden: width of the bottleneck.
-        scale: s, a constant.
+        scale: the constant s.
     """
 
     def __init__(self, norm: nn.LayerNorm, hidden: int, scale: float):
@@ -134,7 +134,7 @@ class NormedAdapter(Adapter):
     def normalise(
         self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, backend: str | None
     ) -> tuple[Tensor, Tensor]:
-        """The adapter's output is added to the stream here, before the output of the sublayer is."""
+        """Also adds the adapter's output to the stream, before the sublayer's output is added."""
         backend = backend_for(len(self.down_weight), backend)
         scale = torch.full_like(self.up_bias[0], self.scale, requires_grad=False)  # exact in every dtype
         pair: Any = layernorm_adapter(
@@ -156,7 +156,7 @@ class NormedAdapter(Adapter):
 
 
 class LayerNormTuning(Adapter):
-    """LayerNorm with a gain and a bias of its own, which start as the frozen ones. `hidden` is unused."""
+    """LayerNorm with a trained gain and bias, which start from the frozen values. `hidden` is unused."""
 
     def __init__(self, norm: nn.LayerNorm, hidden: int):
         super().__init__()

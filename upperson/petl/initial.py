@@ -11,10 +11,10 @@ def scalar(value: float) -> nn.Parameter:
 
 
 def uniform_fan_in(rows: int, columns: int) -> nn.Parameter:
-    """nn.Linear's own start: uniform within ± 1/√columns."""
+    """The initial values of nn.Linear: uniform within ± 1/√columns."""
     return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5)))
 
 
 def normal(*shape: int) -> nn.Parameter:
-    """N(0, 0.02²)."""
+    """Initial values N(0, 0.02²)."""
     return nn.Parameter(torch.empty(shape).normal_(std=0.02))

@@ -1,7 +1,7 @@
 """Low-rank updates of the key and the value projection of an attention: LoRA, DoRA, WoRA.
 
-All take a frozen packed weight whose last rows are [key; value], (…+ 2 C, C), and give it back with these updated by
-up · down, with down (r, C) and up (C, r), which starts at zero. The query is never changed.
+All take a frozen packed weight whose last rows are [key; value], (… + 2 C, C). They return this weight with keys and
+values updated by up · down, with down (r, C), and up (C, r), which starts at zero. The query is never changed.
 """
 
 import torch
@@ -15,7 +15,7 @@ from upperson.petl.initial import scalar, uniform_fan_in
 class LoRA(nn.Module):
     """LoRA (arXiv 2106.09685): W + s · up · down.
 
-    s is learnable and starts at 1, without a factor α/r, as in the released UP-Person.
+    s is learnable and starts at 1; there is no factor α/r, as in the released UP-Person.
 
     Args:
         rank: r.
@@ -34,40 +34,40 @@ class LoRA(nn.Module):
         self.value_down = uniform_fan_in(rank, width)
         self.value_up = nn.Parameter(torch.zeros(width, rank))
 
-    def of(self, part: str, *names: str) -> list[Tensor]:
+    def tensors(self, part: str, *names: str) -> list[Tensor]:
         return [getattr(self, f"{part}_{name}") for name in names]
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The packed weight with its key and value updated, in its shape and dtype, also under autocast."""
+        """The packed weight with updated keys and values, of the same shape and dtype, also under autocast."""
         with torch.autocast(weight.device.type, enabled=False):
             width = weight.shape[1]
             query, key, value = weight.split([len(weight) - 2 * width, width, width])
             return torch.cat([query, self.updated("key", key), self.updated("value", value)])
 
     def updated(self, part: str, weight: Tensor) -> Tensor:
-        up, down, scale = self.of(part, "up", "down", "scale")
+        up, down, scale = self.tensors(part, "up", "down", "scale")
         return weight + scale * up @ down
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor, low_rank_gradients: bool) -> Tensor:
-        """x (…, C) through the updated weight, (…, rows of weight), with `bias` (rows,)."""
+        """F.linear of x (…, C) with the updated weight and `bias` (rows,): (…, rows of weight)."""
         if not low_rank_gradients or weight.requires_grad or bias.requires_grad:
             return F.linear(x, self(weight), bias)
         with torch.no_grad():
             merged = self(weight)
         return LowRankLinear.apply(
-            x, merged, bias, *self.of("key", "down", "up", "scale"), *self.of("value", "down", "up", "scale")
+            x, merged, bias, *self.tensors("key", "down", "up", "scale"), *self.tensors("value", "down", "up", "scale")
         )
 
 
 class LowRankLinear(torch.autograd.Function):
-    """x W'ᵀ + b with LoRA already merged into W', and gradients of its factors that never form that of W'.
+    """x W'ᵀ + b with LoRA merged into W'. The gradients of the factors are computed without the gradient of W'.
 
-    With G the gradient of the keys (or values), (T, C), that of W' is Gᵀ x, of 2 T C² operations; but
+    G is the gradient of the keys (or values), (T, C). The gradient of W' is Gᵀ x, which needs 2 T C² operations, but
 
         d up = s Gᵀ (x downᵀ)        d down = s (G up)ᵀ x        d s = Σ up ∘ Gᵀ (x downᵀ)
 
-    are products with r columns, 8 T C r operations in all. Under autocast x and W' are cast, as by F.linear. W' and b
-    get no gradient.
+    are products with r columns, which need 8 T C r operations in total. Under autocast x and W' are cast, as in
+    F.linear. W' and b get no gradient.
     """
 
     @staticmethod
@@ -101,10 +101,11 @@ class LowRankLinear(torch.autograd.Function):
 
 
 class DoRA(LoRA):
-    """DoRA (arXiv 2402.09353, Eq. 5): magnitude and direction apart, m · (W + up · down) / |W + up · down|.
+    """DoRA (arXiv 2402.09353, Eq. 5): separate magnitude and direction, m · (W + up · down) / |W + up · down|.
 
-    The norm is that of each output's weights, a row; m (C,) starts as the norms of W. The gradient flows through the
-    norm as well, so it needs that of the whole weight; the paper's Sec. 4.3 treats the norm as a constant instead.
+    The norm is taken over each row, the weights of one output; m (C,) starts as the row norms of W. The gradient also
+    flows through the norm, and therefore needs the gradient of the whole weight; the paper's Sec. 4.3 treats the norm
+    as a constant instead.
     """
 
     def __init__(self, rank: int, weight: Tensor):
@@ -118,18 +119,18 @@ class DoRA(LoRA):
         self.value_magnitude = nn.Parameter(row_norms(value).squeeze(1))
 
     def updated(self, part: str, weight: Tensor) -> Tensor:
-        up, down, magnitude = self.of(part, "up", "down", "magnitude")
+        up, down, magnitude = self.tensors(part, "up", "down", "magnitude")
         return with_magnitude(weight + up @ down, magnitude)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor, low_rank_gradients: bool) -> Tensor:
-        """As LoRA's, with the gradient of the whole updated weight in any case."""
+        """As in LoRA, but always with the gradient of the whole updated weight."""
         return F.linear(x, self(weight), bias)
 
 
 class WoRA(DoRA):
-    """WoRA (arXiv 2404.10292): DoRA with both parts weighted, m · (β W + α up · down) / |β W + α up · down|.
+    """WoRA (arXiv 2404.10292): DoRA with two weighted terms, m · (β W + α up · down) / |β W + α up · down|.
 
-    α and β are learnable scalars of key and of value, which start at 1.
+    α and β are learnable scalars, one pair for the keys and one for the values, which start at 1.
     """
 
     def __init__(self, rank: int, weight: Tensor):
@@ -138,17 +139,17 @@ class WoRA(DoRA):
         self.value_alpha, self.value_beta = scalar(1), scalar(1)
 
     def updated(self, part: str, weight: Tensor) -> Tensor:
-        up, down, magnitude, alpha, beta = self.of(part, "up", "down", "magnitude", "alpha", "beta")
+        up, down, magnitude, alpha, beta = self.tensors(part, "up", "down", "magnitude", "alpha", "beta")
         return with_magnitude(beta * weight + alpha * up @ down, magnitude)
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """(rows, 1)."""
+    """The norm of each row, (rows, 1)."""
     return torch.linalg.vector_norm(weight, dim=1, keepdim=True)
 
 
 def with_magnitude(direction: Tensor, magnitude: Tensor) -> Tensor:
-    """Rows of `direction` (rows, columns) scaled to the lengths `magnitude` (rows,)."""
+    """The rows of `direction` (rows, columns), scaled to the norms `magnitude` (rows,)."""
     return magnitude.unsqueeze(1) / row_norms(direction) * direction
 
 

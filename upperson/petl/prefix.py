@@ -7,12 +7,12 @@ from upperson.petl.initial import scalar
 
 
 class Prefix(nn.Module):
-    """Prefix tuning (arXiv 2101.00190) as it is: the prefix shares the softmax with the tokens, λ is fixed at 1.
+    """Plain prefix tuning (arXiv 2101.00190): the prefix shares the softmax with the tokens, and λ is fixed at 1.
 
     Args:
         length, width: P and the width C of the tower.
-        scale: where λ starts; unused here.
-        target: what λ multiplies, "weights" or "logits"; λ = 1 changes nothing on either.
+        scale: initial λ; unused in this class.
+        target: the factor that λ multiplies, "weights" or "logits"; λ = 1 changes neither.
     """
 
     def __init__(self, length: int, width: int, scale: float, target: str):
@@ -22,7 +22,7 @@ class Prefix(nn.Module):
         self.value = nn.Parameter(torch.empty(length, width).uniform_(0, 0.01))
 
     def forward(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Key and value columns, (P, heads, head width), and λ, ()."""
+        """Key and value columns, each (P, heads, head width), and λ, a scalar."""
         return *self.split(self.key, self.value, heads), self.key.new_ones(())
 
     @staticmethod
@@ -31,10 +31,10 @@ class Prefix(nn.Module):
 
 
 class SalablePrefix(Prefix):
-    """S-Prefix: the prefix's part in the attention is scaled by a learnable λ (Eq. 15).
+    """S-Prefix: a learnable λ scales the prefix's part of the attention (Eq. 15).
 
-    Keys and values have a learnable factor of their own as well, as in the released code; the paper's parameter counts
-    include them.
+    Keys and values each have a further learnable factor, as in the released code; the paper's parameter counts include
+    these factors.
     """
 
     def __init__(self, length: int, width: int, scale: float, target: str):

@@ -1,6 +1,6 @@
-"""Prompts: learned tokens of a layer, beside those of the image or the caption, which they are the same for.
+"""Prompts: learned tokens of a layer, beside the tokens of the image or the caption, and the same for all samples.
 
-Where they stand and how they are computed with is told in upperson/model/prompts.py.
+upperson/model/prompts.py inserts the prompts into the towers.
 """
 
 import torch
@@ -10,7 +10,7 @@ from upperson.petl.initial import normal
 
 
 class Prompt(nn.Module):
-    """n tokens of a layer (visual prompt tuning, arXiv 2203.12119, and its counterpart in the text tower).
+    """n tokens of a layer (visual prompt tuning, arXiv 2203.12119, and the same in the text tower).
 
     Args:
         length, width: n and the width C of the tower.
@@ -21,18 +21,18 @@ class Prompt(nn.Module):
         self.tokens = normal(length, width)
 
     def rows(self, partner: "Prompt | None") -> Tensor:
-        """The tokens (m, C) of the layer. `partner`: the prompt of the other tower's layer of the same number."""
+        """The tokens (m, C) of the layer. `partner`: the prompt of the same layer in the other tower."""
         return self.tokens
 
 
 class CoupledPrompt(Prompt):
-    """Bidirectional prompts (arXiv 2309.09496): a layer has its own n tokens, and n carried over by a linear
-    projection from those of the other tower; in both towers the tokens of the text stand first.
+    """Bidirectional prompts (arXiv 2309.09496): a layer has n own tokens, and n linear projections of the tokens of the
+    other tower. In both towers the text's tokens come first.
 
     Args:
         length, width: n and the width C of the tower.
         other_width: width of the other tower.
-        first: whether the own tokens stand first: in the text tower.
+        first: whether the own tokens come first, as in the text tower.
     """
 
     def __init__(self, length: int, width: int, other_width: int, first: bool):

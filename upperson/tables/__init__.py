@@ -1,10 +1,9 @@
-"""The tables and figures of the paper (arXiv 2504.10084), and those that compare and vary the methods, by one command:
-`python -m upperson.tables V`.
+"""The tables and figures of the paper (arXiv 2504.10084), and tables that compare and vary the methods.
 
-    rows.py         which runs each table is made of: a row is a name and a configuration
-    runs.py         trains the runs that are not there yet, and finds what they measured
-    efficiency.py   what methods cost: parameters, FLOPs, memory, time
-    render.py       Markdown, CSV and the plots, beside the paper's figures
-    paper.csv       the paper's figures, with their sources
-    __main__.py     the command
+rows.py        the runs of each table: a row is a name and a configuration
+runs.py        trains the missing runs, and reads their results
+costs.py       the costs of methods: parameters, FLOPs, memory, time
+render.py      Markdown, CSV and plots, with the paper's numbers
+paper.csv      the paper's numbers, with their sources
+__main__.py    the command: upperson tables V
 """

@@ -1,13 +1,13 @@
-"""The tables: each row is trained, tested and printed, those of the paper beside its figures.
+"""Trains, tests and prints the rows of tables. The paper's tables also show the paper's numbers.
 
-upperson tables V                                                  on the drawn data, no network
+upperson tables V                                                  on the synthetic data, no network
 upperson tables V VII --seeds 3                                    mean ± standard deviation
 upperson tables X --data-root /data --dataset cuhk-pedes           on a real data set
-upperson tables methods --seeds 3                                  every method, and what a step of it costs
+upperson tables methods --seeds 3                                  every method, with the cost of a step
 upperson tables sweeps --method NAME                               a method with other options
-upperson tables all --list                                         what would be run
+upperson tables all --list                                         lists the runs without training
 
-What has been trained already is not trained again, whichever table asked for it; a run that was stopped goes on.
+Each run is cached and shared by all tables; an interrupted run is resumed.
 """
 
 import argparse
@@ -43,8 +43,8 @@ from upperson.tables.rows import (
     build_tables,
     embedded_setting,
     every_method,
-    modules_alone,
     real_setting,
+    single_modules,
     sweep_table,
 )
 from upperson.tables.runs import Runs, distinct, seconds_of
@@ -57,7 +57,7 @@ ALL = (*PAPER, "methods")
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 1 after an error of one line. Wrong arguments exit with 2, as in argparse."""
     options = parse(argv)
-    return exit_status(lambda: make_tables(options), stopped="stopped; the same command goes on where it was")
+    return exit_status(lambda: make_tables(options), stopped="stopped; the same command resumes the runs")
 
 
 def make_tables(options: argparse.Namespace) -> int:
@@ -65,8 +65,8 @@ def make_tables(options: argparse.Namespace) -> int:
     dataset = options.dataset or next(iter(setting.people))
     runs = Runs(options.output / "runs", {"device": options.device, "workers": options.workers}, options.jobs)
     seeds = range(1, options.seeds + 1)
-    asked = [name for table in options.tables for name in (ALL if table == "all" else (table,))]
-    numbers = tuple(dict.fromkeys(asked))
+    requested = [name for table in options.tables for name in (ALL if table == "all" else (table,))]
+    numbers = tuple(dict.fromkeys(requested))
     tables = {number: table for number, table in build_tables(setting, dataset).items() if number in numbers}
     if options.method:
         tables["sweeps"] = sweep_table(setting, dataset, options.method)
@@ -74,7 +74,7 @@ def make_tables(options: argparse.Namespace) -> int:
         train_missing(tables, runs, seeds, only_list=options.list)
     except BrokenProcessPool:
         raise RunError(
-            "a process that trained was killed, perhaps for want of memory; the same command goes on where it was"
+            "a training process was killed, possibly for lack of memory; the same command resumes the runs"
         ) from None
     if options.list:
         return 0
@@ -96,28 +96,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=[*ALL, "sweeps", "all"],
         metavar="TABLE",
-        help=f"{', '.join(ALL)}, or all of these; or sweeps",
+        help=f"{', '.join(ALL)}; all for all of these; or sweeps",
     )
-    parser.add_argument("--method", choices=list(METHODS), help="whose options the table sweeps varies")
+    parser.add_argument("--method", choices=list(METHODS), help="the method of the table sweeps")
     parser.add_argument(
         "--data-root",
         type=Path,
         metavar="DIR",
-        help="folder that holds the data sets' own folders; without it the drawn data sets are used",
+        help="folder above the data sets' own folders (default: the synthetic data sets are used)",
     )
     parser.add_argument(
         "--dataset",
         metavar="NAME",
-        help="the data set of tables IV to X, of the figures, methods and "
-        "sweeps (default: embedded, or with --data-root cuhk-pedes)",
+        help="the data set of tables IV to X, the figures, methods and sweeps (default: embedded; cuhk-pedes with "
+        "--data-root)",
     )
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs a row, with seeds 1 to N (default: 1)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run each row with seeds 1 to N (default: 1)")
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("runs/tables"),
         metavar="DIR",
-        help="where runs and tables go (default: runs/tables)",
+        help="folder of runs and tables (default: runs/tables)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
@@ -125,24 +125,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=None,
         metavar="N",
-        help="processes that load images (default: 0 for the drawn data sets, 4 for others)",
+        help="processes that load images (default: 0 for synthetic data sets, 4 for others)",
     )
     parser.add_argument(
         "--jobs",
         type=int,
         default=1,
         metavar="N",
-        help="runs at once, each on its share of the cores; on two cores 2 is faster (default: 1)",
+        help="number of runs at once, each on its share of the cores; on two cores 2 is faster (default: 1)",
     )
-    parser.add_argument("--list", action="store_true", help="show what would be run, and end")
+    parser.add_argument("--list", action="store_true", help="list the runs without training, and exit")
     options = parser.parse_args(argv)
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1, found {getattr(options, name)}")
-    varied = [name for name, method in METHODS.items() if method.sweeps(drawn=not options.data_root)]
+    varied = [name for name, method in METHODS.items() if method.sweeps(synthetic=not options.data_root)]
     if "sweeps" in options.tables and options.method not in varied:
         parser.error(
-            f"--method: the table sweeps needs one that has sweeps, {' or '.join(varied)}; found "
+            f"--method: the table sweeps needs a method with sweeps, {' or '.join(varied)}; found "
             f"{options.method or 'none'}"
         )
     if "sweeps" not in options.tables and options.method:
@@ -158,13 +158,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.dataset is not None and options.dataset not in known:
         parser.error(
             f"--dataset: expected one of {', '.join(known)}, found {options.dataset}"
-            + ("" if options.data_root else "; the real ones need --data-root")
+            + ("" if options.data_root else "; real data sets need --data-root")
         )
     return options
 
 
 def train_missing(tables: dict[str, Table], runs: Runs, seeds: Sequence[int], only_list: bool) -> None:
-    """Trains all runs that are not there yet, after saying how many there are and about how long that takes."""
+    """Trains all missing runs, after printing their number and an estimate of the time."""
     wanted = distinct(
         (
             row.config.replace(seed=seed)
@@ -178,7 +178,7 @@ def train_missing(tables: dict[str, Table], runs: Runs, seeds: Sequence[int], on
     missing = [config for config in wanted if not runs.is_done(config)]
     if not wanted:
         return
-    print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them are there already, in {runs.folder}", flush=True)
+    print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them already done, in {runs.folder}", flush=True)
     if only_list:
         for config in wanted:
             print(
@@ -199,7 +199,7 @@ def train_missing(tables: dict[str, Table], runs: Runs, seeds: Sequence[int], on
             }
             total = sum(each[config.data.dataset, config.model.method.name] for config in trained)
             print(
-                f"{len(missing)} to run, at about {total / left:.0f} s each on this machine, {runs.jobs} at once: "
+                f"{len(missing)} to run, about {total / left:.0f} s each on this machine, {runs.jobs} at once: "
                 f"{duration(total / runs.jobs)}",
                 flush=True,
             )
@@ -207,18 +207,18 @@ def train_missing(tables: dict[str, Table], runs: Runs, seeds: Sequence[int], on
             if config.model.method.trains:
                 times.append(seconds)
                 left -= 1
-            remaining = duration(sum(times) / len(times) * left / runs.jobs) if times else "some time"
+            remaining = duration(sum(times) / len(times) * left / runs.jobs) if times else "an unknown time"
             print(f"[{number}/{len(missing)}] {described(config)}   {seconds:.0f} s, {remaining} left", flush=True)
 
 
 def write(
     number: str, table: Table, runs: Runs, seeds: Sequence[int], options: argparse.Namespace, costs: Costs | None
 ) -> None:
-    """Prints a table, and writes it as Markdown and CSV with its picture; `costs` of its rows, for further columns."""
+    """Prints a table, and writes Markdown, CSV and the picture. `costs` of the rows add columns."""
     directions = ["text_to_image", "image_to_text"] if table.both_directions else ["text_to_image"]
     rows = []
     for row in table.rows:
-        # What is not trained is the same for every seed.
+        # Results without training are the same for every seed.
         own = [1] if not row.config.model.method.trains else seeds
         found = [runs.results(row, row.config.replace(seed=seed), table.both_directions) for seed in own]
         rows.append(Measured(row.name, found))
@@ -249,7 +249,7 @@ def write(
 
 
 def found_images(table: Table, runs: Runs) -> bytes:
-    """Figure 7: the images that zero-shot CLIP and the trained model find for the same captions."""
+    """Figure 7: the first images of zero-shot CLIP and of the trained model for the same captions."""
     config = table.rows[0].config
     model = load_model(runs.folder_of(config) / BEST)
     device, precision = device_and_precision(runs.settings["device"], config.train.precision)
@@ -264,7 +264,7 @@ def found_images(table: Table, runs: Runs) -> bytes:
 
 def write_costs(base: Config, options: argparse.Namespace) -> None:
     """Prints and writes Table IV."""
-    costs = measure_costs(modules_alone, base, options.device)
+    costs = measure_costs(single_modules, base, options.device)
     text = "\n".join([
         f"# {heading('IV', 'What the methods cost')}", "", how_measured(base, options.device), "",
         costs_markdown(costs),

@@ -1,7 +1,7 @@
 """The costs of methods on this machine: parameters, FLOPs, memory, time.
 
-Measured with random images and captions of full length, in a process of its own for each row and stage, so that none
-finds memory or caches that another left.
+The costs are measured with random images and captions of full length. Each row and stage is measured in its own
+process, so that memory and caches of other measurements have no influence.
 """
 
 import multiprocessing
@@ -30,9 +30,9 @@ from upperson.model import AdaptedCLIP
 from upperson.tables.rows import Configs, trainings
 from upperson.train.optimizer import build_optimizer
 
-BATCH, DRAWN_BATCH = 128, 64
-FULL_SIZE, FULL_SIZE_BATCH = "cuhk-pedes", 2  # whose model is measured beside the embedded one
-QUERIES, GALLERY = 50, 3000  # of a search; its time is given for 1,000 queries
+BATCH, SYNTHETIC_BATCH = 128, 64
+FULL_SIZE, FULL_SIZE_BATCH = "cuhk-pedes", 2  # the preset whose model is measured beside the embedded model
+QUERIES, GALLERY = 50, 3000  # sizes of a search, whose time is given for 1,000 queries
 REPETITIONS = 5
 
 
@@ -42,28 +42,28 @@ class Cost:
 
     trained_parameters: int
     all_parameters: int
-    inference_gflops: float  # one image and one caption through their towers
-    step_gflops: float  # a training step, per pair
-    step_megabytes: float | None  # that forward and backward pass allocate, gradients included; None: not known
-    step_milliseconds: float  # of the whole batch
-    query_seconds: float  # embedding 1,000 captions, 50 at once, and ranking 3,000 embedded images for them
+    inference_gflops: float  # for one image and one caption
+    step_gflops: float  # for a training step, per pair
+    step_megabytes: float | None  # memory allocated by forward and backward pass, with gradients; None: unknown
+    step_milliseconds: float  # for a training step of the whole batch
+    query_seconds: float  # for embedding 1,000 captions, 50 at once, and ranking 3,000 embedded images
 
 
-Costs = dict[str, dict[str, list[Cost]]]  # by model, then by row: one, or one of each stage of the method
+Costs = dict[str, dict[str, list[Cost]]]  # by model, then by row; one cost for each stage of the method
 
 
 def measure_costs(rows: Callable[[Config], Configs], base: Config, device: str) -> Costs:
-    """The costs of what `rows` makes of a preset; where that is of a drawn data set, with ViT-B/16 as well."""
-    parts = [(base, DRAWN_BATCH if base.data.is_drawn else BATCH)]
-    if base.data.is_drawn:
+    """The costs of the rows of a preset; for a synthetic data set, also those of ViT-B/16."""
+    parts = [(base, SYNTHETIC_BATCH if base.data.is_synthetic else BATCH)]
+    if base.data.is_synthetic:
         parts.append((PRESETS[FULL_SIZE], FULL_SIZE_BATCH))
     costs: Costs = {}
-    for of_model, batch in parts:
-        model = of_model.model
+    for preset, batch in parts:
+        model = preset.model
         title = f"{model.model}, {model.image_size[0]}×{model.image_size[1]}, batch {batch}"
-        for name, config in rows(of_model).items():
+        for name, config in rows(preset).items():
             print(f"measuring {name}, {title}", file=sys.stderr, flush=True)
-            # What the weights are changes no cost, and random ones need no download.
+            # The values of weights do not change the costs, and random weights need no download.
             config = config.replace(device=device, pretrained="none")
             costs.setdefault(title, {})[name] = measure_apart(config, batch)
     return costs
@@ -79,7 +79,7 @@ def how_measured(config: Config, device: str) -> str:
 
 
 def measure_apart(config: Config, batch_size: int) -> list[Cost]:
-    """measure() in a fresh process, for each stage of the method; one cost where it has none."""
+    """Runs measure() in a fresh process for each stage of the method."""
     costs = []
     for part in trainings(config):
         with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as process:
@@ -88,10 +88,10 @@ def measure_apart(config: Config, batch_size: int) -> list[Cost]:
 
 
 def measure(config: Config, batch_size: int) -> Cost:
-    """The costs of one training with batches of `batch_size` pairs, on the device and in the precision it names.
+    """The costs of one training with batches of `batch_size` pairs, on the device and in the precision of `config`.
 
-    The loss is SDM, whatever the configuration names. The peak memory of a CPU is that of the process, so this should
-    be its first work there.
+    The loss is always SDM. The peak memory on a CPU is that of the process, so this function should be the first work
+    of its process.
     """
     device, precision = device_and_precision(config.train.device, config.train.precision)
     torch.manual_seed(0)
@@ -125,7 +125,7 @@ def measure(config: Config, batch_size: int) -> Cost:
     costs["query_seconds"] = 1000 / QUERIES * seconds
     if parameters:
         costs["step_gflops"] = flops(step) / batch_size
-    with autocast(device, precision):  # with gradients: the counter follows the modules through them
+    with autocast(device, precision):  # gradients are on, since the counter uses them to follow the modules
         costs["inference_gflops"] = flops(
             lambda: (model.encode_image(batch["images"][:1]), model.encode_text(batch["captions"][:1]))
         )
@@ -134,7 +134,7 @@ def measure(config: Config, batch_size: int) -> Cost:
 
 
 def random_batch(model: AdaptedCLIP, size: int, device: torch.device) -> dict[str, Tensor]:
-    """Pairs as upperson.data.train_loader gives them; the captions fill the context."""
+    """A random batch like those of upperson.data.train_loader, with captions of full length."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(size, 3, *model.config.image_size, generator=generator)
     captions = model.tokenizer(["coat " * model.context_length] * size)
@@ -143,21 +143,21 @@ def random_batch(model: AdaptedCLIP, size: int, device: torch.device) -> dict[st
 
 
 def rank(model: AdaptedCLIP, caption: Tensor, gallery: Tensor, precision: str) -> Tensor:
-    """The ten best of the gallery (G, E) for QUERIES captions; `caption` (1, L) stands for all."""
+    """The ten best entries of the gallery (G, E) for QUERIES copies of `caption` (1, L)."""
     with torch.inference_mode(), autocast(caption.device, precision):
         features = model.encode_text(caption.expand(QUERIES, -1)).float()
         return (features @ gallery.t()).topk(10).indices
 
 
 def flops(call: Callable[[], Any]) -> float:
-    """10⁹ floating-point operations of matrix products and convolutions in a call, backward included."""
+    """The floating-point operations of matrix products and convolutions in a call, also in backward, in 10⁹."""
     with flop_counter() as counter:
         call()
     return counter.get_total_flops() / 1e9
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter. Before version 2.15 it does not know PyTorch's own attention on a CPU by itself."""
+    """PyTorch's FLOP counter, with formulas for the CPU attention, which PyTorch lacks before version 2.15."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     formulas = {
@@ -169,7 +169,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 def shortest(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest of a few calls, after one to warm up."""
+    """The time of the fastest of several calls in seconds, after a warm-up call."""
     times = []
     for _ in range(1 + REPETITIONS):
         started = time.perf_counter()
@@ -181,7 +181,7 @@ def shortest(call: Callable[[], Any], device: torch.device) -> float:
 
 
 class Peak:
-    """The memory that is allocated from its creation on: PyTorch's own count on a GPU, the process's size on Linux."""
+    """The peak memory since creation of the object: PyTorch's own count on a GPU, the process's size on Linux."""
 
     STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -191,11 +191,11 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         elif self.CLEAR.exists():
-            self.CLEAR.write_text("5")  # the high-water mark starts again
+            self.CLEAR.write_text("5")  # resets the high-water mark
             self.before = self.resident("VmRSS")
 
     def megabytes(self) -> float | None:
-        """10⁶ bytes above what was there; None on a machine that does not tell."""
+        """The peak above the memory at creation in 10⁶ bytes; None if the machine does not report the memory."""
         if self.device.type == "cuda":
             return (torch.cuda.max_memory_allocated(self.device) - self.before) / 1e6
         return (self.resident("VmHWM") - self.before) / 1e6 if self.CLEAR.exists() else None

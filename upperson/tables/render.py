@@ -1,4 +1,4 @@
-"""Tables as Markdown and CSV beside the paper's figures, and the plots of sweeps and of rows side by side."""
+"""Tables as Markdown and CSV with the paper's numbers, plots of sweeps, and bar plots of rows."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ COSTS = {
     "query_seconds": ("s, 1,000 queries", "{:.2f}"),
 }
 OF_A_STEP = ("step_gflops", "step_megabytes", "step_milliseconds")
-OF_A_STAGE = ("trained_parameters", *OF_A_STEP)  # the others are of the model that all stages are of
+OF_A_STAGE = ("trained_parameters", *OF_A_STEP)  # the other costs are those of the model, the same for all stages
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Measured:
         return f"{counts.pop():,}" if counts else ""
 
     def cell(self, direction: str, metric: str) -> str:
-        """Mean ± sample standard deviation over the seeds, and how many converged where not all did."""
+        """Mean ± sample standard deviation over the seeds, and the number of converged runs if some diverged."""
         values = self.values(direction, metric)
         if not values:
             return "diverged"
@@ -58,7 +58,7 @@ class Measured:
 
 
 def paper_figures(number: str) -> dict[str, tuple[str, str]]:
-    """R@1 of the paper by row, and where it was found."""
+    """The paper's R@1 by row, with its source."""
     with files("upperson.tables").joinpath("paper.csv").open(encoding="utf-8") as file:
         return {row["row"]: (row["value"], row["source"]) for row in csv.DictReader(file) if row["table"] == number}
 
@@ -71,9 +71,9 @@ def markdown(
     conditions: str,
     costs: dict[str, list[Cost]] | None = None,
 ) -> str:
-    """The table with its title, what it was measured on, and the paper's R@1 on CUHK-PEDES where that is known.
+    """The table with its title, the conditions, and the paper's R@1 on CUHK-PEDES if known.
 
-    `costs`: what a step of each row costs, in further columns.
+    `costs`: the costs of a step of each row, for further columns.
     """
     paper = paper_figures(number)
     header = [
@@ -108,7 +108,7 @@ def how_trained(table: Table, seeds: Sequence[int]) -> str:
     spread = f"{len(seeds)} seeds, mean ± standard deviation" if len(seeds) > 1 else "one seed"
     usual = epochs(config)
     others = ", ".join(f"{row.name} {epochs(row.config)}" for row in table.rows if epochs(row.config) != usual)
-    size = f", {config.data.embedded_identities[0]:,} identities to train on" if config.data.is_drawn else ""
+    size = f", {config.data.embedded_identities[0]:,} identities to train on" if config.data.is_synthetic else ""
     return (
         f"Percent on the test split; {spread}; the epoch that is best on the validation split (the last one where "
         f"there is none); model {config.model.model}, {usual} epochs{f' ({others})' if others else ''}{size}"
@@ -117,12 +117,12 @@ def how_trained(table: Table, seeds: Sequence[int]) -> str:
 
 
 def epochs(config: Config) -> str:
-    """Of each stage."""
+    """The epochs of each stage."""
     return " + ".join(str(part.train.epochs) for part in trainings(config))
 
 
 def comma_separated(number: str, rows: Sequence[Measured], directions: Sequence[str], seeds: Sequence[int]) -> str:
-    """One line a row, seed, direction and metric: percent, empty where the run diverged."""
+    """CSV with one line for each row, seed, direction and metric: percent, empty if the run diverged."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["table", "row", "seed", "trained_parameters", "direction", "metric", "percent"])
@@ -137,7 +137,7 @@ def comma_separated(number: str, rows: Sequence[Measured], directions: Sequence[
 
 
 def costs_markdown(tables: Costs) -> str:
-    """All costs, one table a model."""
+    """All costs as Markdown, one table for each model."""
     lines = []
     for model, rows in tables.items():
         header = [model, *(title for title, _ in COSTS.values())]
@@ -147,13 +147,13 @@ def costs_markdown(tables: Costs) -> str:
 
 
 def cost_cell(costs: Sequence[Cost], key: str) -> str:
-    """One figure of a row; "a / b" where it is another in each stage."""
+    """One cost of a row; "a / b" if the stages differ."""
     values = [getattr(cost, key) for cost in (costs if key in OF_A_STAGE else costs[-1:])]
     return " / ".join("" if value is None else COSTS[key][1].format(value) for value in values)
 
 
 def costs_csv(tables: Costs) -> str:
-    """One line a model, row and stage."""
+    """CSV with one line for each model, row and stage."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["model", "method", "stage", *COSTS])
@@ -165,9 +165,9 @@ def costs_csv(tables: Costs) -> str:
 
 
 def sweep_plot(rows: Sequence[tuple[str, str, Measured]], title: str) -> bytes:
-    """PNG of a sweep: R@1 over the labels of each axis, means with the range over the seeds.
+    """A PNG of a sweep: R@1 over the labels of each axis, as means with the range over the seeds.
 
-    `rows`: title of the axis, label on it, and what was measured there.
+    `rows`: title of the axis, label of the point, and the point's results.
     """
     axes_of: dict[str, list[tuple[str, list[float]]]] = {}
     for axis, point, row in rows:
@@ -176,10 +176,10 @@ def sweep_plot(rows: Sequence[tuple[str, str, Measured]], title: str) -> bytes:
         figure = Figure(figsize=(10.5, 3.4), layout="constrained")
         panels = figure.subplots(1, len(axes_of), sharey=True, squeeze=False)[0]
         for axes, (axis, points) in zip(panels, axes_of.items(), strict=True):
-            found = [(place, values) for place, (_, values) in enumerate(points) if values]  # none: diverged
+            found = [(index, values) for index, (_, values) in enumerate(points) if values]  # no values: diverged
             means = [statistics.mean(values) for _, values in found]
             axes.errorbar(
-                [place for place, _ in found],
+                [index for index, _ in found],
                 means,
                 yerr=[
                     [mean - min(values) for mean, (_, values) in zip(means, found, strict=True)],
@@ -195,19 +195,19 @@ def sweep_plot(rows: Sequence[tuple[str, str, Measured]], title: str) -> bytes:
 
 
 def bars(rows: Sequence[Measured], title: str) -> bytes:
-    """PNG of R@1 and mAP by row: means as bars, each seed as a dot."""
+    """A PNG of R@1 and mAP by row, with means as bars and each seed as a dot."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 0.8 + 0.42 * len(rows)), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, metric, colour in zip(panels, ("R@1", "mAP"), (MAIN, SECOND), strict=True):
-            for place, row in enumerate(rows):
+            for index, row in enumerate(rows):
                 values = row.values("text_to_image", metric)
                 if not values:
-                    axes.text(0.5, place, "diverged", va="center", color=QUIET)
+                    axes.text(0.5, index, "diverged", va="center", color=QUIET)
                     continue
-                axes.barh(place, statistics.mean(values), color=colour, alpha=0.55)
-                axes.plot(values, [place] * len(values), "o", color=colour, markersize=4)
-                axes.text(max(values) + 0.6, place, row.cell("text_to_image", metric), va="center", fontsize=9)
+                axes.barh(index, statistics.mean(values), color=colour, alpha=0.55)
+                axes.plot(values, [index] * len(values), "o", color=colour, markersize=4)
+                axes.text(max(values) + 0.6, index, row.cell("text_to_image", metric), va="center", fontsize=9)
             axes.set(title=f"{metric}, percent", yticks=range(len(rows)), yticklabels=[row.name for row in rows])
             axes.margins(x=0.22)
             axes.grid(visible=False, axis="y")
@@ -217,7 +217,7 @@ def bars(rows: Sequence[Measured], title: str) -> bytes:
 
 
 def heading(number: str, title: str) -> str:
-    """The title, with the number of a table or figure of the paper before it."""
+    """The title, preceded by the number of the paper's table or figure."""
     if number.startswith("figure"):
         return f"Figure {number.removeprefix('figure')}. {title}"
     return f"Table {number}. {title}" if number.isupper() else title

@@ -1,4 +1,4 @@
-"""The runs of each table: those of the paper, and those that compare and vary the methods."""
+"""The runs of each table: the paper's tables, and tables that compare and vary the methods."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,15 +12,16 @@ from upperson.methods import BASELINES, DEFAULT, METHODS
 
 NO_MODULES: dict[str, Any] = {"prefix": "none", "lora": "none", "adapter_attn": "none", "adapter_mlp": "none"}
 L_ADAPTER = {"adapter_attn": "l-parallel", "adapter_mlp": "l-parallel"}
-LAMBDA_ALONE = 150.0  # where λ of a prefix without other modules starts
+LAMBDA_OF_SINGLE = 150.0  # initial λ of a prefix without other modules
 Configs = dict[str, Config]  # by the name of the row, or of the data set
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run of a table, and what it is tested on where that is not the data set it was trained on.
+    """One run of a table.
 
-    `point`: of a sweep, the title of the axis that it belongs to, and its label there.
+    `tested_on`: the data set of the test, if different from that of the training. `point`: title of the axis and label
+    on this axis, for a run of a sweep.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table or figure; `both_directions` adds image → text to text → image."""
+    """A table or figure. `both_directions` adds image → text to text → image."""
 
     title: str
     rows: tuple[Row, ...]
@@ -40,7 +41,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the tables are run: the configuration of UP-Person on each data set, of people and of everything else."""
+    """The data sets of the tables: UP-Person's configuration on each data set, of people and of other images."""
 
     people: Configs
     general: Configs
@@ -50,7 +51,7 @@ class Setting:
 
 
 def embedded_setting() -> Setting:
-    """Small runs on the drawn data sets: about a minute each on two cores."""
+    """Small runs on the synthetic data sets: about a minute each on two cores."""
     small = PRESETS["embedded"].replace(embedded_identities=(300, 40, 200), epochs=5)
     scenes = small.replace(embedded_identities=(2400, 100, 400), image_size=(128, 128))
     return Setting(
@@ -60,7 +61,7 @@ def embedded_setting() -> Setting:
 
 
 def real_setting(root: Path) -> Setting:
-    """The presets; every data set is in a folder of its own below `root`."""
+    """The presets of the real data sets, each with its own folder in `root`."""
     people, general = (
         {name: PRESETS[name].replace(data_root=root) for name in names}
         for names in (("cuhk-pedes", "icfg-pedes", "rstpreid"), ("flickr30k", "mscoco"))
@@ -72,12 +73,12 @@ def real_setting(root: Path) -> Setting:
 
 
 def trainings(config: Config) -> list[Config]:
-    """The configurations that are trained one after the other: one for each stage."""
+    """The configurations of the stages, which are trained one after the other."""
     return [of_stage for _, of_stage in config.stages()]
 
 
 def by_method(base: Config, methods: Iterable[str]) -> Configs:
-    """Methods, each with its recipe, by their titles."""
+    """The configurations of methods, each with its recipe, by the methods' titles."""
     configs = (with_method(base, method) for method in methods)
     return {config.model.method.title: config for config in configs}
 
@@ -87,12 +88,12 @@ def every_method(base: Config) -> Configs:
     return by_method(base, dict.fromkeys((*BASELINES, *METHODS)))
 
 
-def modules_alone(base: Config) -> Configs:
-    """The rows of Table IV: the baselines, each kind of module alone, all together."""
-    alone = {"S-Prefix": {"prefix": "salable"}, "LoRA": {"lora": "lora"}, "L-Adapter": L_ADAPTER}
+def single_modules(base: Config) -> Configs:
+    """The rows of Table IV: the baselines, each kind of module without the others, and all kinds together."""
+    kinds = {"S-Prefix": {"prefix": "salable"}, "LoRA": {"lora": "lora"}, "L-Adapter": L_ADAPTER}
     return (
         by_method(base, BASELINES)
-        | {name: base.replace(**NO_MODULES | changes) for name, changes in alone.items()}
+        | {name: base.replace(**NO_MODULES | changes) for name, changes in kinds.items()}
         | by_method(base, (DEFAULT,))
     )
 
@@ -101,11 +102,11 @@ def modules_alone(base: Config) -> Configs:
 
 
 def build_tables(setting: Setting, dataset: str) -> dict[str, Table]:
-    """All tables of the paper but IV, by number, and `methods`. Those of one data set are of `dataset`."""
+    """All tables of the paper but IV by number, and `methods`. Tables with a single data set use `dataset`."""
     base = setting[dataset]
 
     def table(title: str, rows: dict[str, dict[str, Any]], before: Configs | None = None) -> Table:
-        """The configurations `before`, and what `rows` make of the base."""
+        """A table of the configurations `before`, and of the base with the changes in `rows`."""
         configs = (before or {}) | {name: base.replace(**changes) for name, changes in rows.items()}
         return Table(f"{title}, {dataset}", tuple(Row(name, config) for name, config in configs.items()))
 
@@ -113,7 +114,7 @@ def build_tables(setting: Setting, dataset: str) -> dict[str, Table]:
         "V": table(
             "The parts of UP-Person, alone and together",
             {
-                "S-Prefix": NO_MODULES | {"prefix": "salable", "prefix_scale": LAMBDA_ALONE},
+                "S-Prefix": NO_MODULES | {"prefix": "salable", "prefix_scale": LAMBDA_OF_SINGLE},
                 "LoRA": NO_MODULES | {"lora": "lora"},
                 "L-Adapter": NO_MODULES | L_ADAPTER,
                 "S-Prefix + LoRA": {"adapter_attn": "none", "adapter_mlp": "none"},
@@ -131,7 +132,7 @@ def build_tables(setting: Setting, dataset: str) -> dict[str, Table]:
             {"vanilla prefix": NO_MODULES | {"prefix": "vanilla"}}
             | {
                 f"S-Prefix, λ = {scale:g}": NO_MODULES | {"prefix": "salable", "prefix_scale": scale}
-                for scale in (10.0, 50.0, 100.0, LAMBDA_ALONE, 300.0, 500.0)
+                for scale in (10.0, 50.0, 100.0, LAMBDA_OF_SINGLE, 300.0, 500.0)
             }
             | {f"UP-Person, λ = {scale:g}": {"prefix_scale": scale} for scale in (10.0, 30.0, 50.0)},
         ),
@@ -184,20 +185,20 @@ def build_tables(setting: Setting, dataset: str) -> dict[str, Table]:
 
 
 def sweep_table(setting: Setting, dataset: str, method: str) -> Table:
-    """All values that a method's sweeps go through."""
+    """The table of all sweeps of a method."""
     base = with_method(setting[dataset], method)
     return Table(f"{base.model.method.title} with other options, {dataset}", tuple(swept(base)))
 
 
 def swept(base: Config) -> Iterator[Row]:
     method = base.model.method
-    for axis, points in method.sweeps(base.data.is_drawn).items():
+    for axis, points in method.sweeps(base.data.is_synthetic).items():
         for label, changes in points.items():
             yield Row(f"{axis} {label}", base.replace(**changes), point=(axis, label))
 
 
 def crossings(datasets: Configs) -> Iterator[Row]:
-    """The methods that the paper compares, on each ordered pair of data sets; zero-shot once for each test set."""
+    """The paper's methods on each ordered pair of data sets, and zero-shot CLIP once for each test set."""
     for method in (*BASELINES, DEFAULT):
         configs = {name: with_method(config, method) for name, config in datasets.items()}
         title = METHODS[method]().title

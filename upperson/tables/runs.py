@@ -1,4 +1,4 @@
-"""The runs of a table, one folder a run and seed. Each run is cached; an interrupted run is resumed."""
+"""The runs of a table, with one folder per run and seed. Each run is cached; an interrupted run is resumed."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ from upperson.evaluate.embed import embed
 from upperson.evaluate.evaluation import evaluate_checkpoint
 from upperson.evaluate.results import RESULTS, Results
 from upperson.files import write_atomically
-from upperson.machine import ALONE, device_and_precision
+from upperson.machine import SINGLE_PROCESS, device_and_precision
 from upperson.model.checkpoint import load_checkpoint
 from upperson.tables.rows import Row, trainings
 from upperson.train.fit import build_model, fit
@@ -35,16 +35,16 @@ from upperson.train.loop import Job, Training
 from upperson.train.run_folder import BEST
 
 DIVERGED = "diverged.json"
-EVALUATED = 128  # captions, with their images, that are embedded to see how long that takes
+EVALUATED = 128  # captions, with their images, that are embedded to estimate the time
 
 
 class Runs:
-    """The runs below a folder.
+    """The runs in a folder.
 
     Args:
-        folder: every run has a folder of its own in it, named after what it trains and a hash of its configuration.
-        settings: fields of the machine, such as device and workers, that every run gets.
-        jobs: runs that are trained at once, each in a process of its own and on its share of the cores.
+        folder: parent of the run folders, which are named after the method and a hash of the configuration.
+        settings: fields of the machine, such as device and workers, for every run.
+        jobs: number of runs that are trained at once, each in its own process and on its share of the cores.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], jobs: int = 1):
@@ -53,7 +53,7 @@ class Runs:
         self.jobs = jobs
 
     def folder_of(self, config: Config) -> Path:
-        """The folder of a run: another for every configuration, data folder and precision."""
+        """The folder of a run, different for every configuration, data folder and precision."""
         values: dict[str, Any] = {}
         for section in (config.model, config.model.method, config.train):
             values |= fields_that_matter(section)
@@ -65,28 +65,28 @@ class Runs:
 
     @staticmethod
     def identity(data: DataConfig) -> dict[str, Any]:
-        """The fields by which data sets differ."""
+        """The fields that identify a data set."""
         values = fields_that_matter(data)
-        if data.is_drawn or data.data_root is None:
+        if data.is_synthetic or data.data_root is None:
             return values
         return values | {"data_root": str(data.data_root.expanduser().resolve())}
 
     def is_done(self, config: Config) -> bool:
-        place = self.folder_of(config)
-        return (place / RESULTS).exists() or (place / DIVERGED).exists()
+        folder = self.folder_of(config)
+        return (folder / RESULTS).exists() or (folder / DIVERGED).exists()
 
     def processes(self) -> ProcessPoolExecutor:
-        """As many processes as there are jobs, each with its share of the cores."""
+        """A pool of one process for each job, each with its share of the cores."""
         threads = max(1, torch.get_num_threads() // self.jobs)
         return ProcessPoolExecutor(
             self.jobs, multiprocessing.get_context("spawn"), initializer=begin_process, initargs=(threads,)
         )
 
     def train_all(self, configs: Sequence[Config], processes: ProcessPoolExecutor) -> Iterator[tuple[Config, float]]:
-        """Trains runs, and gives each with its seconds when it has ended, in any order."""
+        """Trains runs, and yields each with its time in seconds when it has ended, in any order."""
         waiting, running = list(reversed(configs)), {}
         while waiting or running:
-            # Never more than can start at once: what a pool has queued it runs even after Ctrl-C.
+            # At most one run for each process is submitted, since a pool runs its queue even after Ctrl-C.
             while waiting and len(running) < self.jobs:
                 config = waiting.pop()
                 running[processes.submit(self.train, config)] = config
@@ -95,27 +95,27 @@ class Runs:
                 yield running.pop(run), run.result()
 
     def train(self, config: Config) -> float:
-        """Trains a run, or goes on with it, and returns the seconds that took; what it prints goes to a log file.
+        """Trains or resumes a run, and returns the time in seconds. The output is written to a log file.
 
-        A run whose loss is no number any more is a result, and recorded as one.
+        A run that diverged is recorded as a result.
         """
         begun = time.monotonic()
-        place = self.folder_of(config)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        config = config.replace(**self.settings, run_dir=place, resume=(place / CONFIG).exists())
+        folder = self.folder_of(config)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        config = config.replace(**self.settings, run_dir=folder, resume=(folder / CONFIG).exists())
         try:
             with ExitStack() as stack:
-                log = stack.enter_context(open(place.with_suffix(".log"), "a", encoding="utf-8"))
+                log = stack.enter_context(open(folder.with_suffix(".log"), "a", encoding="utf-8"))
                 stack.enter_context(redirect_stdout(log))
                 if self.jobs > 1:
                     stack.enter_context(redirect_stderr(log))  # several progress bars overwrite each other
                 fit(config)
         except Diverged as error:
-            write_atomically(place / DIVERGED, json.dumps({"error": str(error)}).encode())
+            write_atomically(folder / DIVERGED, json.dumps({"error": str(error)}).encode())
         return time.monotonic() - begun
 
     def results(self, row: Row, config: Config, both_directions: bool) -> Results | None:
-        """The results of a run, or of its evaluation on another data set or in both directions; None: diverged."""
+        """The results of a run, or of its evaluation on another data set or in both directions; None if diverged."""
         folder = self.folder_of(config)
         if (folder / DIVERGED).exists():
             return None
@@ -137,33 +137,33 @@ class Runs:
 
 
 def begin_process(threads: int) -> None:
-    """Makes a process of the pool compute with so many threads, and end when the command does, even if it is killed."""
+    """Sets the number of threads of a pool process, and lets it end with the parent process, even after SIGKILL."""
     torch.set_num_threads(threads)
 
     def follow() -> None:
         if parent := multiprocessing.parent_process():
             parent.join()
-        os._exit(1)  # what is saved is whole: files are moved to their places
+        os._exit(1)  # files are written atomically, so all saved files are complete
 
     threading.Thread(target=follow, daemon=True).start()
 
 
 def seconds_of(config: Config) -> float:
-    """About how long a run takes on this machine, with all its stages."""
+    """An estimate of the time of a run with all its stages on this machine, in seconds."""
     splits = read_splits(config.data)
     return sum(seconds_of_training(part, splits) for part in trainings(config))
 
 
 def seconds_of_training(config: Config, splits: dict[str, list[Sample]]) -> float:
-    """The same of one stage, from a few batches of its training and some of its evaluation."""
+    """An estimate of the time of one stage in seconds, from a few training batches and a partial evaluation."""
     device, precision = device_and_precision(config.train.device, config.train.precision)
     model = build_model(config).to(device)
     watched = splits.get("val", splits["test"])
     with TemporaryDirectory() as folder:
-        job = Job(Path(folder), ALONE, device, precision, splits, None, Interruption())
+        job = Job(Path(folder), SINGLE_PROCESS, device, precision, splits, None, Interruption())
         training = Training(config, model, job, Path(folder))
         batches, seconds = iter(training.batches), []
-        for _ in range(min(3, len(training.loader))):  # the first pays for what is done once
+        for _ in range(min(3, len(training.loader))):  # the first batch includes one-time work
             started = time.monotonic()
             batch = next(batches)
             with suppress(Diverged):
@@ -183,7 +183,7 @@ def precision_of(config: Config) -> str:
 
 
 def fields_that_matter(section: Any) -> dict[str, Any]:
-    """The fields of a part of the configuration that change results; 10 and 10.0 are the same."""
+    """The fields of a section of the configuration that change results; 10 and 10.0 are equal."""
     values = {
         spec.name: getattr(section, spec.name)
         for spec in dataclasses.fields(section)
@@ -197,5 +197,5 @@ def digest(values: dict[str, Any]) -> str:
 
 
 def distinct(configs: Iterable[Config], runs: Runs) -> list[Config]:
-    """One configuration a run folder, in order."""
+    """The configurations in order, without those of the same run folder."""
     return list({runs.folder_of(config): config for config in configs}.values())

@@ -1,12 +1,12 @@
-"""One run.
+"""One training run.
 
-fit.py           the whole job, from the configuration to the results; read this first
-loop.py          a training: steps, epochs, evaluations, and how they are saved and resumed
+fit.py           the whole job, from the configuration to the results; read this file first
+loop.py          a training: steps, epochs and evaluations; saving and resuming
 optimizer.py     Adam, warm-up and cosine
-run_folder.py    the files of a run, and claiming a folder for them
+run_folder.py    the files of a run, and the choice of a folder
 log.py           metrics.jsonl and TensorBoard
-resume.py        the state that a stopped run continues from
-interruption.py  Ctrl-C stops all processes at the same step
-progress.py      how far a run is, and how long it will take
+resume.py        the saved state of an interrupted run
+interruption.py  stops all processes at the same step after Ctrl-C
+progress.py      the position of a run, and the time left
 __main__.py      the command: upperson train
 """

@@ -1,4 +1,4 @@
-"""Trains a method for text-based person retrieval: UP-Person, or the one that --method names."""
+"""Trains a method for text-based person retrieval: UP-Person, or the method of --method."""
 
 import argparse
 import sys
@@ -16,14 +16,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     actions.add_argument(
         "--check-data",
         action="store_true",
-        help="read the data set, open every image, report what is wrong or unusual, and stop",
+        help="read the data set, open every image, report errors and unusual entries, and exit",
     )
     config = parse_arguments(argv, parents=[actions])
     if actions.parse_known_args(argv)[0].check_data:
         return exit_status(lambda: check_data(config.data))
 
     def command() -> int:
-        from upperson.train.fit import fit  # imports torch, which --help does not need
+        from upperson.train.fit import fit  # a late import: --help does not need torch
 
         fit(config)
         return 0
@@ -32,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_data(data: DataConfig) -> int:
-    """Prints the report. Status 1 if an image is missing or broken; anything merely unusual does not count."""
+    """Prints the report. The exit status is 1 if an image is missing or broken; unusual entries do not count."""
     from upperson.data.check import check_dataset, text
     from upperson.data.splits import read_splits
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the report says the same
+        warnings.simplefilter("ignore")  # the report has the same findings
         splits = read_splits(data, need=())
     report = check_dataset(data.dataset, splits)
     print(text(report))

@@ -50,29 +50,29 @@ class Run:
 
 
 def fit(config: Config) -> Run:
-    """Trains, selects and tests a method as `config` says, in its stages, and writes everything to one run folder.
+    """Trains and tests the method of `config` in all its stages, and writes everything to one run folder.
 
-    A method without stages has one, whose folder is the run folder. Processes that torchrun started all call this
-    alike: each trains on its share of every batch, the results are those of one process, and the first of them writes.
-    The run folder must be one that all of them see.
+    A method without stages has a single stage, whose folder is the run folder. All processes of torchrun call this
+    function: each trains on its share of every batch, the results are those of one process, and the first process
+    writes. All processes need access to the run folder.
 
-    Raises DataError, BackboneError, MethodError, CheckpointError or RunError that the user can mend, OSError where
-    nothing can be written, RunInterrupted after Ctrl-C. A run that was stopped in any way, also by SIGKILL, continues
-    with `resume=True` and ends with the numbers of a run that was not stopped.
+    Raises DataError, BackboneError, MethodError, CheckpointError or RunError for errors that the user can correct,
+    OSError for a file that cannot be written, and RunInterrupted after Ctrl-C. A run interrupted in any way, also by
+    SIGKILL, is resumed with `resume=True`; its results are those of an uninterrupted run.
     """
     config = config.settled()
-    group = Group.of_environment()
+    group = Group.from_environment()
     device, precision = device_and_precision(config.train.device, config.train.precision, group)
     require_settings(config, group, device)
-    with contact(lambda: "before anything was saved; its own message says why it ended"), process_group(group, device):
+    with contact(lambda: "before anything was saved; see the message of that process"), process_group(group, device):
         stages, resume = config.stages(), config.train.resume
         require_folders(config, stages, group)
         splits = read_splits(config.data)
-        # A model that cannot be built is an error before images are read and a folder is claimed.
+        # An invalid model raises an error before images are read and a folder is created.
         first = None if resume else build_first(stages, device)
         cache = read_images(config, list(itertools.chain.from_iterable(splits.values())), group)
         run_dir = config.train.run_dir if resume else group.broadcast(claim_folder(config) if group.is_main else None)
-        assert run_dir is not None  # require_folders has seen to it
+        assert run_dir is not None  # ensured by require_folders
         if group.is_main and not resume:
             write_configuration(run_dir, config)
         job = Job(run_dir, group, device, precision, splits, cache, Interruption(group))
@@ -84,12 +84,12 @@ def fit(config: Config) -> Run:
             begun, done = group.broadcast([(folder / name).exists() for name in (CONFIG, RESULTS)])
             if done:
                 results = Results.read(folder / RESULTS)
-                group.say(f"{title}, is finished; test {short(results.text_to_image)}")
+                group.print(f"{title}, is finished; test {short(results.text_to_image)}")
             else:
                 if job.interruption.agreed:
-                    raise RunInterrupted(f"stopped before {title}; continue with --resume {run_dir}")
+                    raise RunInterrupted(f"stopped before {title}; resume with --resume {run_dir}")
                 if len(stages) > 1:
-                    group.say(f"\n{title}")
+                    group.print(f"\n{title}")
                     start_from = run_dir / stages[number - 2][0].name / BEST if number > 1 else config.train.start_from
                     own = own.replace(start_from=start_from, run_dir=folder, resume=begun)
                 model = first if number == 1 and first is not None else build_model(own).to(device)
@@ -108,7 +108,7 @@ def fit(config: Config) -> Run:
 
 
 def train(config: Config, model: AdaptedCLIP, job: Job, folder: Path) -> Results:
-    """One stage: from its start, or from where it was stopped."""
+    """Trains one stage, from the start or from its saved state."""
     saved = load_state(folder) if config.train.resume else None
     start: dict[str, Tensor] = {}
     if saved is None and config.train.start_from is not None:
@@ -138,25 +138,25 @@ def require_settings(config: Config, group: Group, device: torch.device) -> None
     method = config.model.method
     if method.continues and config.train.start_from is None:
         raise RunError(
-            f"start_from: with these options --method {method.name} continues an earlier training; expected a "
-            "checkpoint of that, --start-from RUN_DIR/best.safetensors"
+            f"start_from: with these options --method {method.name} continues an earlier training; expected its "
+            "checkpoint, --start-from RUN_DIR/best.safetensors"
         )
     require_backend(config.model.backend, device)
     if config.train.tensorboard and find_spec("tensorboard") is None:
         raise RunError("tensorboard: the package is not installed; pip install 'upperson[tensorboard]'")
     if config.train.batch_size < group.world_size:
         raise RunError(
-            f"batch_size: {config.train.batch_size} pairs leave some of {group.world_size} processes without any; "
-            "raise --batch-size or start fewer processes"
+            f"batch_size: {config.train.batch_size} pairs are too few for {group.world_size} processes; raise "
+            "--batch-size or start fewer processes"
         )
 
 
 def require_folders(config: Config, stages: Sequence[tuple[Stage, Config]], group: Group) -> None:
-    """Raises RunError for a used run folder, or where there is no run of this configuration to resume."""
+    """Raises RunError for a used run folder, and for a missing or different run to resume."""
     run_dir = config.train.run_dir
     if config.train.resume:
         if run_dir is None:
-            raise RunError("run_dir: a run can only be resumed by name")
+            raise RunError("run_dir: expected the folder of the run to resume, found none")
         require_same_run(config, run_dir)
         for stage, own in stages:
             require_same_stage(own, run_dir / stage.name)
@@ -165,9 +165,9 @@ def require_folders(config: Config, stages: Sequence[tuple[Stage, Config]], grou
 
 
 def build_model(config: Config) -> AdaptedCLIP:
-    """The model with its initial values, which the seed decides, and with its frozen parameters.
+    """The model with the initial values of the seed, and with its frozen parameters.
 
-    Raises RunError where nothing is left to train.
+    Raises RunError if no parameter is left to train.
     """
     torch.manual_seed(config.train.seed)
     model = AdaptedCLIP(config.model)
@@ -178,7 +178,7 @@ def build_model(config: Config) -> AdaptedCLIP:
 
 
 def build_first(stages: Sequence[tuple[Stage, Config]], device: torch.device) -> AdaptedCLIP:
-    """The model of the first stage, after checks of its start and of the later stages on the same backbone."""
+    """The model of the first stage, after checks of its starting checkpoint and of the later stages."""
     (_, config), *later = stages
     model = build_model(config)
     if config.train.start_from is not None:
@@ -189,21 +189,21 @@ def build_first(stages: Sequence[tuple[Stage, Config]], device: torch.device) ->
 
 
 def read_images(config: Config, samples: list[Sample], group: Group) -> ImageCache | None:
-    """Makes or opens the image cache, where one is wanted; otherwise opens each image once, where that is wanted."""
-    if config.data.is_drawn:
+    """Builds or opens the image cache if configured; otherwise checks each image once if configured."""
+    if config.data.is_synthetic:
         return None
     if config.data.image_cache is None:
         if config.data.check_images:
             check_images(group.own(samples))
         group.wait()
         return None
-    if not group.is_main:  # the first process makes it for all
+    if not group.is_main:  # the first process builds the cache for all processes
         group.wait()
     images = [sample.image for sample in samples]
     try:
         cache = ImageCache.open(images, config.model.image_size, config.data.image_cache, progress=group.is_main)
     except DataError:
-        check_images(samples)  # names more than the first
+        check_images(samples)  # its error lists several images
         raise
     if group.is_main:
         group.wait()
@@ -211,31 +211,31 @@ def read_images(config: Config, samples: list[Sample], group: Group) -> ImageCac
 
 
 def announce(config: Config, model: AdaptedCLIP, job: Job, folder: Path, start: Mapping[str, Tensor]) -> None:
-    """Prints the data and the number of trained parameters; `start`: the parameters that training starts from."""
+    """Prints the data and the number of trained parameters. `start`: the parameters of the starting checkpoint."""
     group = job.group
     processes = f", one of {group.world_size} processes" if group.world_size > 1 else ""
-    group.say(f"run     {folder}, on {job.device}{processes} in {job.precision}")
+    group.print(f"run     {folder}, on {job.device}{processes} in {job.precision}")
     for split, samples in job.splits.items():
-        group.say(
+        group.print(
             f"{split:<7} {len(samples):,} captions of {len({s.image_id for s in samples}):,} images of "
             f"{len({s.person_id for s in samples}):,} identities"
         )
     trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
     everything = sum(parameter.numel() for parameter in model.parameters())
-    group.say(
+    group.print(
         f"model   {config.model.model}; {trained:,} of {everything:,} parameters are trained "
         f"({100 * trained / everything:.1f} %)"
     )
     if start:
         others = len(model.adaptation()) - len(start)
-        group.say(
+        group.print(
             f"start   {config.train.start_from}, {len(start)} parameter tensors"
-            + (f"; the other {others} start as without it" if others else "")
+            + (f"; the other {others} have their usual initial values" if others else "")
         )
 
 
 def evaluate_zero_shot(config: Config, model: AdaptedCLIP, job: Job, folder: Path) -> Results:
-    """The results of a model that is not trained, and a checkpoint that says so."""
+    """The results of an untrained model. A checkpoint without parameters is written too."""
     test = job.splits["test"]
     retrieval = evaluate(model, test, **job.evaluation(config))
     results = Results(
@@ -265,7 +265,7 @@ def evaluate_zero_shot(config: Config, model: AdaptedCLIP, job: Job, folder: Pat
 
 
 def combine(config: Config, stages: Sequence[Results]) -> Results:
-    """The results of a training in stages: the last stage's, with the evaluations before the first stage."""
+    """The results of a training in stages: those of the last stage, with the evaluations before the first stage."""
     trained = {kind: stage.trained[kind] for stage in stages for kind in stage.trained}
     return stages[-1].replace(
         method=config.model.method.title,
@@ -279,7 +279,7 @@ def combine(config: Config, stages: Sequence[Results]) -> Results:
 
 
 def write_combined(job: Job, stages: Sequence[Stage], results: Results) -> None:
-    """The files that any run leaves: checkpoint and picture of the last stage; log, curve and results of all stages."""
+    """Writes the usual files of a run: checkpoint and picture of the last stage; log, curve and results of all."""
     run_dir = job.run_dir
     histories = [history_of(run_dir / stage.name) for stage in stages]
     write_atomically(run_dir / CURVE, curve(histories, histories[0][0]["split"], results))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM stop a run at a point from which it can continue, the same one in all its processes."""
+"""Stops a run after Ctrl-C or SIGTERM at a point from which the run can be resumed, the same in all processes."""
 
 import os
 import signal
@@ -9,27 +9,27 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from upperson.machine import ALONE, Group
+from upperson.machine import SINGLE_PROCESS, Group
 
 Batch = TypeVar("Batch")
 
 
 class Interruption:
-    """A context in which the first Ctrl-C or SIGTERM is a request to stop at a step's end; a second one acts as usual.
+    """A context in which the first Ctrl-C or SIGTERM requests a stop at the end of a step; a second one acts as usual.
 
-    A request may reach the processes of `group` at different steps, or a single process. They stop when all of them
-    know of the request; see `asked`.
+    A signal may reach the processes of `group` at different steps, or only one of them. The processes stop when all of
+    them know the request; see `any_requested`.
     """
 
-    def __init__(self, group: Group = ALONE) -> None:
+    def __init__(self, group: Group = SINGLE_PROCESS) -> None:
         self.group = group
-        self.requested = False  # of this process
-        self.agreed = False  # by all
+        self.requested = False  # this process received a signal
+        self.agreed = False  # all processes stop
         self.process = os.getpid()
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():  # handlers can be set there alone
+        if threading.current_thread() is threading.main_thread():  # only this thread may set handlers
             self.previous = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -38,22 +38,22 @@ class Interruption:
             signal.signal(number, handler)
 
     def request(self, number: int, _: Any) -> None:
-        if os.getpid() != self.process:  # a loader's process inherits the handler; the run stops it
+        if os.getpid() != self.process:  # loader processes inherit the handler; the run stops them
             return
         self.requested = True
         signal.signal(number, self.previous[number])
         if self.group.is_main:
-            os.write(2, b"\nstopping as soon as this step or evaluation is done; once more: stop at once\n")
+            os.write(2, b"\nstopping after this step or evaluation; press Ctrl-C again to stop at once\n")
 
-    def asked(self, device: torch.device) -> Tensor:
-        """1 if any process was asked to stop, else 0: a scalar on `device`, the same on all processes.
+    def any_requested(self, device: torch.device) -> Tensor:
+        """1 if any process received a stop request, else 0: a scalar on `device`, the same on all processes.
 
-        The caller sets `agreed` from it where all processes are at the same point.
+        The caller sets `agreed` from this value when all processes are at the same point.
         """
         return self.group.largest(torch.full((), float(self.requested), device=device))
 
     def pass_on(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches until a stop is agreed."""
+        """The batches until `agreed` is set."""
         iterator = iter(batches)
         while not self.agreed:
             try:

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, one object a line, and TensorBoard where that is wanted."""
+"""The log of a run: metrics.jsonl with one object per line, and optionally TensorBoard."""
 
 import errno
 import io
@@ -22,9 +22,9 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """The log of a run. While it is open, the run folder is locked.
+    """The log of a run. The run folder is locked while the log is open.
 
-    In processes that train along with the one that writes, `writes` is False, and nothing is opened or written.
+    `writes` is False in all processes but the first. These open and write nothing.
     """
 
     def __init__(self, run_dir: Path, tensorboard: bool, writes: bool = True):
@@ -37,11 +37,11 @@ class MetricsLog:
         self.writer = None
 
     def start(self, after: int, step: int = 0) -> None:
-        """Continues after the first `after` bytes; lines that were written after the state was saved are dropped."""
+        """Continues after the first `after` bytes. Lines that were written after the state was saved are removed."""
         if self.file is None:
             return
         if os.path.getsize(self.path) < after:
-            raise RunError(f"{self.path} is shorter than when the run was saved ({after} bytes); it was changed since")
+            raise RunError(f"{self.path} has been changed: it is shorter than when the run was saved ({after} bytes)")
         self.file.truncate(after)
         if self.tensorboard_dir is not None:
             from torch.utils.tensorboard import SummaryWriter  # an optional dependency
@@ -49,7 +49,7 @@ class MetricsLog:
             self.writer = SummaryWriter(str(self.tensorboard_dir), purge_step=step + 1 if after else None)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Adds a line. TensorBoard shows zero-shot CLIP, at step 0, in the charts of the evaluations."""
+        """Adds a line. TensorBoard shows zero-shot CLIP in the charts of the evaluations, at step 0."""
         if self.file is None:
             return
         record = {"kind": kind, "step": step, **values}
@@ -70,7 +70,7 @@ class MetricsLog:
                     self.writer.add_scalar(f"{chart}/{name}", value, step)
 
     def conclude(self, step: int, settings: dict[str, Any], metrics: dict[str, float], picture: bytes) -> None:
-        """Gives TensorBoard the hyper-parameters with the test metrics, and the picture of the top ten (PNG)."""
+        """Writes the hyper-parameters, the test metrics and the picture of the top ten (PNG) to TensorBoard."""
         if self.writer is None:
             return
         plain = {
@@ -83,7 +83,7 @@ class MetricsLog:
         self.writer.add_image("top ten", pixels, step, dataformats="HWC")
 
     def sync(self) -> int:
-        """Makes all lines durable; the length of the file."""
+        """Makes all lines durable, and returns the length of the file in bytes."""
         if self.file is None:
             return 0
         os.fsync(self.file.fileno())
@@ -97,7 +97,7 @@ class MetricsLog:
 
 
 def history_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The result of each epoch of a run, read from its log: epoch, loss and metrics; epoch 0, without loss, first."""
+    """The results of all epochs, read from the log of a run: epoch, loss and metrics. Epoch 0 has no loss."""
     with open(run_dir / METRICS_FILE, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     losses = {line["epoch"]: line["loss"] for line in lines if line["kind"] == "epoch"}
@@ -109,16 +109,16 @@ def history_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _lock(file: IO[bytes], run_dir: Path) -> None:
-    """Keeps other processes from training in `run_dir` until `file` is closed or this process ends, even by SIGKILL.
+    """Locks `run_dir` for this process until `file` is closed or the process ends, even by SIGKILL.
 
-    Raises RunError if another process trains there.
+    Raises RunError if another process holds the lock.
     """
     if fcntl is None:
         return
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, it does not outlive us in a child process
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # child processes do not keep this lock, unlike flock's
     except (BlockingIOError, PermissionError):
-        raise RunError(f"{run_dir} is being trained by another process; wait for it, or stop it") from None
+        raise RunError(f"{run_dir} is in use by another training process; wait for that process, or stop it") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
             raise

@@ -1,4 +1,4 @@
-"""A training: steps, epochs and evaluations, and how they are logged, saved and resumed."""
+"""A training: steps, epochs and evaluations, with logging, saving and resuming."""
 
 import functools
 import math
@@ -24,7 +24,7 @@ from upperson.evaluate.results import METRICS, RESULTS, TABLE, Metrics, Results
 from upperson.evaluate.tables import markdown, short, text
 from upperson.files import write_atomically
 from upperson.losses.objective import LossesOfModel, Objective
-from upperson.machine import ALONE, Group, autocast, data_parallel
+from upperson.machine import SINGLE_PROCESS, Group, autocast, data_parallel
 from upperson.model import AdaptedCLIP
 from upperson.model.checkpoint import copy_parameters, save_checkpoint
 from upperson.train.interruption import Interruption
@@ -34,14 +34,14 @@ from upperson.train.progress import Clock, Progress
 from upperson.train.resume import RESUME, random_states, save_state, set_random_states
 from upperson.train.run_folder import BEST, CURVE, LAST, SHOWN, TOP_TEN
 
-SHOWN_QUERIES = 2  # in the picture, each with the images of zero-shot CLIP above those of the trained model
+SHOWN_QUERIES = 2  # queries in the picture, each with the images of zero-shot CLIP above those of the trained model
 
 
 @dataclass(frozen=True)
 class Job:
-    """The machine, the data and the run folder of a training; all its stages share them."""
+    """The machine, the data and the run folder of a training, shared by all its stages."""
 
-    run_dir: Path  # the folder to resume
+    run_dir: Path  # the folder that --resume takes
     group: Group
     device: torch.device
     precision: str
@@ -61,13 +61,13 @@ class Job:
 
 
 class Training:
-    """Model, optimizer and position of a run; trains, evaluates, saves and resumes them.
+    """The model, optimizer and position of a run, with methods to train, evaluate, save and resume.
 
     Args:
-        config: of the run, or of one of its stages.
-        model: on the device of the job.
-        job: where, and on which data.
-        folder: for everything that is written.
+        config: configuration of the run, or of one of its stages.
+        model: model on the device of the job.
+        job: machine and data.
+        folder: folder for all written files.
     """
 
     def __init__(self, config: Config, model: AdaptedCLIP, job: Job, folder: Path):
@@ -89,10 +89,10 @@ class Training:
         self.selection: Literal["val", "best-on-test", "last"] = config.train.selection
         if self.selection == "val" and "val" not in job.splits:
             self.selection = "last"
-        self.watched = "val" if self.selection == "val" else "test"  # the split that is evaluated after every epoch
+        self.watched = "val" if self.selection == "val" else "test"  # the split to evaluate after every epoch
         self.loader = train_loader(
             job.splits["train"],
-            # Captions are cut to the room beside prompts here, so that mlm predicts no word that is cut off later.
+            # Captions are truncated to the room beside prompts, so that mlm predicts no word that the model truncates.
             tokenizer=functools.partial(model.tokenizer, context_length=model.caption_length),
             pack=model.caption_packer(),
             image_size=config.model.image_size,
@@ -110,7 +110,7 @@ class Training:
         self.log = MetricsLog(folder, config.train.tensorboard, writes=job.group.is_main)
 
     def begin(self, start: Mapping[str, Tensor]) -> None:
-        """Evaluates the backbone alone. Then the parameters `start` are taken and evaluated too, if there are any."""
+        """Evaluates the backbone. If there are parameters `start`, these are copied to the model and evaluated too."""
         self.log.start(after=0)
         with self.model.zero_shot():
             found = self.evaluate_before("zero_shot", "zero-shot CLIP")
@@ -125,15 +125,15 @@ class Training:
         self.save_state()
 
     def evaluate_before(self, kind: str, name: str) -> dict[str, Retrieval]:
-        """The retrieval before the first epoch on the test split and on the split that is watched, logged and shown."""
+        """Evaluates the test split and the watched split before the first epoch; logs and prints the metrics."""
         found = {split: self.evaluate(split) for split in dict.fromkeys(("test", self.watched))}
         for split, retrieval in found.items():
             self.log.write(kind, 0, split=split, **retrieval.metrics)
-        self.group.say(f"{name:<14}   {self.watched} {short(found[self.watched].metrics)}")
+        self.group.print(f"{name:<14}   {self.watched} {short(found[self.watched].metrics)}")
         return found
 
     def train_epoch(self) -> None:
-        """Trains on the batches of this epoch that are left."""
+        """Trains on the remaining batches of this epoch."""
         progress, settings = self.progress, self.config.train
         batches = batches_per_epoch(len(self.job.splits["train"]), settings.batch_size)
         images = min(len(self.job.splits["train"]), batches * settings.batch_size)
@@ -164,7 +164,7 @@ class Training:
                         **measured,
                         learning_rate=self.learning_rate,
                     )
-                # The end of an epoch saves by itself, when the epoch has been evaluated.
+                # The state after the last batch is saved after the evaluation.
                 if settings.save_every and progress.step % settings.save_every == 0 and progress.batch < batches:
                     self.save_state()
         if progress.batch < batches:
@@ -179,9 +179,9 @@ class Training:
         )
 
     def step(self, batch: dict[str, Tensor], pairs: int | None = None) -> dict[str, float]:
-        """One optimizer step: returns the loss before it, the parts of a summed loss, and the norm of the gradient.
+        """One optimizer step. Returns the loss before the step, the parts of a summed loss, and the gradient's norm.
 
-        `batch`, from `self.batches`, is this process's share of `pairs` pairs; None: it is the whole batch.
+        `batch`, from `self.batches`, is this process's share of `pairs` pairs; None: the whole batch.
         """
         with autocast(self.job.device, self.job.precision):
             loss, parts = self.losses(batch, pairs)
@@ -192,28 +192,28 @@ class Training:
         tensors = {"loss": loss, "gradient_norm": nn.utils.get_total_norm(gradients)}
         if len(parts) > 1:
             tensors |= {f"loss_{name}": part for name, part in parts.items()}
-        tensors["stop"] = self.interruption.asked(self.job.device)
-        # A single transfer from the GPU.
+        tensors["stop"] = self.interruption.any_requested(self.job.device)
+        # One transfer from the GPU for all values.
         measured = dict(zip(tensors, torch.stack([t.detach().float() for t in tensors.values()]).tolist(), strict=True))
         self.interruption.agreed = measured.pop("stop") > 0
         checked = {"loss": "loss"}
-        if not self.scaler.is_enabled():  # in fp16 gradients may overflow; the scaler then skips the step
+        if not self.scaler.is_enabled():  # fp16 gradients may overflow; the scaler then skips the step
             checked["gradient_norm"] = "gradient's norm"
         for name, words in checked.items():
             if not math.isfinite(measured[name]):
                 raise Diverged(
                     f"epoch {self.progress.epoch}, step {self.progress.step + 1}: the {words} is {measured[name]}, and "
-                    f"the step was not taken. Everything saved in {self.folder} before is good and stays. A lower "
-                    "learning rate, a longer warm-up or --precision fp32 may help"
+                    f"the step was skipped. All files in {self.folder} are from before and intact. A lower learning "
+                    "rate, a longer warm-up or --precision fp32 may help"
                 )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return measured
 
     def finish_epoch(self) -> None:
-        """Evaluates, keeps the best parameters, and saves."""
+        """Evaluates, keeps the best parameters, and saves the state."""
         progress, epochs = self.progress, self.config.train.epochs
-        metrics = self.group.broadcast(self.evaluate(self.watched).metrics)  # all select the same epoch
+        metrics = self.group.broadcast(self.evaluate(self.watched).metrics)  # all processes select the same epoch
         best_so_far = max((entry["R@1"] for entry in progress.history[1:]), default=-1.0)
         if self.selection == "last" or metrics["R@1"] > best_so_far:
             progress.best_epoch = progress.epoch
@@ -221,7 +221,7 @@ class Training:
         loss = progress.loss_sum / progress.batch
         progress.history.append({"epoch": progress.epoch, "loss": loss, **metrics})
         self.log.write("evaluation", progress.step, epoch=progress.epoch, split=self.watched, **metrics)
-        self.group.say(
+        self.group.print(
             f"epoch {progress.epoch:>{len(str(epochs))}}/{epochs}   loss {loss:7.4f}   {self.watched} "
             f"{short(metrics)}   {self.clock.time_left(self.epochs_done(), epochs)} left"
         )
@@ -230,7 +230,7 @@ class Training:
         progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
         self.save_state()
         self.save_checkpoints()
-        self.interruption.agreed = self.interruption.asked(self.job.device).item() > 0
+        self.interruption.agreed = self.interruption.any_requested(self.job.device).item() > 0
         if self.interruption.agreed and progress.epoch <= epochs:
             self.stop()
 
@@ -290,7 +290,7 @@ class Training:
         return evaluate(self.model, self.job.splits[split], **self.job.evaluation(self.config))
 
     def start_clock(self) -> None:
-        """Starts the measurement of the pace, from which the time left is estimated."""
+        """Starts the clock that estimates the time left."""
         self.clock = Clock(self.epochs_done())
 
     def epochs_done(self) -> float:
@@ -302,10 +302,10 @@ class Training:
         return self.optimizer.param_groups[0]["lr"]
 
     def position(self) -> str:
-        """The position of the run, and how to continue it, for an error."""
+        """The position of the run and the command to resume, for an error."""
         return (
-            f"in epoch {self.progress.epoch}, after step {self.progress.step}; see its message; everything saved in "
-            f"{self.folder} is good, continue with --resume {self.job.run_dir}"
+            f"in epoch {self.progress.epoch}, after step {self.progress.step}; see the message of that process; the "
+            f"saved files in {self.folder} are intact, resume with --resume {self.job.run_dir}"
         )
 
     def stop(self) -> None:
@@ -313,14 +313,14 @@ class Training:
         self.log.close()
         self.group.wait()
         raise RunInterrupted(
-            f"stopped in epoch {self.progress.epoch} after step {self.progress.step}, all is saved; "
-            f"continue with --resume {self.job.run_dir}"
+            f"stopped in epoch {self.progress.epoch} after step {self.progress.step}, the state is saved; "
+            f"resume with --resume {self.job.run_dir}"
         )
 
     def save_state(self) -> None:
-        """Writes everything that the run needs to continue into one file; nothing is read from another file.
+        """Writes the complete state of the run to one file, from which alone the run is resumed.
 
-        All processes hold the same state, and one of them writes it.
+        All processes have the same state, and the first process writes it.
         """
         if not self.group.is_main:
             return
@@ -342,15 +342,15 @@ class Training:
         copy_parameters(state["parameters"], self.state, str(self.folder / RESUME))
         self.best = state["best"]
         for saved, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
-            saved["fused"] = own["fused"]  # of this device; the state may have been saved on another one
+            saved["fused"] = own["fused"]  # depends on the device, which may differ from that of the saved state
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         set_random_states(state["random"])
-        self.group.say(f"continuing in epoch {self.progress.epoch} after step {self.progress.step}")
+        self.group.print(f"resuming in epoch {self.progress.epoch} after step {self.progress.step}")
 
     def save_checkpoints(self) -> None:
-        """The parameters of the epoch that has just ended, and of the best so far."""
+        """Writes the checkpoints of the last and of the best epoch so far."""
         if not self.group.is_main:
             return
         best = self.results_so_far(self.progress.best_epoch)
@@ -359,13 +359,15 @@ class Training:
         save_checkpoint(self.folder / LAST, self.adaptation, self.config, last.to_dict())
 
     def results_so_far(self, epoch: int) -> Results:
-        """The results of an epoch on the split that is watched."""
+        """The results of an epoch on the watched split."""
         entry = self.progress.history[epoch]
         return self.results(epoch, self.watched, {name: entry[name] for name in METRICS})
 
 
-def build_objective(config: Config, model: AdaptedCLIP, samples: list[Sample], group: Group = ALONE) -> Objective:
-    """The losses that `config` names; `samples`: the training split, whose people the id loss knows."""
+def build_objective(
+    config: Config, model: AdaptedCLIP, samples: list[Sample], group: Group = SINGLE_PROCESS
+) -> Objective:
+    """The losses of `config`. `samples`: the training split, whose people are the classes of the id loss."""
     return Objective(
         config.train.losses,
         temperature=config.train.temperature,
@@ -378,7 +380,7 @@ def build_objective(config: Config, model: AdaptedCLIP, samples: list[Sample], g
 
 
 def conclude(run_dir: Path, results: Results) -> None:
-    """Writes and prints the table. The results are written last: a run that has them has everything."""
+    """Writes and prints the table. The results file is written last, and marks the run as complete."""
     write_atomically(run_dir / TABLE, markdown(results).encode())
     results.write(run_dir / RESULTS)
     written = [name for name in SHOWN if (run_dir / name).exists()]

@@ -1,4 +1,4 @@
-"""The optimizer and the learning rate of a training (arXiv 2504.10084, Sec. IV-B, and the released code)."""
+"""The optimizer and the learning rate schedule (arXiv 2504.10084, Sec. IV-B, and the released code)."""
 
 from collections.abc import Container
 
@@ -14,14 +14,15 @@ def build_optimizer(parameters: dict[str, nn.Parameter], settings: TrainConfig, 
     """Adam with coupled weight decay, without decay of biases.
 
     Args:
-        parameters: all that is trained, by name.
-        settings: learning rates, also those of biases and prefixes, decay and ε.
-        prefixes: the names of the parameters of prefixes.
+        parameters: all trained parameters by name.
+        settings: learning rates, also of biases and prefixes, decay and ε.
+        prefixes: the names of prefix parameters.
 
-    On a GPU a step is one kernel for many parameters. Raises MethodError for the rate of prefixes where there are none.
+    On a GPU the fused implementation updates many parameters with one kernel. Raises MethodError for a learning rate of
+    prefixes if no prefix is trained.
     """
     if settings.prefix_learning_rate is not None and not any(name in prefixes for name in parameters):
-        raise MethodError("prefix_learning_rate: there is no prefix to train")
+        raise MethodError("prefix_learning_rate: no prefix is trained")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         rate = settings.learning_rate
@@ -40,7 +41,7 @@ def build_optimizer(parameters: dict[str, nn.Parameter], settings: TrainConfig, 
 
 
 def build_schedule(optimizer: Adam, settings: TrainConfig) -> LRScheduler:
-    """Per epoch: linear warm-up from warmup_factor, then a cosine to zero. Step it after every epoch."""
+    """The schedule by epoch: linear warm-up from warmup_factor, then a cosine to zero. Call `step` after each epoch."""
     cosine_epochs = settings.epochs - settings.warmup_epochs
     if not settings.warmup_epochs:
         return CosineAnnealingLR(optimizer, cosine_epochs)

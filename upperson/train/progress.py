@@ -1,4 +1,4 @@
-"""The progress of a run: epochs done, time left."""
+"""The progress of a run: finished epochs and time left."""
 
 import time
 from dataclasses import dataclass, field
@@ -9,20 +9,20 @@ from typing import Any
 class Progress:
     """The position of a run, and its results so far."""
 
-    epoch: int = 1  # the current epoch, or the next one
+    epoch: int = 1  # the current or next epoch
     batch: int = 0  # finished batches of this epoch
-    step: int = 0  # optimizer steps in all
-    loss_sum: float = 0.0  # over the batches of this epoch
+    step: int = 0  # all optimizer steps
+    loss_sum: float = 0.0  # over the finished batches of this epoch
     zero_shot: dict[str, float] = field(default_factory=dict)  # on the test split
-    start: dict[str, float] | None = None  # on the test split, of the checkpoint that the training started from
-    zero_shot_top: list[list[int]] = field(default_factory=list)  # images that the queries of the picture find
+    start: dict[str, float] | None = None  # on the test split, of the starting checkpoint
+    zero_shot_top: list[list[int]] = field(default_factory=list)  # images found by the queries of the picture
     best_epoch: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)  # an evaluation for each epoch, from epoch 0 on
+    history: list[dict[str, Any]] = field(default_factory=list)  # one evaluation for each epoch, from epoch 0 on
     log_bytes: int = 0  # length of metrics.jsonl
 
 
 class Clock:
-    """The pace of this process, which starts when `epochs_done` epochs are finished."""
+    """Measures the pace of this process from its start, when `epochs_done` epochs are finished."""
 
     def __init__(self, epochs_done: float):
         self.started, self.done_before = time.monotonic(), epochs_done

@@ -1,4 +1,4 @@
-"""The state that a stopped run continues from, in one file."""
+"""The saved state of a run, from which the run is resumed, in one file."""
 
 import json
 import random
@@ -16,14 +16,14 @@ RESUME = "resume.safetensors"
 
 
 def save_state(run_dir: Path, state: dict[str, Any], config: Config) -> None:
-    """Writes any nest of dict, list, tuple, tensor, number, string, bool and None."""
+    """Writes a state of nested dicts, lists, tuples, tensors, numbers, strings, bools and None."""
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_take_apart(state, tensors))
     write_tensors(run_dir / RESUME, RESUME_STATE, tensors, config, {"structure": structure})
 
 
 def load_state(run_dir: Path) -> dict[str, Any] | None:
-    """The state, tensors on the CPU; None for a run that ended before it saved one. Raises CheckpointError."""
+    """The saved state with tensors on the CPU, or None if the run saved none. Raises CheckpointError."""
     if not (run_dir / RESUME).exists():
         return None
     tensors, _, metadata = read_tensors(run_dir / RESUME, RESUME_STATE)
@@ -51,7 +51,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def _take_apart(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """The structure of a nest as JSON can hold it; its tensors go to `tensors`, by number."""
+    """Replaces the tensors of a nested state by numbers, for JSON, and moves them to `tensors`."""
     if isinstance(tree, Tensor):
         key = str(len(tensors))
         tensors[key] = plain(tree)
@@ -62,7 +62,7 @@ def _take_apart(tree: Any, tensors: dict[str, Tensor]) -> Any:
         return {type(tree).__name__: [_take_apart(value, tensors) for value in tree]}
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
-    raise TypeError(f"a resume state cannot hold a {type(tree).__name__}")
+    raise TypeError(f"a resume state cannot contain a {type(tree).__name__}")
 
 
 def _put_together(structure: Any, tensors: dict[str, Tensor]) -> Any:

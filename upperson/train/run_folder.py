@@ -1,4 +1,4 @@
-"""The folder that a run writes to: its files, and how it is claimed and found again."""
+"""The folder of a run: its files, its creation, and its checks."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,12 +13,12 @@ from upperson.train.resume import RESUME
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 CURVE, TOP_TEN = "curve.png", "top10.png"
-SHOWN = (TABLE, CURVE, TOP_TEN, BEST, METRICS_FILE)  # the files that a finished run points to
+SHOWN = (TABLE, CURVE, TOP_TEN, BEST, METRICS_FILE)  # the files that a finished run lists
 FILES = (CONFIG, METRICS_FILE, RESUME, BEST, LAST, RESULTS, TABLE, CURVE, TOP_TEN)
 
 
 def claim_folder(config: Config) -> Path:
-    """Makes the run folder: the one that is named, or the next free runs/DATASET-NUMBER. RunError for a used one."""
+    """Creates the run folder: run_dir, or the next free runs/DATASET-NUMBER. Raises RunError for a used folder."""
     named = config.train.run_dir
     if named is not None:
         named.mkdir(parents=True, exist_ok=True)
@@ -36,13 +36,13 @@ def claim_folder(config: Config) -> Path:
 
 
 def refuse_used(folders: Iterable[Path]) -> None:
-    """Raises RunError for a folder that holds a file of a run."""
+    """Raises RunError for a folder that contains a file of a run."""
     for folder in folders:
         for name in FILES:
             if (folder / name).exists():
                 raise RunError(
-                    f"{folder} already holds a run ({name}); continue it with --resume {folder}, or name another "
-                    "--run-dir"
+                    f"{folder} already contains a run ({name}); resume this run with --resume {folder}, or choose "
+                    "another --run-dir"
                 )
 
 
@@ -52,18 +52,18 @@ def write_configuration(run_dir: Path, config: Config) -> None:
 
 
 def require_same_run(config: Config, run_dir: Path) -> None:
-    """Raises RunError where `run_dir` holds no run, or a run of another configuration."""
+    """Raises RunError if `run_dir` contains no run, or a run of another configuration."""
     if not (run_dir / CONFIG).is_file():
-        raise RunError(f"{run_dir}: there is no run to continue ({CONFIG} is not there)")
+        raise RunError(f"{run_dir}: no run to resume ({CONFIG} is missing)")
     differences = config.differences(_saved(run_dir))
     if differences:
-        raise RunError(f"{run_dir}: the run was started with another configuration: {'; '.join(differences)} as there")
+        raise RunError(f"{run_dir}: the run was started with another configuration: {'; '.join(differences)} as before")
 
 
 def require_same_stage(config: Config, folder: Path) -> None:
-    """Raises RunError where the folder of a stage holds a run of another configuration.
+    """Raises RunError if the folder of a stage contains a run of another configuration.
 
-    The checkpoint that a stage starts from may have been moved with the run folder since.
+    The path of the starting checkpoint is not compared, since the run folder may have been moved.
     """
     if (folder / CONFIG).is_file():
         require_same_run(config.replace(start_from=_saved(folder).train.start_from), folder)
