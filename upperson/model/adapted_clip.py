@@ -134,7 +134,7 @@ class AdaptedCLIP(nn.Module):
             if captions.first_position != self.first_position:
                 raise ValueError(
                     f"captions were packed for a first token at position {captions.first_position}; expected position "
-                    f"{self.first_position}, behind the current prompts"
+                    f"{self.first_position} with the model's current prompts"
                 )
             return captions
         return captions if torch.compiler.is_compiling() else self.caption_packer()(captions)

@@ -80,8 +80,8 @@ def words_of(tokens: Tensor, room: int) -> Tensor:
 def pack_captions(tokens: Tensor, first_position: int = 0) -> PackedCaptions:
     """Packs padded captions (S, L) int64, whose first tokens are at `first_position`.
 
-    The end token has the largest id, as everywhere in CLIP. Packing tokens on a GPU waits for the GPU, so captions are
-    packed on the CPU before they are copied.
+    The end token has the largest id, as everywhere in CLIP. Packing on a GPU waits for the GPU. A loader therefore
+    packs on the CPU, before the tokens are copied.
     """
     ends = tokens.argmax(1)
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
