@@ -18,52 +18,25 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from harness.device import device_at_hand, device_slug, environment
 from harness.operators import RESULTS_FOLDER
 from harness.options import above_zero
 from harness.output import save_json, table
-from harness.targets import operator_targets, step_targets
+from harness.parts import ROOT, Part, Record, file_name, run
+from harness.targets import operator_targets, step_targets, targets_table
 
 from upperson.evaluate.results import RESULTS, TABLE
 from upperson.files import write_atomically
 
-ROOT = Path(__file__).resolve().parents[1]
 COMPILED_TARGETS = (80, 89, 90, 100)  # of bench/resources.py
 OPERATORS = ("attention", "adapter")
 MODEL_NEEDS = ("open_clip", "torchvision", "safetensors", "tqdm", "PIL")
-TAIL = 25  # lines of a failed part's output
-
-
-@dataclass(frozen=True)
-class Part:
-    """One program, its time limit in seconds, the modules that it needs, and how to read its result."""
-
-    name: str
-    command: Sequence[str | Path]
-    seconds: float
-    needs: tuple[str, ...] = ()
-    collect: Callable[[], Any] = lambda: None  # called after the program has ended; None: no result
-
-
-@dataclass
-class Record:
-    """The outcome of a part: passed, failed, over time or left out. Only a part that passed is not run again."""
-
-    name: str
-    status: str
-    seconds: float = 0.0
-    reason: str = ""
-    tail: str = ""
-    result: Any = None
 
 
 @dataclass
@@ -78,16 +51,9 @@ class Report:
     def record(self, name: str) -> Record | None:
         return next((part for part in self.parts if part.name == name), None)
 
-    def result(self, name: str) -> dict[str, Any]:
-        """The result of a part; empty without one."""
-        record = self.record(name)
-        return (record and record.result) or {}
-
     def rows(self, name: str) -> list[dict]:
-        return self.result(name).get("rows", [])
-
-    def troubled(self) -> list[Record]:
-        return [part for part in self.parts if part.status in ("failed", "over time")]
+        record = self.record(name)
+        return record.result["rows"] if record and record.result else []
 
     @property
     def doubt(self) -> str:
@@ -169,78 +135,6 @@ def training(seconds: float, work: Path, *arguments: str) -> Part:
     return Part("embedded training", command, seconds, (*MODEL_NEEDS, "matplotlib"), collect)
 
 
-def file_name(name: str) -> str:
-    return name.replace(" ", "-")
-
-
-# ---------------------------------------------------------------------------------------- running
-
-
-def run(parts: Sequence[Part], work: Path, seconds: float, finished: Callable[[Record], None]) -> None:
-    """Runs the parts that have not passed yet, within `seconds` in all, and calls `finished` for each."""
-    end = time.monotonic() + seconds
-    for number, part in enumerate(parts, 1):
-        kept = work / f"part-{file_name(part.name)}.json"
-        missing = [module for module in part.needs if importlib.util.find_spec(module) is None]
-        allowed = min(part.seconds, end - time.monotonic())
-        print(f"[{number}/{len(parts)}] {part.name}: ", end="")
-        if kept.exists():
-            record = Record(**json.loads(kept.read_text()))
-            print(f"passed before, in {record.seconds:.0f} s", flush=True)
-        elif missing:
-            record = Record(part.name, "left out", reason=f"not installed: {', '.join(missing)}")
-            print(f"left out, {record.reason}", flush=True)
-        elif allowed < 1:
-            record = Record(part.name, "over time", reason="the time for the whole report was used up before it")
-            print(f"not begun, {record.reason}", flush=True)
-        else:
-            print(f"at most {allowed:.0f} s", flush=True)
-            record = execute(part, work / f"{file_name(part.name)}.log", allowed)
-            print(f"      {record.status} after {record.seconds:.0f} s", flush=True)
-            if record.status == "passed":
-                save_json(kept, asdict(record))
-        finished(record)
-
-
-def execute(part: Part, log: Path, seconds: float) -> Record:
-    """Runs one part with its output in `log`. The processes that the part started end with it."""
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), variables.get("PYTHONPATH")]))
-    options = dict(cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
-    record = Record(part.name, "passed")
-    began = time.monotonic()
-    with open(log, "wb") as output:
-        process = subprocess.Popen(list(map(str, part.command)), stdout=output, **options)
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            record.status, record.reason = "over time", f"stopped after {seconds:.0f} s"
-        finally:
-            stop(process)
-    record.seconds = time.monotonic() - began
-    if record.status == "passed" and process.returncode:
-        record.status, record.reason = "failed", f"exit status {process.returncode}"
-    lines = log.read_text(errors="replace").replace(f"{ROOT}{os.sep}", "").splitlines()
-    record.tail = "\n".join(lines[-1:] if record.status == "passed" else lines[-TAIL:])
-    try:
-        record.result = part.collect()
-    except (OSError, ValueError, KeyError) as error:
-        record.status, record.reason = "failed", f"its result cannot be read: {error!r}"
-    return record
-
-
-def stop(process: subprocess.Popen) -> None:
-    """Ends the process group if the process still runs: by a request first, then by force."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, sign)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            continue
-
-
 def identity(found: dict[str, str | None]) -> str:
     """The name of a state: device, versions, and every source file that a part runs."""
     digest = hashlib.sha256(repr([found[name] for name in ("device", "driver", "torch", "triton")]).encode())
@@ -258,7 +152,7 @@ def markdown(report: Report, plots: dict[str, str]) -> str:
     paragraphs = [f"# {report.environment['device']}"]
     if report.doubt:
         paragraphs.append(f"**{report.doubt}: no figure of a fused kernel on this page is valid.**")
-    for part in report.troubled():
+    for part in troubled(report):
         paragraphs.append(f"**{part.name}: {part.status}** ({part.reason})")
         paragraphs += [f"```\n{part.tail}\n```"] if part.tail else []
     found = [{"environment": name, "value": value or "unknown"} for name, value in report.environment.items()]
@@ -287,6 +181,10 @@ def nested(text: str) -> str:
     return "\n".join(lines).strip()
 
 
+def troubled(report: Report) -> list[Record]:
+    return [part for part in report.parts if part.status in ("failed", "over time")]
+
+
 def target_paragraphs(report: Report) -> list[str]:
     if not report.gpu:
         return ["Not measured: they are about fused kernels on a GPU, and this machine has none."]
@@ -294,16 +192,7 @@ def target_paragraphs(report: Report) -> list[str]:
         return [f"{report.doubt}, so no speed-up is reported."]
     if not report.targets:
         return ["Not measured: no benchmark of a fused kernel has ended."]
-
-    def cells(row: dict[str, Any]) -> dict[str, str]:
-        required, measured = (
-            f"{row[key]:.0%}" if row["unit"] == "%" else f"{row[key]:.2f}×" for key in ("required", "measured")
-        )
-        note = f" ({row['note']})" if row["note"] else ""
-        met = "yes" if row["met"] else "no"
-        return {"target": row["what"], "at least": required, "measured": measured + note, "met": met}
-
-    return ["Set for an H200.", table(list(map(cells, report.targets)), "pipe")]
+    return ["Set for an H200.", targets_table(report.targets)]
 
 
 def publish(report: Report, work: Path, output: Path, slug: str) -> Path:
@@ -371,7 +260,7 @@ def main(make_parts: Callable[[Path], list[Part]] | None = None, work_folder: Pa
             if part.tail:
                 print("    " + part.tail.replace("\n", "\n    "))
     print(f"\nreport: {path} and .json")
-    return int(bool(report.troubled()))
+    return int(bool(troubled(report)))
 
 
 if __name__ == "__main__":

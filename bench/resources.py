@@ -236,28 +236,13 @@ def compile_numbered(job: tuple[int, int, str]) -> dict[str, Any]:
     return compile_case(list(cases(target))[position], target, dtype)
 
 
-def cells(row: dict[str, Any]) -> dict[str, str]:
-    missed = f", {row['off_unit']} products of 64 rows elsewhere" if row["off_unit"] else ""
-    return {key: str(row[key]) for key in ("kernel", "shape")} | {
-        "target": f"sm_{row['target']}",
-        "dtype": row["dtype"],
-        "regs": str(row["registers"]),
-        "stack": str(row["stack"]),
-        "shared": f"{row['shared'] / 1024:.0f} KB",
-        "occupancy": f"{row['occupancy']:.0%}",
-        "padded": f"{row['padded']:.2f}×",
-        "matrix instructions": row["matrix"] + missed,
-    }
-
-
-def most(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+def most(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The most that each kernel takes at any shape."""
     lines = []
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         of_kernel = [row for row in rows if row["kernel"] == kernel]
-        registers, stack, shared = (max(row[key] for row in of_kernel) for key in ("registers", "stack", "shared"))
-        line = {"at most": kernel, "registers": str(registers), "stack": f"{stack} B"}
-        lines.append(line | {"shared memory": f"{shared / 1024:.0f} KB"})
+        keys = ("registers", "stack", "shared")
+        lines.append({"at most": kernel} | {key: max(row[key] for row in of_kernel) for key in keys})
     return lines
 
 
@@ -283,7 +268,7 @@ def main() -> None:
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         compiled = pool.map(compile_numbered, jobs)
         rows = list(tqdm(compiled, "compiling", len(jobs), unit="kernel", leave=False, disable=None))
-    print(table(list(map(cells, rows)), left=("shape", "matrix instructions")))
+    print(table(rows, left=("shape", "matrix")))
     spilled, missed = sum(row["stack"] > 0 for row in rows), sum(row["off_unit"] > 0 for row in rows)
     text = (
         f"{len(rows)} kernels compiled by Triton {triton.__version__}; {spilled} spill, {missed} keep a product of 64 "

@@ -276,7 +276,7 @@ def test_a_wrong_gradient_shows_in_the_next_loss():
 def test_one_pair_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_main(monkeypatch, "--batch", "1")
-    assert "--batch: expected at least 2" in capsys.readouterr().err
+    assert "--batch: '1' is not allowed; expected a whole number from 2" in capsys.readouterr().err
 
 
 def test_kinds_of_operations():

@@ -1,5 +1,6 @@
 """What the benchmarks share. A module imports only modules that stand below it here.
 
+parts         the programs of a report: run within a time limit, kept, not run again
 targets       what the project set out to reach, and which measured ratios reach it
 operators     the command of attn.py and adapter.py: every shape, sweeps, the JSON file, the plot
 comparison    the candidates of one operator: first whether they are correct, then how fast they are

@@ -10,14 +10,16 @@ from tabulate import tabulate
 from upperson.files import write_atomically
 
 
-def table(rows: Sequence[Mapping[str, str]], style: str = "simple", left: Sequence[str] = ()) -> str:
-    """A table whose header is the keys of the first row. The first column and those in `left` are aligned to the left.
+def table(rows: Sequence[Mapping[str, Any]], style: str = "simple", left: Sequence[str] = ()) -> str:
+    """A table whose header is the keys of the rows. The first column and those in `left` are aligned to the left.
 
-    `style` is one of tabulate: "simple" for a terminal, "pipe" for Markdown. The cells stay as they are.
+    `style` is one of tabulate: "simple" for a terminal, "pipe" for Markdown. Text stays as it is.
     """
     alignment = ["left" if number == 0 or name in left else "right" for number, name in enumerate(rows[0])]
-    cells = [list(row.values()) for row in rows]
-    return tabulate(cells, list(rows[0]), tablefmt=style, disable_numparse=True, colalign=alignment)
+    lines = [
+        {name: f"{value:,.2f}" if isinstance(value, float) else value for name, value in row.items()} for row in rows
+    ]
+    return tabulate(lines, "keys", tablefmt=style, disable_numparse=True, colalign=alignment)
 
 
 def microseconds(value: float) -> str:

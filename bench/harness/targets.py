@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from harness.comparison import MODES
+from harness.output import table
 
 # (baseline in words, least speed-up, the beginning of the candidates' names), by operator.
 BASELINES = {
@@ -59,3 +60,16 @@ def step_targets(rows: list[dict]) -> list[dict[str, Any]]:
         ("peak memory of the plain path ÷ that of ours", 2.0, plain["peak_memory"] / ours["peak_memory"], "×"),
     )
     return [target(f"training step: {what}", *figures, ours["path"]) for what, *figures in measured]
+
+
+def targets_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; a measured ratio is followed by its note."""
+
+    def cells(row: dict[str, Any]) -> dict[str, str]:
+        style = "{:.0%}" if row["unit"] == "%" else "{:.2f}×"
+        required, measured = (style.format(row[key]) for key in ("required", "measured"))
+        note = f" ({row['note']})" if row["note"] else ""
+        line = {"target": row["what"], "at least": required, "measured": measured + note}
+        return line | {"met": "yes" if row["met"] else "no"}
+
+    return table(list(map(cells, rows)), "pipe")
