@@ -582,3 +582,19 @@ def test_plots_stand_beside_the_report(tmp_path):
     path = report.publish(gpu_report("passed"), work, output, "nvidia-h200")
     assert "](report-nvidia-h200-attention.png)" in path.read_text()
     assert (output / "report-nvidia-h200-attention.png").read_bytes() == b"a picture"
+
+
+def test_the_report_holds_the_training_as_it_is(tmp_path):
+    part = report.training(1.0, tmp_path)
+    assert part.collect() is None  # the training has not ended
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "results.json").write_text('{"captions": 8}')
+    (folder / "results.md").write_text("Retrieval\n\n| R@1 |\n")
+    lines = [dict(kind="epoch", images_per_second=rate) for rate in (1.0, 1200.0, 1400.0)] + [dict(kind="evaluation")]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    result = part.collect()
+    assert result["captions"] == 8 and result["images_per_second"] == 1200
+    record = report.Record(part.name, "passed", result=result)
+    page = report.markdown(report.Report(dict(device="a device"), False, [record]), {})
+    assert "## Embedded training\n\nRetrieval\n\n| R@1 |\n\n1,200 images/s." in page
