@@ -12,13 +12,14 @@ autocast. Candidates are first compared with the definition in float64.
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from comparison import DTYPES, MODES, Candidate, Case, Function, bench, parser
+from harness import operators
+from harness.comparison import MODES, Candidate, Case, Function, Inputs
 from torch import Tensor
 from upperson_kernels import layernorm_adapter
 from upperson_kernels.adapter import reference
@@ -66,20 +67,22 @@ SHAPES = {
 } | {"image, own norm": Shape(193, 768, 96, residual=True, own_norm=True)}
 
 
-# ---------------------------------------------------------------------------------------- candidates
+def split(parameters: tuple[Tensor, ...]) -> tuple[Sequence[Tensor], Tensor | None, Tensor | None]:
+    """The seven parameters that every adapter has, and weight and bias of its own LayerNorm if it has one."""
+    *first, norm_weight, norm_bias = (*parameters, None, None)[:9]
+    return first, norm_weight, norm_bias
 
 
 def definition(x: Tensor, residual: Tensor | None, *parameters: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    *parameters, norm_weight, norm_bias = (*parameters, None, None)[:9]
-    y, stream = reference.plain(x, residual, *parameters, norm_weight, norm_bias, EPS)
+    first, norm_weight, norm_bias = split(parameters)
+    y, stream = reference.plain(x, residual, *first, norm_weight, norm_bias, EPS)
     return y if residual is None and norm_weight is None else (y, stream)
 
 
 def public(x: Tensor, residual: Tensor | None, *parameters: Tensor, backend: str) -> Tensor | tuple[Tensor, Tensor]:
-    *parameters, norm_weight, norm_bias = (*parameters, None, None)[:9]
-    return layernorm_adapter(
-        x, *parameters, eps=EPS, residual=residual, norm_weight=norm_weight, norm_bias=norm_bias, backend=backend
-    )
+    first, norm_weight, norm_bias = split(parameters)
+    own_norm = dict(norm_weight=norm_weight, norm_bias=norm_bias)
+    return layernorm_adapter(x, *first, eps=EPS, residual=residual, **own_norm, backend=backend)
 
 
 def layernorm(
@@ -94,9 +97,9 @@ def layernorm(
 def autotuned(deadline: float) -> Function:
     """torch.compile with max-autotune, for shapes whose turn comes before the deadline.
 
-    It compiles dozens of kernels for every product of every shape, and the benchmark is to end. CUDA graphs are
-    off: they copy the inputs and overwrite the outputs of the call before, and save launches that a GPU with calls
-    queued up does not wait for.
+    Autotuning compiles dozens of kernels for every product of every shape, and the time is limited. CUDA graphs are
+    off: they copy the inputs and overwrite the outputs of the call before, and they only save launches, for which a
+    GPU with queued calls does not wait.
     """
     compiled = torch.compile(definition, mode="max-autotune-no-cudagraphs", dynamic=False)
     started = False
@@ -115,51 +118,36 @@ def candidates(shape: Shape, device: torch.device, deadline: float) -> dict[str,
     """All that can run on the device. "eager" is this project's PyTorch backend."""
     found = {"eager": Candidate(partial(public, backend="torch"))}
     if device.type == "cuda":
-        found = (
-            {"fused (this project)": Candidate(partial(public, backend="triton"), "fused")}
-            | found
-            | {
-                "torch.compile": Candidate(torch.compile(definition, dynamic=False)),
-                "torch.compile, max-autotune": Candidate(autotuned(deadline)),
-            }
-        )
+        found = {"fused (this project)": Candidate(partial(public, backend="triton"), "fused")} | found
+        found["torch.compile"] = Candidate(torch.compile(definition, dynamic=False))
+        found["torch.compile, max-autotune"] = Candidate(autotuned(deadline))
     found["LayerNorm alone"] = Candidate(layernorm, "bound")
     return {name: replace(candidate, function=at(candidate.function, shape)) for name, candidate in found.items()}
 
 
 def at(function: Callable, shape: Shape) -> Function:
     """The function of the tensors alone: x, the residual if there is one, and the parameters."""
-    if shape.residual:
-        return function
-    return lambda x, *parameters: function(x, None, *parameters)
+    return function if shape.residual else lambda x, *parameters: function(x, None, *parameters)
 
 
-# ---------------------------------------------------------------------------------------- cases
-
-
-def inputs(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+def inputs(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> Inputs:
     """x, residual if any, γ, β (both frozen), down weight and bias, up weight and bias, scale, γ' and β' if any; output
     gradients."""
 
     def randn(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(size, device=device, dtype=dtype)
 
-    width, hidden = shape.width, shape.hidden
-    activations = [randn(batch, shape.length, width, dtype=dtype) for _ in range(1 + shape.residual)]
-    adapter = [
-        randn(hidden, width) * width**-0.5,
-        randn(hidden),
-        randn(width, hidden) * hidden**-0.5,
-        randn(width),
-        torch.tensor(1.0, device=device),
-        *(randn(width) for _ in range(2 * shape.own_norm)),
-    ]
-    tensors = [*activations, randn(width), randn(width), *adapter]
-    trained = [*activations, *adapter]
-    for tensor in trained:
+    width, hidden, rows = shape.width, shape.hidden, (batch, shape.length, shape.width)
+    activations = [randn(*rows, dtype=dtype) for _ in range(1 + shape.residual)]
+    down = [randn(hidden, width) * width**-0.5, randn(hidden)]
+    up = [randn(width, hidden) * hidden**-0.5, randn(width)]
+    own_norm = [randn(width) for _ in range(2 * shape.own_norm)]
+    adapter = [*down, *up, torch.tensor(1.0, device=device), *own_norm]
+    frozen = [randn(width), randn(width)]
+    for tensor in (*activations, *adapter):
         tensor.requires_grad_()
     outputs = 2 if shape.residual or shape.own_norm else 1
-    return tensors, [randn(batch, shape.length, width, dtype=dtype) for _ in range(outputs)]
+    return [*activations, *frozen, *adapter], [randn(*rows, dtype=dtype) for _ in range(outputs)]
 
 
 def case(name: str, shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, deadline: float) -> Case:
@@ -179,27 +167,6 @@ def case(name: str, shape: Shape, batch: int, dtype: torch.dtype, device: torch.
     )
 
 
-def sweep_cases(dtype: torch.dtype, device: torch.device, deadline: float) -> Iterator[tuple[str, int, Case]]:
-    """(axis, value, case): the image's call over batch, then over length."""
-    gpu = device.type == "cuda"
-    image = SHAPES["image"]
-    batch = 128 if gpu else 2
-    points = [(f"batch (of {image.length} tokens)", n, image, n) for n in ((8, 32, 128, 256) if gpu else (1, 2, 4, 8))]
-    points += [
-        (f"tokens (batch {batch})", n, replace(image, length=n), batch)
-        for n in ((77, 193, 512) if gpu else (50, 77, 128, 193))
-    ]
-    for axis, value, shape, batch in points:
-        each = case(f"sweep, {axis}", shape, batch, dtype, device, deadline)
-        yield (
-            axis,
-            value,
-            replace(
-                each, candidates={name: candidate for name, candidate in each.candidates.items() if name in IN_SWEEP}
-            ),
-        )
-
-
 def floors() -> Iterator[tuple[str, float, float]]:
     """Name, bytes and FLOPs of the calls of training at batch 128 in 16 bits."""
     for name, shape in SHAPES.items():
@@ -208,22 +175,17 @@ def floors() -> Iterator[tuple[str, float, float]]:
 
 
 def main() -> int:
-    options = parser(__doc__.splitlines()[0], SHAPES)
-    arguments = options.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype, deadline = DTYPES[arguments.dtype], time.monotonic() + AUTOTUNING
-    names = [arguments.shape] if arguments.shape else list(SHAPES)
-    cases = (case(name, SHAPES[name], arguments.batch, dtype, device, deadline) for name in names)
-    return bench(
-        "adapter",
-        options,
-        arguments,
-        device,
-        cases,
-        sweep_cases(dtype, device, deadline),
-        "the fused kernels,\ntorch.compile, launch time and peak memory",
-        floors(),
-    )
+    arguments, dtype, device = operators.parse(operators.parser(__doc__.splitlines()[0], SHAPES))
+    deadline = time.monotonic() + AUTOTUNING
+
+    def make_case(name: str, shape: Shape, batch: int) -> Case:
+        return case(name, shape, batch, dtype, device, deadline)
+
+    names = [arguments.shape] if arguments.shape else SHAPES
+    cases = (make_case(name, SHAPES[name], arguments.batch) for name in names)
+    sweep = operators.sweep(SHAPES["image"], make_case, IN_SWEEP, (8, 32, 128, 256), (77, 193, 512))
+    needs_gpu = "the fused kernels, torch.compile, launch time and peak memory"
+    return operators.bench("adapter", arguments, cases, sweep, needs_gpu, floors())
 
 
 if __name__ == "__main__":

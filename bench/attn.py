@@ -16,7 +16,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from comparison import DTYPES, MODES, Candidate, Case, bench, parser
+from harness import operators
+from harness.comparison import MODES, Candidate, Case, Inputs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
@@ -31,7 +32,8 @@ FORCED = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
 }
-IN_SWEEP = ("fused (this project)", "explicit softmax", "folded SDPA", "folded SDPA, flash")
+FUSED = "fused (this project)"
+IN_SWEEP = (FUSED, "explicit softmax", "folded SDPA", "folded SDPA, flash")
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,8 @@ class Shape:
         float32 for each row is written and read."""
         rows = sum(lengths) * self.heads
         tensor, statistics = rows * self.width * element, 4 * rows
-        return {
-            "forward": 4 * tensor + statistics,
-            "backward": 8 * tensor + statistics,
-            "both": 12 * tensor + 2 * statistics,
-        }[mode]
+        forward, backward = 4 * tensor + statistics, 8 * tensor + statistics
+        return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
 
 
 SHAPES = {
@@ -67,9 +66,7 @@ SHAPES = {
     "image-L/14": Shape(length=244, heads=16, causal=False),
 }
 PACKED = "text, packed"
-
-
-# ---------------------------------------------------------------------------------------- candidates
+NEEDS_GPU = "the fused kernels, FlexAttention, torch.compile, SDPA's GPU backends, launch time and peak memory"
 
 
 def without_prefix(qkv: Tensor, key: Tensor, value: Tensor, scale: Tensor, causal: bool, target: str) -> Tensor:
@@ -82,22 +79,19 @@ def concatenated(qkv: Tensor, key: Tensor, value: Tensor, scale: Tensor, target:
     """Queries (B, H, N, D), and keys and values (B, H, P + N, D) with λ folded into the prefix."""
     query, token_key, token_value = qkv.transpose(1, 3).unbind(2)
     key, value = (key, scale * value) if target == "weights" else (scale * key, value)
-    return [
-        query,
-        *(
-            torch.cat([p.to(qkv.dtype).transpose(0, 1).expand(len(qkv), -1, -1, -1), t], dim=2)
-            for p, t in ((key, token_key), (value, token_value))
-        ),
-    ]
+    keys, values = (
+        torch.cat([p.to(qkv.dtype).transpose(0, 1).expand(len(qkv), -1, -1, -1), t], dim=2)
+        for p, t in ((key, token_key), (value, token_value))
+    )
+    return [query, keys, values]
 
 
 def lower_right(qkv: Tensor, key: Tensor, value: Tensor, scale: Tensor, causal: bool, target: str) -> Tensor:
-    """Folded attention whose causal mask is a name and no tensor: that is all that flash attention takes. Aligned
-    to the lower right, it shows every query the prefix."""
-    length, prefix = qkv.shape[1], key.shape[0]
-    return F.scaled_dot_product_attention(
-        *concatenated(qkv, key, value, scale, target), attn_mask=causal_lower_right(length, prefix + length)
-    ).transpose(1, 2)
+    """Folded attention with PyTorch's symbolic causal mask; flash attention takes no mask as a tensor. Aligned to the
+    lower right, the mask shows the prefix to every query."""
+    mask = causal_lower_right(qkv.shape[1], key.shape[0] + qkv.shape[1])
+    folded = concatenated(qkv, key, value, scale, target)
+    return F.scaled_dot_product_attention(*folded, attn_mask=mask).transpose(1, 2)
 
 
 def flex(qkv: Tensor, key: Tensor, value: Tensor, scale: Tensor, causal: bool, target: str, mask: object) -> Tensor:
@@ -109,26 +103,13 @@ def flex_mask(shape: Shape, device: torch.device) -> object:
     """The block mask of a causal shape: the prefix and what came before; None where all is visible."""
     if not shape.causal:
         return None
-    return create_block_mask(
-        lambda batch, head, i, j: j - shape.prefix <= i,
-        None,
-        None,
-        shape.length,
-        shape.prefix + shape.length,
-        device=device,
-    )
-
-
-def forced(function: Callable[..., Tensor], backend: SDPBackend) -> Callable[..., Tensor]:
-    def with_backend(*arguments) -> Tensor:
-        with sdpa_kernel(backend):
-            return function(*arguments)
-
-    return with_backend
+    prefix, length = shape.prefix, shape.length
+    visible = lambda batch, head, i, j: j - prefix <= i  # noqa: E731
+    return create_block_mask(visible, None, None, length, prefix + length, device=device)
 
 
 def public(qkv: Tensor, key: Tensor, value: Tensor, scale: Tensor, causal: bool, target: str, **options) -> Tensor:
-    """The public function; of `options`, backend says which implementation."""
+    """The public function; `options` choose the implementation and describe packed captions."""
     return prefix_attention(qkv, key, value, scale, causal=causal, scale_target=target, **options)
 
 
@@ -137,35 +118,24 @@ def candidates(shape: Shape, target: str, device: torch.device) -> dict[str, Can
     functions = {"explicit softmax": reference.explicit, "folded SDPA": partial(public, backend="torch")}
     if shape.causal:
         functions["folded SDPA, lower right"] = lower_right
+    found = {}
     if device.type == "cuda":
-        functions |= {
-            f"folded SDPA, {name}": forced(
-                lower_right if shape.causal and name == "flash" else reference.folded, backend
-            )
-            for name, backend in FORCED.items()
-        }
+        for name, backend in FORCED.items():
+            function = lower_right if shape.causal and name == "flash" else reference.folded
+            functions[f"folded SDPA, {name}"] = sdpa_kernel(backend)(function)
         functions["explicit, compiled"] = torch.compile(reference.explicit, dynamic=False)
         functions["FlexAttention"] = partial(torch.compile(flex, dynamic=False), mask=flex_mask(shape, device))
-    found = {name: Candidate(at(function, shape, target)) for name, function in functions.items()}
-    if device.type == "cuda":
-        ours = Candidate(at(partial(public, backend="triton"), shape, target), "fused")
-        found = {"fused (this project)": ours} | found
+        found[FUSED] = Candidate(at(partial(public, backend="triton"), shape, target), "fused")
+    found |= {name: Candidate(at(function, shape, target)) for name, function in functions.items()}
     return found | {"SDPA, no prefix": Candidate(at(without_prefix, shape, target), "bound")}
 
 
 def at(function: Callable[..., Tensor], shape: Shape, target: str) -> Callable[..., Tensor]:
     """The function of the four tensors alone."""
-
-    def with_options(*tensors: Tensor) -> Tensor:
-        return function(*tensors, shape.causal, target)
-
-    return with_options
+    return lambda *tensors: function(*tensors, shape.causal, target)
 
 
-# ---------------------------------------------------------------------------------------- cases
-
-
-def inputs(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+def inputs(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device) -> Inputs:
     """qkv, prefix key, prefix value and λ, and a gradient of the output. All inputs need gradients; the parameters
     are float32, as they are under autocast."""
     qkv = torch.randn(batch, shape.length, 3, shape.heads, shape.width, device=device, dtype=dtype)
@@ -194,103 +164,71 @@ def case(name: str, shape: Shape, batch: int, dtype: torch.dtype, device: torch.
 
 
 def packed_case(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, target: str) -> Case:
-    """Captions of unequal length, about 26 tokens on average. Packed they lie one behind the other; the padded
-    candidates get a batch as long as its longest caption, with rows behind each end that nobody asks for: under
-    the causal mask no token sees them. The floor counts the tokens of the captions alone."""
+    """Captions of unequal length, about 26 tokens on average.
+
+    Packed captions lie one behind the other. The padded candidates get a batch as long as its longest caption; under
+    the causal mask no token sees the rows behind its end. The floor counts the tokens of the captions alone.
+    """
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.normal(26.0, 10.0, (batch,), generator=generator).round().clamp(8, shape.length).int()
-    ends = lengths.cumsum(0)
-    cu_seqlens = F.pad(ends, (1, 0)).to(device, torch.int32)
-    padded = replace(shape, length=int(lengths.max()))
-    real = (torch.arange(padded.length) < lengths[:, None]).to(device)  # (B, N)
+    drawn = torch.normal(26.0, 10.0, (batch,), generator=generator).round().clamp(8, shape.length).int()
+    lengths = drawn.tolist()
+    cu_seqlens = F.pad(drawn.cumsum(0), (1, 0)).to(device, torch.int32)
+    padded = replace(shape, length=max(lengths))
+    real = (torch.arange(padded.length) < drawn[:, None]).to(device)  # (B, N)
     rows = real.flatten().nonzero().flatten()  # an index; a mask would wait for the GPU
 
-    def setup() -> tuple[list[Tensor], list[Tensor]]:
+    def setup() -> Inputs:
         tensors, (grad,) = inputs(padded, batch, dtype, device)
         return tensors, [grad * real[:, :, None, None]]
 
+    def packed(backend: str, kind: str = "baseline") -> Candidate:
+        function = partial(public, backend=backend, cu_seqlens=cu_seqlens, max_seqlen=padded.length)
+        return Candidate(at(function, shape, target), kind, layout=lambda t: t.flatten(0, 1)[rows])
+
     plain = case(PACKED, padded, batch, dtype, device, target)
-    options = dict(cu_seqlens=cu_seqlens, max_seqlen=padded.length)
-    pack = dict(layout=lambda t: t.flatten(0, 1)[rows])
-    packed = {
-        "packed, PyTorch backend": Candidate(at(partial(public, backend="torch", **options), shape, target), **pack)
-    }
-    compared = plain.candidates
+    on_padded = dict(plain.candidates)
+    compared = {"packed, PyTorch backend": packed("torch")}
     if device.type == "cuda":
-        packed = {
-            "fused, packed": Candidate(at(partial(public, backend="triton", **options), shape, target), "fused", **pack)
-        } | packed
-        on_padded = compared.pop("fused (this project)")
-        packed["fused, padded"] = replace(on_padded, kind="baseline")
-    lengths = lengths.tolist()
+        compared = {"fused, packed": packed("triton", "fused")} | compared
+        compared["fused, padded"] = replace(on_padded.pop(FUSED), kind="baseline")
+    each = f"{batch} captions of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all"
     return replace(
         plain,
-        title=f"{PACKED}: {batch} captions of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all, causal, "
-        f"{shape.heads} heads of {shape.width}, prefix {shape.prefix}, {plain.labels['dtype']}, λ on the "
-        f"{target}",
+        title=plain.title.replace(f"{batch} × {padded.length} tokens", each),
         labels=plain.labels | dict(tokens=sum(lengths)),
         setup=setup,
-        candidates=packed | compared,
+        candidates=compared | on_padded,
         bytes={mode: shape.bytes(lengths, mode, dtype.itemsize) for mode in MODES},
         flops={mode: shape.flops(lengths, mode) for mode in MODES},
     )
 
 
-def sweep_cases(dtype: torch.dtype, device: torch.device, target: str) -> Iterator[tuple[str, int, Case]]:
-    """(axis, value, case): the image's call over batch, then over length."""
-    gpu = device.type == "cuda"
-    image = SHAPES["image"]
-    batch = 128 if gpu else 2
-    points = [
-        (f"batch (of {image.length} tokens)", n, image, n) for n in ((8, 16, 32, 64, 128, 256) if gpu else (1, 2, 4, 8))
-    ]
-    points += [
-        (f"tokens (batch {batch})", n, replace(image, length=n), batch)
-        for n in ((50, 77, 128, 193, 257, 512) if gpu else (50, 77, 128, 193))
-    ]
-    for axis, value, shape, batch in points:
-        each = case(f"sweep, {axis}", shape, batch, dtype, device, target)
-        yield (
-            axis,
-            value,
-            replace(
-                each, candidates={name: candidate for name, candidate in each.candidates.items() if name in IN_SWEEP}
-            ),
-        )
-
-
 def floors() -> Iterator[tuple[str, float, float]]:
     """Name, bytes and FLOPs of the calls of training at batch 128 in 16 bits."""
     for name, shape in SHAPES.items():
+        lengths = [shape.length] * 128
         for mode in MODES[:2]:
-            yield f"{name}, {mode}", shape.bytes([shape.length] * 128, mode, 2), shape.flops([shape.length] * 128, mode)
+            yield f"{name}, {mode}", shape.bytes(lengths, mode, 2), shape.flops(lengths, mode)
 
 
 def main() -> int:
-    options = parser(__doc__.splitlines()[0], [*SHAPES, PACKED])
-    options.add_argument("--scale-target", choices=("weights", "logits"), default="weights", help="where λ acts")
-    arguments = options.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype, target = DTYPES[arguments.dtype], arguments.scale_target
+    parser = operators.parser(__doc__.splitlines()[0], [*SHAPES, PACKED])
+    parser.add_argument("--scale-target", choices=("weights", "logits"), default="weights", help="where λ acts")
+    arguments, dtype, device = operators.parse(parser)
+
+    def make_case(name: str, shape: Shape, batch: int) -> Case:
+        return case(name, shape, batch, dtype, device, arguments.scale_target)
 
     def cases() -> Iterator[Case]:
         for name in [arguments.shape] if arguments.shape else [*SHAPES, PACKED]:
             if name == PACKED:
-                yield packed_case(SHAPES["text"], arguments.batch, dtype, device, target)
+                yield packed_case(SHAPES["text"], arguments.batch, dtype, device, arguments.scale_target)
             else:
-                yield case(name, SHAPES[name], arguments.batch, dtype, device, target)
+                yield make_case(name, SHAPES[name], arguments.batch)
 
-    return bench(
-        "attention",
-        options,
-        arguments,
-        device,
-        cases(),
-        sweep_cases(dtype, device, target),
-        "the fused kernels,\nSDPA's flash, efficient and cuDNN backends, FlexAttention and the compiled "
-        "softmax, launch time and peak memory",
-        floors(),
-    )
+    batches, lengths = (8, 16, 32, 64, 128, 256), (50, 77, 128, 193, 257, 512)
+    sweep = operators.sweep(SHAPES["image"], make_case, IN_SWEEP, batches, lengths)
+    return operators.bench("attention", arguments, cases(), sweep, NEEDS_GPU, floors())
 
 
 if __name__ == "__main__":

@@ -6,29 +6,35 @@
 Compiles every kernel ahead of time, as it is launched at the shapes of CLIP ViT-B/16 and ViT-L/14, and reads what
 the compiler and the assembler report:
 
+    registers   of a thread
     stack       bytes a thread; above 0 is a spill
+    shared      bytes of shared memory a program
     occupancy   share of a multiprocessor's warps that can be resident
-    padded      elements of the matrix products computed, tiles being what they are, over those of the definition (two
-                products forward, five backward; the second walk of backward, which recomputes two, counts here too)
-    matrix      matrix instructions; on Hopper and data-centre Blackwell also how many products of 64 rows or more miss
-                the unit for those (wgmma, tcgen05)
+    padded      elements of the matrix products that the tiles compute, over those of the definition (two products
+                forward, five backward; the second pass of backward recomputes two, which count here too)
+    matrix      matrix instructions and how many
+    off_unit    on Hopper and data-centre Blackwell: products of 64 rows or more that miss the unit for those (wgmma,
+                tcgen05)
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import triton
 import triton.language as tl
+from harness.options import json_path
+from harness.output import save_json, table
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from upperson_kernels import tiles
@@ -82,138 +88,75 @@ class Case:
     padded: float
 
 
-@dataclass(frozen=True)
-class Resources:
-    """One compiled kernel."""
-
-    kernel: str
-    shape: str
-    target: int
-    dtype: str
-    registers: int
-    stack: int  # bytes a thread
-    shared: int  # bytes a program
-    warps: int
-    occupancy: float
-    padded: float
-    matrix: str  # matrix instructions and how many
-    off_unit: int  # products of 64 rows that miss their unit
-
-
-# ---------------------------------------------------------------------------------------- what is compiled
+COMMON = dict(PRECISION="ieee", ACC=tl.float32)
+# Pointers to float32 (parameters, their gradients, statistics); the others point to 16-bit activations, as under
+# autocast.
+ATTENTION_FP32 = "prefix_key prefix_value prefix_scale lse dprefix_key dprefix_value dscale"
+ADAPTER_FP32 = (
+    "weight bias down_weight down_bias up_weight up_bias scale norm_weight norm_bias down_norm down_shift mean rstd "
+    "dup dcolumn ddown ddown_bias dweight"
+)
 
 
 def cases(target: int) -> Iterator[Case]:
-    """Every kernel at every production shape, parameters in float32 beside 16-bit activations as under autocast."""
-    common = dict(PRECISION="ieee", ACC=tl.float32)
-    wide = dict.fromkeys(
-        ("p_prefix_key", "p_prefix_value", "p_prefix_scale", "p_lse", "p_dprefix_key", "p_dprefix_value", "p_dscale"),
-        "fp32",
-    ) | dict(p_cu_seqlens="i32")
-    for (name, call), prefix, scale_target in product(ATTENTION.items(), PREFIXES, ("weights", "logits")):
-        if scale_target == "logits" and prefix != 10:  # as good as the same code
+    """Every kernel at every production shape."""
+    yield from attention_cases(target)
+    for width, hidden in ADAPTERS:
+        yield from adapter_cases(target, width, hidden)
+    kernels = {"forward": quick_gelu.forward_kernel, "backward": quick_gelu.backward_kernel}
+    for width, (mode, kernel) in product(ACTIVATIONS, kernels.items()):
+        constants = dict(HAS_BIAS=True, ACC=tl.float32)
+        yield Case(f"QuickGELU {mode}", str(width), kernel, constants, BLOCKS, fp32("bias"), 1.0)
+
+
+def fp32(names: str) -> dict[str, str]:
+    return {f"p_{name}": "fp32" for name in names.split()}
+
+
+def attention_cases(target: int) -> Iterator[Case]:
+    pointers = fp32(ATTENTION_FP32) | dict(p_cu_seqlens="i32")
+    needs = dict.fromkeys(("NEED_QKV", "NEED_KEY", "NEED_VALUE", "NEED_SCALE"), True)
+    kernels = {"forward": (attention.forward_kernel, {}), "backward": (attention.backward_kernel, needs)}
+    for (name, call), prefix, on_logits in product(ATTENTION.items(), PREFIXES, (False, True)):
+        if on_logits and prefix != 10:  # almost the same code
             continue
-        constants = dict(
-            D=HEAD_WIDTH, CAUSAL=call.causal, PACKED=call.packed, SCALE_LOGITS=scale_target == "logits", **common
-        )
-        needs = dict.fromkeys(("NEED_QKV", "NEED_KEY", "NEED_VALUE", "NEED_SCALE"), True)
-        shape = f"{name}, P {prefix}{', λ on logits' if scale_target == 'logits' else ''}"
-        for mode, kernel, extra in (
-            ("forward", attention.forward_kernel, {}),
-            ("backward", attention.backward_kernel, needs),
-        ):
+        shape = f"{name}, P {prefix}{', λ on logits' if on_logits else ''}"
+        flags = dict(D=HEAD_WIDTH, CAUSAL=call.causal, PACKED=call.packed, SCALE_LOGITS=on_logits, **COMMON)
+        for mode, (kernel, extra) in kernels.items():
             chosen = tiles.choose(f"attention_{mode}", HEAD_WIDTH, 2, target)
             last = last_tiles(call.length, prefix, call.packed, chosen["BLOCK_M"], chosen["BLOCK_N"])
-            yield Case(
-                f"attention {mode}",
-                shape,
-                kernel,
-                constants | extra | last,
-                chosen,
-                wide,
-                attention_products(mode, call, prefix, chosen | last) / attention_needed(mode, call, prefix),
-            )
+            padded = attention_products(mode, call, prefix, chosen | last) / attention_needed(mode, call, prefix)
+            yield Case(f"attention {mode}", shape, kernel, flags | extra | last, chosen, pointers, padded)
 
-    wide = dict.fromkeys(
-        (
-            "p_weight",
-            "p_bias",
-            "p_down_weight",
-            "p_down_bias",
-            "p_up_weight",
-            "p_up_bias",
-            "p_scale",
-            "p_norm_weight",
-            "p_norm_bias",
-            "p_down_norm",
-            "p_down_shift",
-            "p_mean",
-            "p_rstd",
-            "p_dup",
-            "p_dcolumn",
-            "p_ddown",
-            "p_ddown_bias",
-            "p_dweight",
-        ),
-        "fp32",
-    )
-    for width, hidden in ADAPTERS:
-        rows, columns = (tiles.choose(kernel, hidden, 2, target) for kernel in ("adapter_rows", "adapter_parameters"))
-        padded = rows["BLOCK_R"] / hidden  # the width is a multiple of every block
-        for residual, own_norm in product((False, True), (False, True)):
-            shape = f"{width} → {hidden}{', residual' if residual else ''}{', own norm' if own_norm else ''}"
-            yield Case(
-                "adapter forward",
-                shape,
-                adapter.forward_kernel,
-                dict(EPS=1e-5, HAS_RESIDUAL=residual, OWN_NORM=own_norm, **common),
-                rows,
-                wide,
-                padded,
-            )
-            if residual and own_norm:  # whose stream has a gradient in any case
-                continue
-            yield Case(
-                "adapter input gradient",
-                shape,
-                adapter.input_gradient_kernel,
-                dict(NEED_DX=True, HAS_DSTREAM=residual or own_norm, OWN_NORM=own_norm, **common),
-                rows,
-                wide,
-                padded,
-            )
-        for own_norm in (False, True):
-            yield Case(
-                "adapter parameter gradient",
-                f"{width} → {hidden}{', own norm' if own_norm else ''}",
-                adapter.parameter_gradient_kernel,
-                dict(NEED_UP=True, NEED_COLUMN=True, NEED_DOWN=True, NEED_WEIGHT=False, OWN_NORM=own_norm, **common),
-                columns,
-                wide,
-                padded,
-            )
-    for width, (mode, kernel) in product(
-        ACTIVATIONS, (("forward", quick_gelu.forward_kernel), ("backward", quick_gelu.backward_kernel))
-    ):
-        yield Case(
-            f"QuickGELU {mode}",
-            str(width),
-            kernel,
-            dict(HAS_BIAS=True, ACC=tl.float32),
-            BLOCKS,
-            dict(p_bias="fp32"),
-            1.0,
-        )
+
+def adapter_cases(target: int, width: int, hidden: int) -> Iterator[Case]:
+    rows, columns = (tiles.choose(kernel, hidden, 2, target) for kernel in ("adapter_rows", "adapter_parameters"))
+    padded = rows["BLOCK_R"] / hidden  # the width is a multiple of every block
+
+    def case(name: str, kernel: triton.JITFunction, chosen: dict, residual: bool, own_norm: bool, **flags) -> Case:
+        shape = f"{width} → {hidden}{', residual' if residual else ''}{', own norm' if own_norm else ''}"
+        constants = dict(OWN_NORM=own_norm, **flags, **COMMON)
+        return Case(f"adapter {name}", shape, kernel, constants, chosen, fp32(ADAPTER_FP32), padded)
+
+    for residual, own_norm in product((False, True), (False, True)):
+        variant = (rows, residual, own_norm)
+        yield case("forward", adapter.forward_kernel, *variant, EPS=1e-5, HAS_RESIDUAL=residual)
+        if not (residual and own_norm):  # the same as own_norm alone, whose stream has a gradient in any case
+            flags = dict(NEED_DX=True, HAS_DSTREAM=residual or own_norm)
+            yield case("input gradient", adapter.input_gradient_kernel, *variant, **flags)
+    for own_norm in (False, True):
+        flags = dict(NEED_UP=True, NEED_COLUMN=True, NEED_DOWN=True, NEED_WEIGHT=False)
+        yield case("parameter gradient", adapter.parameter_gradient_kernel, columns, False, own_norm, **flags)
 
 
 def attention_needed(mode: str, call: Attention, prefix: int) -> float:
-    """Elements of the products that the definition asks for, per head and unit of its width."""
+    """Elements of the definition's products, per head and unit of its width."""
     visible = call.length * (call.length + 1) / 2 if call.causal else call.length**2
     return (visible + call.length * prefix) * {"forward": 2, "backward": 5}[mode]
 
 
 def attention_products(mode: str, call: Attention, prefix: int, chosen: dict) -> float:
-    """The same as the kernels cut it: tiles of rows and columns, and which of them meet."""
+    """Elements of the kernels' products: all pairs of a tile of rows and a tile of columns that are multiplied."""
 
     def cut(count: int, block: int, last: int) -> list[tuple[int, int]]:
         return [(start, last if start + block >= count else block) for start in range(0, count, block)]
@@ -237,10 +180,8 @@ def attention_products(mode: str, call: Attention, prefix: int, chosen: dict) ->
     return 3 * by_rows + 4 * by_columns
 
 
-# ---------------------------------------------------------------------------------------- what came out
-
-
-def compile_case(case: Case, target: int, dtype: str) -> Resources:
+def compile_case(case: Case, target: int, dtype: str) -> dict[str, Any]:
+    """A row of the results, whose columns the module's docstring explains."""
     constants = case.constants | case.tiles
     options = {key: constants.pop(key) for key in LAUNCH_OPTIONS if key in constants}
     signature, values, attributes = {}, {}, {}
@@ -250,26 +191,16 @@ def compile_case(case: Case, target: int, dtype: str) -> Resources:
             values[(position,)] = constants[name]
             continue
         signature[name] = "*" + case.pointers.get(name, dtype) if name.startswith("p_") else "i32"
-        if name.startswith(("p_", "stride_")) or name in ("C", "R"):  # what PyTorch's tensors have at these shapes
+        if name.startswith(("p_", "stride_")) or name in ("C", "R"):  # multiples of 16 at these shapes
             attributes[(position,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(case.kernel, signature, values, attributes), target=GPUTarget("cuda", target, 32), options=options
-    )
+    source, gpu = ASTSource(case.kernel, signature, values, attributes), GPUTarget("cuda", target, 32)
+    compiled = triton.compile(source, target=gpu, options=options)
     registers, stack = resource_usage(compiled.asm["cubin"])
     shared, warps = compiled.metadata.shared, options["num_warps"]
-    return Resources(
-        case.name,
-        case.shape,
-        target,
-        dtype,
-        registers,
-        stack,
-        shared,
-        warps,
-        occupancy(target, registers, shared, warps),
-        case.padded,
-        *matrix_instructions(compiled, target),
-    )
+    matrix, off_unit = matrix_instructions(compiled, target)
+    row = dict(kernel=case.name, shape=case.shape, target=target, dtype=dtype, registers=registers, stack=stack)
+    row |= dict(shared=shared, warps=warps, occupancy=occupancy(target, registers, shared, warps))
+    return row | dict(padded=case.padded, matrix=matrix, off_unit=off_unit)
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -292,8 +223,7 @@ def occupancy(target: int, registers: int, shared: int, warps: int) -> float:
 
 
 def matrix_instructions(compiled: triton.compiler.CompiledKernel, target: int) -> tuple[str, int]:
-    """Kinds of matrix instructions with their number, and how many products of 64 rows or more do without the unit
-    made for them."""
+    """Kinds of matrix instructions with their number, and how many products of 64 rows or more miss the large unit."""
     units = [BIG_UNIT[target]] if target in BIG_UNIT else []
     counts = {name: compiled.asm["ptx"].count(code) for name, code in (*units, ("mma", "mma.sync"))}
     found = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
@@ -301,55 +231,52 @@ def matrix_instructions(compiled: triton.compiler.CompiledKernel, target: int) -
     return found, sum(int(rows) >= 64 for rows in left)
 
 
-# ---------------------------------------------------------------------------------------- the command
-
-
-def compile_numbered(job: tuple[int, int, str]) -> Resources:
+def compile_numbered(job: tuple[int, int, str]) -> dict[str, Any]:
     target, position, dtype = job
     return compile_case(list(cases(target))[position], target, dtype)
+
+
+def most(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The most that each kernel takes at any shape."""
+    lines = []
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        of_kernel = [row for row in rows if row["kernel"] == kernel]
+        keys = ("registers", "stack", "shared")
+        lines.append({"at most": kernel} | {key: max(row[key] for row in of_kernel) for key in keys})
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=int, choices=TARGETS, help="one target instead of all")
     parser.add_argument("--dtype", choices=DTYPES, help="one dtype instead of both")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=json_path, metavar="FILE", help="write the figures to FILE")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set; kernels are compiled here, so unset it")
-
     try:
         tiles.load_named_in_environment()
     except tiles.TilesError as error:
         parser.error(str(error))
 
-    print(f"Triton {triton.__version__}")
-    print(
-        f"{'kernel':<28}{'shape':<34}{'target':>7}{'dtype':>6}{'regs':>6}{'stack':>7}{'shared':>8}{'occupancy':>11}"
-        f"{'padded':>8}   matrix instructions"
-    )
     jobs = [
         (target, position, dtype)
         for target in ([arguments.target] if arguments.target else TARGETS)
         for position, _ in enumerate(cases(target))
         for dtype in ([arguments.dtype] if arguments.dtype else DTYPES)
     ]
-    rows = []
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for row in pool.map(compile_numbered, jobs):
-            rows.append(row)
-            missed = f", {row.off_unit} products of 64 rows elsewhere" if row.off_unit else ""
-            print(
-                f"{row.kernel:<28}{row.shape:<34}{'sm_' + str(row.target):>7}{row.dtype:>6}{row.registers:>6}"
-                f"{row.stack:>7}{row.shared / 1024:>5.0f} KB{row.occupancy:>11.0%}{row.padded:>7.2f}×   "
-                f"{row.matrix}{missed}",
-                flush=True,
-            )
-    spilled, missed = sum(row.stack > 0 for row in rows), sum(row.off_unit > 0 for row in rows)
-    print(f"\n{len(rows)} kernels compiled, {spilled} spill, {missed} keep a product of 64 rows off wgmma or tcgen05")
+        compiled = pool.map(compile_numbered, jobs)
+        rows = list(tqdm(compiled, "compiling", len(jobs), unit="kernel", leave=False, disable=None))
+    print(table(rows, left=("shape", "matrix")))
+    spilled, missed = sum(row["stack"] > 0 for row in rows), sum(row["off_unit"] > 0 for row in rows)
+    text = (
+        f"{len(rows)} kernels compiled by Triton {triton.__version__}; {spilled} spill, {missed} keep a product of 64 "
+        f"rows off wgmma or tcgen05.\n\n{table(most(rows), 'pipe')}\n"
+    )
+    print(f"\n{text}")
     if arguments.json:
-        result = dict(triton=triton.__version__, rows=[asdict(row) for row in rows])
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        save_json(arguments.json, dict(triton=triton.__version__, rows=rows, text=text))
 
 
 if __name__ == "__main__":

@@ -6,38 +6,44 @@
     python bench/step.py --batch 64 --json step.json
     python bench/step.py --output bench/results             step-DEVICE.md and step-DEVICE.json
     python bench/step.py --profile DIR         also where the time goes, with traces for chrome://tracing
+    python bench/step.py --count               counts the full size alone, without running it: minutes on any machine
+    python bench/step.py --count --activations --json counts.json
 
-paths.py says what the paths are, counting.py what is counted. Weights, images and captions are random, captions as
-long as those of CUHK-PEDES. The paths of one training start alike and must agree on their first losses, before and
-after optimizer steps: a compiled path that does not is named and not timed; if plain and ours differ, nothing is timed.
-Times are those of steps in a row, Python included: what a training waits for.
+harness/paths.py describes the paths, harness/counting.py the counts. Weights, images and captions are random, captions
+as long as those of CUHK-PEDES. The paths of one training start alike and must agree on their first losses, before and
+after optimizer steps. A compiled path that disagrees is named and not timed; if plain and ours disagree, nothing is
+timed. Times are those of steps in a row, Python included: what a training waits for.
+
+Counting uses tensors without memory on the CPU. Their sizes are those that the operators declare, so they are a GPU's.
+fp16 is counted in place of bf16, which Triton's interpreter does not take.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
-import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import count_step
-import paths
 import torch
 import torch._dynamo
-from comparison import above_zero, at_least_one, json_path
-from counting import cost
-from measure import Call, Rates, device_slug, environment, measure_rates, peak_memory, summary
-from profile_step import profile
+from harness import paths
+from harness.counting import MIB, activations, cost, count, counts_table
+from harness.device import Rates, device_at_hand, device_slug, environment, measure_rates
+from harness.options import above_zero, at_least, json_path
+from harness.output import cannot_run, save_json, table
+from harness.profiling import profile
+from harness.timing import Call, Timing, peak_memory, time_in_turns
 
-from upperson.evaluate.tables import pipe_table
+from upperson.files import write_atomically
 
 # Largest relative difference of the first losses: the paths round bf16 differently in every block.
 AGREEMENT = {"bf16": 3e-2, "fp32": 1e-4}
-COMPARED = 3  # losses, each after an optimizer step more
-BATCHES = 4  # that take turns, so that lengths change
-MIB = 2**20
+COMPARED = 3  # losses, an optimizer step between them
+BATCHES = 4  # take turns, so that lengths change
 CONTEXT = 77  # tokens of every CLIP here
 
 
@@ -49,217 +55,183 @@ def build_steps(names: list[str], batch: int, device: torch.device, precision: s
         path = paths.TIMED[name]
         model = paths.build(path, config).to(device)
         batches = paths.random_batches(config, model.tokenizer, model.context_length, batch, BATCHES)
-        steps[name] = paths.Step(
-            model, paths.prepare(model, batches, device), precision, path.configuration(config).train
-        )
+        prepared = paths.prepare(model, batches, device)
+        steps[name] = paths.Step(model, prepared, precision, path.configuration(config).train)
         if path.compiled:
             model.compile_blocks()
     return steps
 
 
 def first_losses(steps: dict[str, paths.Step]) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Of each path, once through all batches, which compiles it too; and why a compiled path was left out."""
+    """The losses of each path, once through all batches, which compiles the path too; and why a compiled path cannot
+    run."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than run uncompiled in silence
     torch._dynamo.config.recompile_limit *= 2  # two paths compile the same functions
     losses, left_out = {}, {}
     for name, step in steps.items():
         try:
             losses[name] = [step().item() for _ in range(BATCHES)]
-        except Exception as error:  # whatever a compiler raises
+        except Exception as error:  # a compiler may raise any
             if not paths.TIMED[name].compiled:
                 raise
-            left_out[name] = f"cannot run: {str(error).strip().splitlines()[0][:90] if str(error) else repr(error)}"
+            left_out[name] = cannot_run(error)
     return losses, left_out
 
 
 def disagreements(losses: dict[str, list[float]], tolerance: float) -> dict[str, str]:
-    """Paths whose losses are not those of the first path of their method and stage, and how they differ."""
+    """Paths whose losses differ from those of the first path of the same method and stage, each with both losses."""
+
+    def shown(values: list[float]) -> str:
+        return ", ".join(f"{value:.4f}" for value in values[:COMPARED])
+
     found, first = {}, {}
     for name, values in losses.items():
         right = first.setdefault((paths.TIMED[name].method, paths.TIMED[name].stage), values)
         if not all(abs(a - b) <= tolerance * abs(b) for a, b in zip(values[:COMPARED], right, strict=False)):
-            found[name] = (
-                f"wrong: first losses {', '.join(f'{value:.4f}' for value in values[:COMPARED])}, not "
-                f"{', '.join(f'{value:.4f}' for value in right[:COMPARED])}"
-            )
+            found[name] = f"wrong: first losses {shown(values)}, not {shown(right)}"
     return found
 
 
-def time_in_turns(steps: dict[str, paths.Step], device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Microseconds a step, from rounds in which every path takes all batches once; at least five rounds."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, times.values())) < 5:
-        for name, step in steps.items():
-            began = time.perf_counter()
-            for _ in range(BATCHES):
-                step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[name].append(1e6 * (time.perf_counter() - began) / BATCHES)
-    return times
+def all_batches(step: paths.Step) -> Call:
+    """A step of each batch in a row."""
+
+    def run(_: None) -> None:
+        for _ in range(BATCHES):
+            step()
+        if step.batch[0].is_cuda:
+            torch.cuda.synchronize()
+
+    return Call(run)
 
 
 def count_apart(batch: int) -> list[dict[str, Any]]:
-    """The counts of count_step.py at full size, in a process of its own: they need Triton's interpreter."""
+    """The counts at full size, by --count in a process of its own, as counting needs Triton's interpreter."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "counts.json"
-        command = [sys.executable, count_step.__file__, "--batch", str(batch), "--json", str(path)]
+        command = [sys.executable, __file__, "--count", "--batch", str(batch), "--json", str(path)]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
-            raise RuntimeError(f"count_step.py failed: {run.stderr.strip().splitlines()[-1:]}")
+            raise RuntimeError(f"step.py --count failed: {run.stderr.strip().splitlines()[-1:]}")
         return json.loads(path.read_text())["counts"]
-
-
-def rows_of(
-    steps: dict[str, paths.Step],
-    losses: dict[str, list[float]],
-    times: dict[str, list[float]],
-    counts: list[dict[str, Any]],
-    rates: Rates,
-    batch: int,
-    device: torch.device,
-) -> list[dict[str, Any]]:
-    """What is known of each timed path. A compiled path has the operations of its eager one, but touches less."""
-    rows = []
-    for name, step in steps.items():
-        timing, path, gpu = summary(times[name], []), paths.TIMED[name], device.type == "cuda"
-        count = next(count for count in counts if count["path"] == name.removesuffix(", compiled"))
-        counted_peak = None if path.compiled else count["peak"]
-        rows.append(
-            dict(
-                path=name,
-                model=step.model.config.model,
-                image_size=step.model.config.image_size,
-                batch=batch,
-                precision=step.precision,
-                losses=losses[name][:COMPARED],
-                milliseconds=timing.median / 1e3,
-                p20=timing.p20 / 1e3,
-                p80=timing.p80 / 1e3,
-                images_per_second=1e6 * batch / timing.median,
-                flops=count["flops"],
-                touched=None if path.compiled else count["touched"],
-                share_of_matrix_rate=1e6 * count["flops"] / timing.median / rates.flops_per_second,
-                peak_memory=measured_peak(step, device) if gpu else counted_peak,
-            )
-        )
-    return rows
-
-
-def measured_peak(step: paths.Step, device: torch.device) -> int | None:
-    """Bytes above weights and optimizer state, gradients of an earlier step not among them."""
-    return peak_memory(Call(lambda _: step(), prepare=step.optimizer.zero_grad), device)
 
 
 def small_counts(steps: dict[str, paths.Step]) -> list[dict[str, Any]]:
     """The counts of the steps themselves, where they are small enough to run under a counter."""
-    return [dict(path=name, **cost(step).to_dict()) for name, step in steps.items() if not paths.TIMED[name].compiled]
+    return [dict(path=name, **asdict(cost(step))) for name, step in steps.items() if not paths.TIMED[name].compiled]
 
 
-# ---------------------------------------------------------------------------------------- what it says
+def row_of(
+    name: str, step: paths.Step, losses: list[float], timing: Timing, count: dict[str, Any], rates: Rates
+) -> dict[str, Any]:
+    """All figures of a timed path; `timing` is of BATCHES steps, `count` of one.
+
+    A compiled path has the operations of its eager one, but touches less.
+    """
+    images, compiled = step.batches[0][0], paths.TIMED[name].compiled
+    counted_peak = None if compiled else count["peak"]
+    # Bytes above weights and optimizer state, without the gradients of an earlier step.
+    measured_peak = peak_memory(Call(lambda _: step(), prepare=step.optimizer.zero_grad), images.device)
+    config = step.model.config
+    milliseconds, p20, p80 = (time / 1e3 / BATCHES for time in (timing.median, timing.p20, timing.p80))
+    row = dict(path=name, model=config.model, image_size=config.image_size, batch=len(images), precision=step.precision)
+    row |= dict(losses=losses[:COMPARED], milliseconds=milliseconds, p20=p20, p80=p80)
+    row |= dict(images_per_second=1e3 * len(images) / milliseconds, flops=count["flops"])
+    row |= dict(touched=None if compiled else count["touched"])
+    row |= dict(share_of_matrix_rate=1e3 * count["flops"] / milliseconds / rates.flops_per_second)
+    return row | dict(peak_memory=measured_peak if images.is_cuda else counted_peak)
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each path; ratios are those to the first."""
-    first = rows[0]
-    header = [
-        "",
-        "images/s",
-        "ms",
-        "p20–p80",
-        f"× {first['path']}",
-        "GFLOP",
-        "of matrix rate",
-        "GB touched",
-        "peak MiB",
-    ]
-    return pipe_table(
-        header,
-        [
-            [
-                row["path"],
-                f"{row['images_per_second']:,.0f}",
-                f"{row['milliseconds']:,.1f}",
-                f"{row['p20']:,.1f}–{row['p80']:,.1f}",
-                f"{first['milliseconds'] / row['milliseconds']:.2f}",
-                f"{row['flops'] / 1e9:,.1f}",
-                f"{row['share_of_matrix_rate']:.0%}",
-                f"{row['touched'] / 1e9:,.1f}" if row["touched"] is not None else "–",
-                f"{row['peak_memory'] / MIB:,.0f}" if row["peak_memory"] is not None else "–",
-            ]
-            for row in rows
-        ],
-    ).splitlines()
+def cells(row: dict[str, Any], first: dict[str, Any]) -> dict[str, str]:
+    """A line of the table; the ratio is that to the first path."""
+    touched, peak = row["touched"], row["peak_memory"]
+    return {
+        "": row["path"],
+        "images/s": f"{row['images_per_second']:,.0f}",
+        "ms": f"{row['milliseconds']:,.1f}",
+        "p20–p80": f"{row['p20']:,.1f}–{row['p80']:,.1f}",
+        f"× {first['path']}": f"{first['milliseconds'] / row['milliseconds']:.2f}",
+        "GFLOP": f"{row['flops'] / 1e9:,.1f}",
+        "of matrix rate": f"{row['share_of_matrix_rate']:.0%}",
+        "GB touched": "–" if touched is None else f"{touched / 1e9:,.1f}",
+        "peak MiB": "–" if peak is None else f"{peak / MIB:,.0f}",
+    }
 
 
 def text(result: dict[str, Any]) -> str:
     """The result for a reader, as Markdown."""
-    rows, rates = result["rows"], result["rates"]
-    first, found = rows[0], result["environment"]
+    rows, rates, found = result["rows"], result["rates"], result["environment"]
+    first = rows[0]
     height, width = first["image_size"]
-    captions = f"normally distributed, {paths.WORDS} ± {paths.DEVIATION} words"
-    lines = [
+    paragraphs = [
         f"# A training step: {found['device']}",
-        "",
         f"{first['model']} at {height}×{width}, batch {first['batch']}, {first['precision']}; torch "
         f"{found['torch']}, {found['date']}. Both towers, SDM loss, backward, Adam. A matrix product reaches "
         f"{rates['flops_per_second'] / 1e12:,.2f} TFLOP/s here (measured now). Captions fill "
-        f"{result['fill']:.0%} of {CONTEXT} tokens ({captions}).",
-        "",
-        *table(rows),
-        "",
-        "Of one step. Bytes touched are those that the operators read and write one by one, as compiled code does "
-        f"not; the peak is above weights and optimizer state, {'measured' if result['gpu'] else 'counted'}.",
-    ]
-    for name, reason in result["left_out"].items():
-        lines += ["", f"Left out: {name}, {reason}."]
-    lines += [
-        "",
+        f"{result['fill']:.0%} of {CONTEXT} tokens (normally distributed, {paths.WORDS} ± {paths.DEVIATION} words).",
+        *filter(None, [rates["warning"] and f"Warning: {rates['warning']}."]),
+        table([cells(row, first) for row in rows], "pipe"),
+        "All figures are of one step. Bytes touched are those that the operators read and write one by one, which "
+        "compiled code does not do. The peak is above weights and optimizer state, "
+        f"{'measured' if result['gpu'] else 'counted'}.",
+        *(f"Left out: {name}, {reason}." for name, reason in result["left_out"].items()),
         f"## Counted at full size, batch {result['full_batch']}",
-        "",
         "CLIP ViT-B/16 at 384×128, 16 bits, the CUHK-PEDES preset, on fused kernels, without running it "
-        "(`bench/count_step.py`).",
-        "",
-        *count_step.table(result["full_counts"]),
+        "(`bench/step.py --count`).",
+        counts_table(result["full_counts"]),
     ]
     for name, kinds in result["profile"].items():
-        lines += ["", f"## Where the time goes: {name}", "", *kinds]
-    return "\n".join(lines) + "\n"
+        paragraphs += [f"## Where the time goes: {name}", "\n".join(kinds)]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def count_full_size(batch: int, with_activations: bool, file: Path | None) -> int:
+    os.environ["TRITON_INTERPRET"] = "1"  # for kernels on tensors of the CPU; Triton is not imported yet
+    config = paths.full_size()
+    counts = [count(name, path, config, batch) for name, path in paths.COUNTED.items()]
+    print(counts_table(counts))
+    for row in counts:
+        if with_activations and row["path"] in ("plain", "ours"):
+            print("\n".join(activations(row)))
+    if file:
+        save_json(file, dict(batch=batch, counts=counts))
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    option = parser.add_argument
+    note = "pairs of image and caption (default: 128; timed on a CPU 8)"
+    option("--batch", type=at_least(2, "as the loss compares pairs"), metavar="N", help=note)
+    option("--seconds", type=above_zero, default=15.0, metavar="S", help="time for all (default: 15)")
+    note = "the compiled paths as well (default: on a GPU)"
+    option("--compiled", action=argparse.BooleanOptionalAction, default=gpu, help=note)
+    option("--json", type=json_path, metavar="FILE", help="write the figures to FILE")
+    option("--output", type=Path, metavar="DIR", help="write step-DEVICE.md and .json to DIR")
+    note = "sum up the time of plain and ours by kind of operation, with a trace of each in DIR"
+    option("--profile", type=Path, metavar="DIR", help=note)
+    option("--count", action="store_true", help="count the full size, and time nothing")
+    note = "with --count: list the tensors of plain and ours at the peak and those kept for the backward pass"
+    option("--activations", action="store_true", help=note)
+    arguments = parser.parse_args()
+    if arguments.activations and not arguments.count:
+        parser.error("--activations lists what --count counts; give --count as well")
+    if arguments.count and (arguments.output or arguments.profile):
+        parser.error("--count times nothing, so --output and --profile do not apply; --json writes the counts")
+    arguments.batch = arguments.batch or (128 if gpu or arguments.count else 8)
+    return arguments
 
 
 def main() -> int:
-    gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--batch",
-        type=at_least_one,
-        default=128 if gpu else 8,
-        metavar="N",
-        help="pairs of image and caption (default: 128, on a CPU 8)",
-    )
-    parser.add_argument("--seconds", type=above_zero, default=15.0, metavar="S", help="time for all (default: 15)")
-    parser.add_argument(
-        "--compiled",
-        action=argparse.BooleanOptionalAction,
-        default=gpu,
-        help="the compiled paths as well (default: on a GPU)",
-    )
-    parser.add_argument("--json", type=json_path, metavar="FILE", help="write the figures to FILE")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write step-DEVICE.md and .json to DIR")
-    parser.add_argument(
-        "--profile",
-        type=Path,
-        metavar="DIR",
-        help="sum up the time of plain and ours by kind of operation, with a trace of each in DIR",
-    )
-    arguments = parser.parse_args()
-    if arguments.batch < 2:
-        parser.error("--batch: expected at least 2, as the loss compares pairs")
+    arguments = parse()
+    if arguments.count:
+        return count_full_size(arguments.batch, arguments.activations, arguments.json)
     for folder in filter(None, (arguments.output, arguments.profile)):
         folder.mkdir(parents=True, exist_ok=True)
 
-    device, precision = torch.device("cuda" if gpu else "cpu"), "bf16" if gpu else "fp32"
+    device = device_at_hand()
+    gpu = device.type == "cuda"
+    precision = "bf16" if gpu else "fp32"
     rates = measure_rates(device, torch.bfloat16 if gpu else torch.float32)
     names = [name for name, path in paths.TIMED.items() if arguments.compiled or not path.compiled]
     steps = build_steps(names, arguments.batch, device, precision)
@@ -272,21 +244,25 @@ def main() -> int:
         print("error: plain and ours disagree, so nothing is timed", file=sys.stderr)
         return 1
     left_out |= wrong
+
     able = {name: steps[name] for name in losses if name not in wrong}
-    times = time_in_turns(able, device, arguments.seconds)
+    calls = {name: [all_batches(step)] for name, step in able.items()}
+    timings = time_in_turns(calls, torch.device("cpu"), arguments.seconds)  # by the wall clock, Python included
     full_batch = arguments.batch if gpu else 128
     full_counts = count_apart(full_batch)
-    rows = rows_of(able, losses, times, full_counts if gpu else small_counts(able), rates, arguments.batch, device)
-    profiles = {
-        name: profile(able[name], device, arguments.profile / f"step-{name}.json.gz")
-        for name in ("plain", "ours")
-        if arguments.profile
-    }
+    counts = {count["path"]: count for count in (full_counts if gpu else small_counts(able))}
+    rows = [
+        row_of(name, step, losses[name], timings[name], counts[name.removesuffix(", compiled")], rates)
+        for name, step in able.items()
+    ]
+    profiles = {}
+    for name in ("plain", "ours") if arguments.profile else ():
+        profiles[name] = profile(able[name], device, arguments.profile / f"step-{name}.json.gz").splitlines()
     lengths = paths.random_batches(paths.full_size(), steps["ours"].model.tokenizer, CONTEXT, full_batch, 1)
     result = dict(
         environment=environment(device),
         gpu=gpu,
-        rates=rates.__dict__,
+        rates=asdict(rates),
         rows=rows,
         left_out=left_out,
         fill=paths.fill(lengths),
@@ -296,13 +272,12 @@ def main() -> int:
     )
     result["text"] = text(result)
     print(result["text"])
-    written = [arguments.json] if arguments.json else []
+    if arguments.json:
+        save_json(arguments.json, result)
     if arguments.output:
         path = arguments.output / f"step-{device_slug(device)}.md"
-        path.write_text(result["text"])
-        written.append(path.with_suffix(".json"))
-    for path in written:
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write_atomically(path, result["text"].encode())
+        save_json(path.with_suffix(".json"), result)
     return int(bool(wrong))
 
 

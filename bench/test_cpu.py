@@ -6,15 +6,17 @@ metrics         ranking and measuring at the size of CUHK-PEDES's test split
 augmentation    the transform of one image, for training and for evaluation
 """
 
+import adapter
+import attn
 import pytest
 import torch
-import torch.nn.functional as F
+from harness.comparison import Case, reasons_to_leave_out, timed_call
 from PIL import Image
-from upperson_kernels import layernorm_adapter, prefix_attention
-from upperson_kernels.attention import reference
 
 from upperson.data import Preprocess
 from upperson.evaluate.metrics import retrieval_metrics
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -22,50 +24,23 @@ def seed():
     torch.manual_seed(0)
 
 
+def time_candidate(benchmark, case: Case, name: str) -> None:
+    assert name not in reasons_to_leave_out(case)
+    gradients = benchmark(timed_call(case.candidates[name], *case.setup(), "both").run, None)
+    assert all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
+
+
 @pytest.mark.benchmark(group="attention, forward + backward")
-@pytest.mark.parametrize("candidate", ["definition", "PyTorch backend"])
+@pytest.mark.parametrize("candidate", ["explicit softmax", "folded SDPA"])
 def test_attention(benchmark, candidate):
-    qkv = torch.randn(4, 193, 3, 12, 64, requires_grad=True)
-    key, value = (torch.randn(10, 12, 64, requires_grad=True) for _ in range(2))
-    scale = torch.tensor(10.0, requires_grad=True)
-    grad = torch.randn(4, 193, 12, 64)
-
-    def step(candidate=candidate):
-        out = (
-            reference.explicit(qkv, key, value, scale, False, "weights")
-            if candidate == "definition"
-            else prefix_attention(qkv, key, value, scale, backend="torch")
-        )
-        return [out.detach(), *torch.autograd.grad(out, (qkv, key, value, scale), grad)]
-
-    for found, expected in zip(step(), step("definition"), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    benchmark(step)
+    case = attn.case("image", attn.SHAPES["image"], 4, torch.float32, CPU, "weights")
+    time_candidate(benchmark, case, candidate)
 
 
 @pytest.mark.benchmark(group="adapter, forward + backward")
-@pytest.mark.parametrize("candidate", ["PyTorch backend", "LayerNorm alone"])
+@pytest.mark.parametrize("candidate", ["eager", "LayerNorm alone"])
 def test_adapter(benchmark, candidate):
-    x = torch.randn(4, 193, 768, requires_grad=True)
-    weight, bias = torch.randn(2, 768)
-    adapter = [
-        t.requires_grad_()
-        for t in (
-            torch.randn(96, 768) * 768**-0.5,
-            torch.randn(96),
-            torch.randn(768, 96) * 96**-0.5,
-            torch.randn(768),
-            torch.tensor(1.0),
-        )
-    ]
-    grad = torch.randn(4, 193, 768)
-
-    def step():
-        if candidate == "LayerNorm alone":
-            return torch.autograd.grad(F.layer_norm(x, (768,), weight, bias), x, grad)
-        return torch.autograd.grad(layernorm_adapter(x, weight, bias, *adapter, backend="torch"), (x, *adapter), grad)
-
-    assert all(gradient.isfinite().all() for gradient in benchmark(step))
+    time_candidate(benchmark, adapter.case("image", adapter.SHAPES["image"], 4, torch.float32, CPU, 0.0), candidate)
 
 
 @pytest.mark.benchmark(group="metrics")

@@ -3,14 +3,14 @@
     python bench/tune.py tiles.json
     UPPERSON_TILES=tiles.json python train.py …
 
-What ships (kernels/tiles.py) was chosen without measuring. Each alternative must give the same results as that, up
-to the order of summation; those that fail to compile or to fit are left out. Only what is faster than the shipped tiles
-by more than 2 % is saved. Most of the time, tens of minutes for all kernels, goes into compiling.
+The shipped tiles (kernels/upperson_kernels/tiles.py) were chosen without measuring. Each alternative must give the same
+results, up to the order of summation; alternatives that fail to compile or to fit are left out. Only tiles that are
+faster than the shipped ones by more than 2 % are saved. Most of the time, tens of minutes for all kernels, goes into
+compiling.
 """
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,8 +18,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from comparison import above_zero, at_least_one, json_path
-from measure import Call, environment, time_in_turns
+from harness.device import environment
+from harness.options import above_zero, at_least, json_path
+from harness.output import save_json
+from harness.timing import Call, time_in_turns
 from torch import Tensor
 from upperson_kernels import tiles
 from upperson_kernels.adapter import launch as adapter
@@ -36,7 +38,7 @@ Workload = Callable[[], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel whose tiles are chosen, and the calls whose time together decides."""
+    """A kernel, and the calls whose time together decides about its tiles."""
 
     kernel: str
     width: int  # of a head, or the adapter's hidden width
@@ -44,73 +46,55 @@ class Job:
 
 
 def jobs(batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[Job]:
-    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
-    attend, attend_back = [], []
-    for length, heads, causal in ((193, 12, False), (77, 8, True)):  # both towers of ViT-B/16
-        qkv, grad = randn(batch, length, 3, heads, 64), randn(batch, length, heads, 64)
-        key, value = randn(2, PREFIX, heads, 64, dtype=torch.float32)
-        prefix = attention.Prefix(key, value, torch.tensor(10.0, device=device))
-        inputs, options = (qkv, prefix, attention.Packing(None, 0)), (causal, "weights")
-        out, lse = attention.forward(*inputs, *options)
-        attend.append(partial(attention.forward, *inputs, *options))
-        needs = attention.Needs(qkv=True, key=True, value=True, scale=True)
-        attend_back.append(partial(attention.backward, grad, *inputs, out, lse, *options, needs))
-    yield Job("attention_forward", 64, attend)
-    yield Job("attention_backward", 64, attend_back)
-
+    """Attention in both towers of ViT-B/16, then every adapter."""
+    pairs = [attention_calls(batch, *call, dtype, device) for call in ((193, 12, False), (77, 8, True))]
+    for kernel, workloads in zip(("attention_forward", "attention_backward"), zip(*pairs, strict=True), strict=True):
+        yield Job(kernel, 64, list(workloads))
     for hidden, (length, width) in ADAPTERS.items():
-        x, dy = randn(batch * length, width), randn(batch * length, width)
-        norm = adapter.Norm(torch.ones(width, device=device), torch.zeros(width, device=device))
-        down, up = (randn(*shape, dtype=torch.float32) * width**-0.5 for shape in ((hidden, width), (width, hidden)))
-        layers = adapter.Layers(
-            down, torch.zeros(hidden, device=device), up, norm.bias, torch.tensor(1.0, device=device)
-        )
-        *_, saved = adapter.forward(x, None, norm, layers, None, 1e-5)
-        forward = partial(forward_of, x, norm, layers)
-        backward = partial(backward_of, dy, x, norm.weight, layers, saved)
-        none, x_alone, adapter_alone = None, range(1), range(3, 8)
-        yield Job(
-            "adapter_rows",
-            hidden,
-            [
-                forward(None, none),
-                forward(dy, none),
-                forward(dy, norm),
-                backward(None, none, x_alone),
-                backward(dy, none, x_alone),
-                backward(dy, norm, x_alone),
-            ],
-        )
-        yield Job(
-            "adapter_parameters", hidden, [backward(None, none, adapter_alone), backward(dy, norm, adapter_alone)]
-        )
+        yield from adapter_jobs(hidden, batch * length, width, dtype, device)
 
 
-def forward_of(
-    x: Tensor, norm: adapter.Norm, layers: adapter.Layers, residual: Tensor | None, own_norm: adapter.Norm | None
-) -> Workload:
-    return partial(adapter.forward, x, residual, norm, layers, own_norm, 1e-5)
+def attention_calls(
+    batch: int, length: int, heads: int, causal: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Workload, Workload]:
+    """The forward and the backward call."""
+    qkv = torch.randn(batch, length, 3, heads, 64, device=device, dtype=dtype)
+    key, value = torch.randn(2, PREFIX, heads, 64, device=device)
+    prefix = attention.Prefix(key, value, torch.tensor(10.0, device=device))
+    inputs, options = (qkv, prefix, attention.Packing(None, 0)), (causal, "weights")
+    out, lse = attention.forward(*inputs, *options)
+    needs = attention.Needs(qkv=True, key=True, value=True, scale=True)
+    backward = partial(attention.backward, torch.randn_like(out), *inputs, out, lse, *options, needs)
+    return partial(attention.forward, *inputs, *options), backward
 
 
-def backward_of(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    layers: adapter.Layers,
-    saved: adapter.Saved,
-    dstream: Tensor | None,
-    own_norm: adapter.Norm | None,
-    wanted: range,
-) -> Workload:
-    """The gradients of which the positions in Needs are wanted."""
-    needs = adapter.Needs(*(i in wanted for i in range(len(adapter.Needs._fields))))
-    return partial(adapter.backward, dy, dstream, x, weight, layers, own_norm, saved, needs)
+def adapter_jobs(hidden: int, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Iterator[Job]:
+    """The kernel of rows and that of parameter gradients; with and without a residual and a LayerNorm of its own."""
+    x, dy = torch.randn(2, rows, width, device=device, dtype=dtype)
+    norm = adapter.Norm(torch.ones(width, device=device), torch.zeros(width, device=device))
+    down, up = (torch.randn(*shape, device=device) * width**-0.5 for shape in ((hidden, width), (width, hidden)))
+    zeros = torch.zeros(hidden, device=device)
+    layers = adapter.Layers(down, zeros, up, norm.bias, torch.tensor(1.0, device=device))
+    *_, saved = adapter.forward(x, None, norm, layers, None, 1e-5)
+
+    def forward(residual: Tensor | None, own_norm: adapter.Norm | None) -> Workload:
+        return partial(adapter.forward, x, residual, norm, layers, own_norm, 1e-5)
+
+    def backward(dstream: Tensor | None, own_norm: adapter.Norm | None, wanted: range) -> Workload:
+        """The gradients of which the positions in Needs are wanted."""
+        needs = adapter.Needs(*(i in wanted for i in range(len(adapter.Needs._fields))))
+        return partial(adapter.backward, dy, dstream, x, norm.weight, layers, own_norm, saved, needs)
+
+    x_alone, adapter_alone = range(1), range(3, 8)
+    variants = ((None, None), (dy, None), (dy, norm))
+    calls = [forward(*variant) for variant in variants] + [backward(*variant, x_alone) for variant in variants]
+    yield Job("adapter_rows", hidden, calls)
+    calls = [backward(*variant, adapter_alone) for variant in (variants[0], variants[2])]
+    yield Job("adapter_parameters", hidden, calls)
 
 
 def alternatives(kernel: str) -> list[tiles.Tiles]:
-    """What is tried beside the shipped tiles."""
+    """The tiles that are tried beside the shipped ones."""
     first, second = tiles.FIELDS[kernel][:2]
     rows = (16, 32, 64, 128) if kernel == "adapter_parameters" else (32, 64, 128)
     return [
@@ -120,7 +104,7 @@ def alternatives(kernel: str) -> list[tiles.Tiles]:
 
 
 def tune(job: Job, choices: list[tiles.Tiles], element_size: int, device: torch.device, seconds: float) -> list[dict]:
-    """Times the shipped tiles and the choices that are right, each for about `seconds`; the fastest first.
+    """Times the shipped tiles and the correct choices, each for about `seconds`; the fastest first.
 
     Returns rows of tiles, microseconds of all workloads together, and whether these tiles ship.
     """
@@ -135,10 +119,8 @@ def tune(job: Job, choices: list[tiles.Tiles], element_size: int, device: torch.
         try:
             if all(map(same, (workload() for workload in job.workloads), expected)):
                 calls = {i: [Call(lambda _, w=workload: w())] for i, workload in enumerate(job.workloads)}
-                timings = time_in_turns(calls, device, seconds)
-                rows.append(
-                    dict(tiles=choice, microseconds=sum(t.median for t in timings.values()), ships=choice is shipped)
-                )
+                microseconds = sum(timing.median for timing in time_in_turns(calls, device, seconds).values())
+                rows.append(dict(tiles=choice, microseconds=microseconds, ships=choice is shipped))
         except Exception as error:  # out of shared memory, most often
             if choice is shipped:
                 raise
@@ -150,28 +132,26 @@ def tune(job: Job, choices: list[tiles.Tiles], element_size: int, device: torch.
 
 def same(values: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     """Equal up to the order of summation, relative to the size of the whole tensor."""
-    return all(
-        float((a.double() - b.double()).norm()) <= 4 * torch.finfo(a.dtype).eps * float(b.double().norm())
-        if a.dtype.itemsize == 2
-        else torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(b.abs().max()))
-        for a, b in zip(values, expected, strict=True)
-        if b.numel()
-    )
+
+    def close(a: Tensor, b: Tensor) -> bool:
+        if a.dtype.itemsize == 2:
+            return float((a.double() - b.double()).norm()) <= 4 * torch.finfo(a.dtype).eps * float(b.double().norm())
+        return torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(b.abs().max()))
+
+    return all(close(a, b) for a, b in zip(values, expected, strict=True) if b.numel())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=json_path, help="where the tiles go (JSON)")
-    parser.add_argument("--batch", type=at_least_one, default=128, metavar="N", help="samples (default: 128)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the activations (default: bf16)")
-    parser.add_argument("--kernel", choices=tiles.FIELDS, help="one kernel instead of all")
-    parser.add_argument("--seconds", type=above_zero, default=0.2, metavar="S", help="for each choice (default: 0.2)")
+    option = parser.add_argument
+    option("file", type=json_path, help="where the tiles go (JSON)")
+    option("--batch", type=at_least(1), default=128, metavar="N", help="samples (default: 128)")
+    option("--dtype", choices=DTYPES, default="bf16", help="of the activations (default: bf16)")
+    option("--kernel", choices=tiles.FIELDS, help="one kernel instead of all")
+    option("--seconds", type=above_zero, default=0.2, metavar="S", help="for each choice (default: 0.2)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print(
-            "error: tuning times kernels on a GPU, and there is none; the tiles of kernels/tiles.py hold",
-            file=sys.stderr,
-        )
+        print("error: tuning times kernels on a GPU, and there is none; the shipped tiles hold", file=sys.stderr)
         return 1
 
     device = torch.device("cuda")
@@ -183,27 +163,21 @@ def main() -> int:
             continue
         print(f"{job.kernel}, width {job.width}")
         rows = tune(job, alternatives(job.kernel), dtype.itemsize, device, arguments.seconds)
-        shipped = next(row for row in rows if row["ships"])
+        shipped = next(row["microseconds"] for row in rows if row["ships"])
         for row in rows[:5]:
             print(f"  {row['microseconds']:>8,.1f} µs  {row['tiles']}{'  (ships)' if row['ships'] else ''}")
-        print(f"  {shipped['microseconds']:>8,.1f} µs  as shipped")
-        if rows[0]["microseconds"] < WORTH * shipped["microseconds"]:
-            entries.append(
-                dict(
-                    kernel=job.kernel,
-                    width=job.width,
-                    element_size=dtype.itemsize,
-                    capability=capability(torch.empty(0, device=device)),
-                    **rows[0]["tiles"],
-                )
-            )
+        print(f"  {shipped:>8,.1f} µs  as shipped")
+        if rows[0]["microseconds"] < WORTH * shipped:
+            target = capability(torch.empty(0, device=device))
+            entry = dict(kernel=job.kernel, width=job.width, element_size=dtype.itemsize, capability=target)
+            entries.append(entry | rows[0]["tiles"])
         save(arguments.file, entries, device)
-    print(f"{len(entries)} faster than what ships, written to {arguments.file}")
+    print(f"{len(entries)} faster than the shipped ones, written to {arguments.file}")
     return 0
 
 
 def save(path: Path, entries: list[dict], device: torch.device) -> None:
-    path.write_text(json.dumps(dict(environment=environment(device), tiles=entries), indent=1) + "\n")
+    save_json(path, dict(environment=environment(device), tiles=entries))
 
 
 if __name__ == "__main__":

@@ -3,30 +3,33 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import types
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))  # the scripts find each other like this too
-adapter, attn, comparison, measure, report = map(
-    importlib.import_module, ("adapter", "attn", "comparison", "measure", "report")
+adapter, attn, report = map(importlib.import_module, ("adapter", "attn", "report"))
+comparison, device, operators, targets, timing = (
+    importlib.import_module(f"harness.{name}") for name in ("comparison", "device", "operators", "targets", "timing")
 )
 
 CPU = torch.device("cpu")
-RATES = measure.Rates("a device", 1e9, 1e9)
+RATES = device.Rates("a device", 1e9, 1e9)
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU does")
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     """Rates that need no measuring."""
-    monkeypatch.setattr(comparison, "measure_rates", lambda device, dtype: RATES)
+    monkeypatch.setattr(operators, "measure_rates", lambda *_: RATES)
 
 
 @pytest.fixture
@@ -70,12 +73,12 @@ def test_operator_benchmark(module, shape, candidates, small, tmp_path, monkeypa
     path = tmp_path / "result.json"
     assert run_main(module, monkeypatch, "--shape", shape, "--batch", "3", "--seconds", "0.01", "--json", path) == 0
     printed = capsys.readouterr().out
-    assert "These need a GPU and are left out: the fused kernels" in printed and "Floors at batch 128" in printed
+    assert "Left out, as they need a GPU: the fused kernels" in printed and "Floors at batch 128" in printed
     result = json.loads(path.read_text())
     assert {(row["mode"], row["candidate"]) for row in result["rows"]} == {
         (mode, candidate) for mode in ("forward", "backward", "both") for candidate in candidates
     }
-    assert result["left_out"] == [] and result["sweep"] == []
+    assert result["left_out"] == [] and result["sweep"] == [] and result["text"] in printed
     for row in result["rows"]:
         assert 0 < row["p20"] <= row["median"] <= row["p80"]
         assert row["launch"] is None and row["peak_memory"] is None  # a CPU has neither
@@ -106,15 +109,11 @@ def test_sweep(module, small, tmp_path, monkeypatch):
 
 
 def test_nothing_is_written_unasked(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison, "RESULTS", tmp_path)
+    monkeypatch.setattr(operators, "RESULTS_FOLDER", tmp_path)
     run_main(adapter, monkeypatch, "--shape", "image", "--batch", "2", "--seconds", "0.01")
     assert list(tmp_path.iterdir()) == []
     run_main(adapter, monkeypatch, "--shape", "image", "--batch", "2", "--seconds", "0.01", "--json")
-    assert [path.name for path in tmp_path.iterdir()] == [f"adapter-{comparison.device_slug(adapter_device())}.json"]
-
-
-def adapter_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert [path.name for path in tmp_path.iterdir()] == [f"adapter-{device.device_slug(device.device_at_hand())}.json"]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +124,7 @@ def adapter_device() -> torch.device:
         (adapter, ["--json", "/nowhere/at/all.json"], "--json: folder /nowhere/at does not exist; expected"),
         (adapter, ["--json", "/"], "--json: / cannot be written; expected a file in a folder that can be written"),
         (adapter, ["--sweep"], "--sweep draws its plot beside the JSON file; give --json as well"),
-        (report, ["--minutes", "-1"], "--minutes: -1.0 is not allowed; expected a number above 0"),
+        (report, ["--minutes", "-1"], "--minutes: '-1' is not allowed; expected a number above 0"),
     ],
 )
 def test_bad_options(module, arguments, message, monkeypatch, capsys):
@@ -166,7 +165,7 @@ def test_floors(module, call, megabytes, gigaflop, h200, rtx4090):
     ((moved, flops),) = [rest for name, *rest in module.floors() if name == call]
     assert moved / 1e6 == pytest.approx(megabytes, abs=0.51)
     assert flops / 1e9 == pytest.approx(gigaflop, rel=0.005)
-    assert [r.floor(moved, flops) for r in measure.KNOWN_RATES] == [
+    assert [r.floor(moved, flops) for r in device.KNOWN_RATES] == [
         pytest.approx(h200, abs=0.6),
         pytest.approx(rtx4090, abs=0.6),
     ]
@@ -182,7 +181,7 @@ def test_floor_of_packed_captions_counts_their_tokens_alone():
 # ---------------------------------------------------------------------------------------- right before fast
 
 
-def test_wrong_candidates_are_named_and_not_timed(capsys):
+def test_wrong_candidates_are_named_and_not_timed():
     shape = attn.Shape(length=9, heads=2, causal=True, prefix=3, width=16)
     case = attn.case("text", shape, 2, torch.float32, CPU, "weights")
     right = case.definition
@@ -223,7 +222,8 @@ def test_wrong_candidates_are_named_and_not_timed(capsys):
     assert reasons["breaks"] == "cannot run: no such backend"
     assert reasons["inference"] == "cannot run: only for training"
     assert all(reasons[name].startswith("wrong: errors") for name in ("off by one", "gradient", "NaN", "acausal"))
-    assert "off by one: wrong: errors" in capsys.readouterr().out
+    described = "\n".join(comparison.describe(case, rows, left_out))
+    assert "Not timed: off by one, wrong: errors" in described and "| right " in described
 
 
 def test_packed_candidates_are_compared_in_their_own_layout():
@@ -255,21 +255,25 @@ def test_candidates_take_turns_and_preparing_is_not_timed():
     order = []
 
     def slow_to_prepare():
-        measure.time.sleep(0.02)
+        timing.time.sleep(0.02)
         return "prepared"
 
     def call(name, **options):
-        return measure.Call(lambda given: order.append((name, given)), **options)
+        return timing.Call(lambda given: order.append((name, given)), **options)
 
-    timings = measure.time_in_turns({"a": [call("a")], "b": [call("b", prepare=slow_to_prepare)]}, CPU, 0.01)
+    timings = timing.time_in_turns({"a": [call("a")], "b": [call("b", prepare=slow_to_prepare)]}, CPU, 0.01)
     assert order[:4] == [("a", None), ("b", "prepared")] * 2
     assert len(order) >= 2 * (2 + 5)
     assert timings["b"].median < 10_000
 
 
-def test_gpu_times_without_waiting_for_python(monkeypatch):
-    """A GPU whose clock is in cycles: Python needs 3 ms a call, which the GPU computes in 5 µs."""
-    launch, compute, state = 3_000_000, 5_000, types.SimpleNamespace(host=0, gpu=0)
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU whose clock is in cycles of 1 ns: `host` and `gpu` are the times up to which Python and the GPU are busy.
+
+    `launch(nanoseconds)` queues a computation, which Python needs 3 ms to launch.
+    """
+    state = types.SimpleNamespace(host=0, gpu=0)
 
     class Event:
         def __init__(self, enable_timing):
@@ -282,7 +286,7 @@ def test_gpu_times_without_waiting_for_python(monkeypatch):
             return self.at <= state.host
 
         def elapsed_time(self, end):
-            return (end.at - self.at) / 1e6  # milliseconds, at 1 GHz
+            return (end.at - self.at) / 1e6  # milliseconds
 
     def sleep(cycles):
         state.gpu = max(state.gpu, state.host) + cycles
@@ -290,24 +294,65 @@ def test_gpu_times_without_waiting_for_python(monkeypatch):
     def synchronise():
         state.host = max(state.host, state.gpu)
 
-    def call(_):
-        state.host += launch
-        state.gpu = max(state.gpu, state.host) + compute
+    def launch(nanoseconds):
+        state.host += 3_000_000
+        state.gpu = max(state.gpu, state.host) + nanoseconds
 
     for name, fake in (("Event", Event), ("_sleep", sleep), ("synchronize", synchronise)):
         monkeypatch.setattr(torch.cuda, name, fake)
-    clock = measure.GpuClock()
-    calls = [measure.Call(call)] * 12
+    state.launch = launch
+    return state
+
+
+def test_gpu_times_without_waiting_for_python(gpu):
+    clock = timing.GpuClock()
+    calls = [timing.Call(lambda _: gpu.launch(5_000))] * 12
     rounds = [clock.times(calls)[0] for _ in range(12)]
     assert rounds[0] == []  # the first sleeps are too short
     assert rounds[-1] == [pytest.approx(5.0)] * 12
     assert all(time == pytest.approx(5.0) for times in rounds for time in times)
 
 
+@pytest.mark.parametrize("slower, agree", [(0.8, False), (0.95, True), (1.0, True), (1.05, True), (1.3, False)])
+def test_the_clock_is_held_against_do_bench(slower, agree, gpu, monkeypatch, capsys):
+    """A product takes 2 ms on the GPU and a copy 1 ms; do_bench finds `slower` times as much for the same product."""
+    testing = pytest.importorskip("triton.testing")
+    multiply = torch.Tensor.__matmul__
+
+    def timed_product(a, b):
+        gpu.launch(2_000_000)
+        return multiply(a, b)
+
+    def do_bench(call, quantiles):
+        assert quantiles == [0.2]
+        gpu.host = began = max(gpu.host, gpu.gpu)
+        assert call().shape == (8192, 8192)
+        return slower * (gpu.gpu - began - 3_000_000) / 1e6  # milliseconds, without the launch
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", timed_product)
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda *_: gpu.launch(1_000_000))
+    monkeypatch.setattr(testing, "do_bench", do_bench)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    with FakeTensorMode():
+        rates = device.measure_rates(torch.device("cuda"), torch.bfloat16)
+    product = 2 * 8192**3 / 2e-3
+    assert rates.flops_per_second == pytest.approx(product)
+    assert rates.bytes_per_second == pytest.approx(2 * 2**30 / 1e-3)
+    assert rates.do_bench_flops_per_second == pytest.approx(product / slower)
+    printed = capsys.readouterr().err
+    if agree:
+        assert rates.warning is None and printed == ""
+    else:
+        both = f"{product / 1e12:,.1f} and {product / slower / 1e12:,.1f} TFLOP/s"
+        assert both in rates.warning and printed == f"warning: {rates.warning}\n"
+        results = operators.Results({}, rates)
+        assert json.loads(json.dumps(asdict(results)))["rates"]["warning"] == rates.warning
+
+
 def test_copies_fill_more_than_the_cache():
-    assert measure.copies_beyond_cache(2**20, CPU) == 64  # the most there are
-    assert measure.copies_beyond_cache(40 * 2**20, CPU) == 3  # of a 32 MiB cache: 96 MiB
-    assert measure.copies_beyond_cache(2**30, CPU) == 1
+    assert timing.copies_beyond_cache(2**20, CPU) == 64  # the most there are
+    assert timing.copies_beyond_cache(40 * 2**20, CPU) == 3  # of a 32 MiB cache: 96 MiB
+    assert timing.copies_beyond_cache(2**30, CPU) == 1
 
 
 # ---------------------------------------------------------------------------------------- the report
@@ -325,11 +370,16 @@ def run_report(parts, folder: Path, monkeypatch, *arguments) -> int:
 
 def read_report(folder: Path) -> tuple[dict, str]:
     (data,), (text,) = (list((folder / "out").glob(f"report-*.{kind}")) for kind in ("json", "md"))
-    return json.loads(data.read_text()), text.read_text()
+    return json.loads(data.read_text()), single_spaced(text.read_text())
+
+
+def single_spaced(text: str) -> str:
+    """Markdown without the padding of its tables."""
+    return re.sub(" +", " ", text)
 
 
 @pytest.mark.slow
-def test_report_goes_on_after_a_kill(tmp_path):
+def test_report_resumes_after_a_kill(tmp_path):
     """The first part counts its runs; the second kills the report the first time, as nothing could catch."""
     script = tmp_path / "killed.py"
     script.write_text(f"""
@@ -391,15 +441,15 @@ def test_report_names_what_failed_and_runs_the_rest(tmp_path, monkeypatch, capsy
 
 def test_report_ends_in_its_time(tmp_path, monkeypatch):
     parts = [python("long", "import time; time.sleep(60)"), python("late", "")]
-    began = measure.time.monotonic()
+    began = timing.time.monotonic()
     assert run_report(parts, tmp_path, monkeypatch, "--minutes", "0.03") == 1
-    assert measure.time.monotonic() - began < 20
+    assert timing.time.monotonic() - began < 20
     late = read_report(tmp_path)[0]["parts"][1]
     assert (late["status"], late["seconds"]) == ("over time", 0) and "used up" in late["reason"]
 
 
 def test_finished_parts_belong_to_the_sources_and_the_versions(tmp_path, monkeypatch):
-    found = measure.environment(CPU)
+    found = device.environment(CPU)
     assert report.identity(found) == report.identity(dict(found, date="another day"))
     assert report.identity(found) != report.identity(dict(found, torch="another"))
     for folder in ("bench", "kernels", "upperson", "tests"):
@@ -482,25 +532,18 @@ def gpu_report(test_status: str) -> "report.Report":
     rates = dict(name="x", bytes_per_second=1e12, flops_per_second=1e14)
     results = {"attention": attention, "adapter": adapters}
     parts = [report.Record("kernel tests", test_status, 60.0, tail="1 failed, 5 passed")]
-    parts += [
-        report.Record(
-            name,
-            "passed",
-            result=dict(
-                rows=rows,
-                left_out=[dict(shape="image", candidate="cuDNN", reason="cannot run: no kernel")],
-                rates=rates,
-                sweep=[],
-            ),
-        )
-        for name, rows in results.items()
-    ]
+    left_out = [dict(shape="image", candidate="cuDNN", reason="cannot run: no kernel")]
+    for name, rows in results.items():
+        text = "\n\n".join(comparison.describe(types.SimpleNamespace(title=name), rows, left_out))
+        result = dict(rows=rows, left_out=left_out, rates=rates, sweep=[], text=text)
+        parts.append(report.Record(name, "passed", result=result))
     return report.Report(dict(device="NVIDIA H200", torch="2"), True, parts)
 
 
 def test_targets_are_held_against_the_best_baseline():
     found = gpu_report("passed")
-    targets = {row["what"]: row for row in report.targets(found.rows("attention"), found.rows("adapter"))}
+    rows = [row for name in report.OPERATORS for row in targets.operator_targets(name, found.rows(name))]
+    reached = {row["what"]: row for row in rows}
     expected = {
         "attention, image: forward + backward against best folded SDPA": (1.6, True),
         "attention, image: forward + backward against explicit softmax": (5.0, True),
@@ -510,7 +553,7 @@ def test_targets_are_held_against_the_best_baseline():
         "adapter, image: forward + backward against best torch.compile": (1.4, True),
         "adapter, image: slowest mode against its best baseline": (1.4, True),
     }
-    assert {what: (round(row["measured"], 6), row["met"]) for what, row in targets.items()} == expected
+    assert {what: (round(row["measured"], 6), row["met"]) for what, row in reached.items()} == expected
 
 
 @pytest.mark.parametrize(
@@ -524,7 +567,7 @@ def test_targets_are_held_against_the_best_baseline():
 def test_no_speed_up_while_a_test_is_red(status, doubt, tmp_path):
     path = report.publish(gpu_report(status), tmp_path, tmp_path, "nvidia-h200")
     assert path.name == "report-nvidia-h200.md"
-    text, data = path.read_text(), json.loads(path.with_suffix(".json").read_text())
+    text, data = single_spaced(path.read_text()), json.loads(path.with_suffix(".json").read_text())
     assert data["doubt"] == doubt and bool(data["targets"]) == (not doubt)
     assert ("1.60× (folded SDPA, flash) | yes" in text) == (not doubt)
     assert ("no figure of a fused kernel on this page is valid" in text) == bool(doubt)
@@ -541,3 +584,19 @@ def test_plots_stand_beside_the_report(tmp_path):
     path = report.publish(gpu_report("passed"), work, output, "nvidia-h200")
     assert "](report-nvidia-h200-attention.png)" in path.read_text()
     assert (output / "report-nvidia-h200-attention.png").read_bytes() == b"a picture"
+
+
+def test_the_report_holds_the_training_as_it_is(tmp_path):
+    part = report.training(1.0, tmp_path)
+    assert part.collect() is None  # the training has not ended
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "results.json").write_text('{"captions": 8}')
+    (folder / "results.md").write_text("Retrieval\n\n| R@1 |\n")
+    lines = [dict(kind="epoch", images_per_second=rate) for rate in (1.0, 1200.0, 1400.0)] + [dict(kind="evaluation")]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    result = part.collect()
+    assert result["captions"] == 8 and result["images_per_second"] == 1200
+    record = report.Record(part.name, "passed", result=result)
+    page = report.markdown(report.Report(dict(device="a device"), False, [record]), {})
+    assert "## Embedded training\n\nRetrieval\n\n| R@1 |\n\n1,200 images/s." in page

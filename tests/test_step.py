@@ -14,8 +14,9 @@ pytestmark = pytest.mark.slow
 
 pytest.importorskip("open_clip")
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))  # the scripts find each other like this too
-counting, count_step, measure, paths, profile_step, report, step = map(
-    importlib.import_module, ("counting", "count_step", "measure", "paths", "profile_step", "report", "step")
+report, step = map(importlib.import_module, ("report", "step"))
+counting, device, paths, profiling, targets = (
+    importlib.import_module(f"harness.{name}") for name in ("counting", "device", "paths", "profiling", "targets")
 )
 
 CPU = torch.device("cpu")
@@ -196,8 +197,8 @@ def test_operations_of_the_plain_path(full_size):
     assert full_size["plain"]["text_flops"] == pytest.approx(text, rel=1e-3)
 
 
-def test_count_step_lists_what_lives(full_size, capsys):
-    lines = count_step.activations(full_size["ours"])
+def test_activations_list_what_lives(full_size):
+    lines = counting.activations(full_size["ours"])
     assert any("(24704, 3072)" in line for line in lines)  # the MLP's input of QuickGELU
     (kept,) = [line for line in lines if "the image tower keeps" in line]
     assert float(kept.split(" MiB, ")[1].split(" C")[0]) < 12
@@ -208,14 +209,14 @@ def test_count_step_lists_what_lives(full_size, capsys):
 
 @pytest.fixture(scope="module")
 def small_counts() -> list[dict]:
-    counts = [vars(count_step.count(name, path, paths.small(), 2)) for name, path in paths.COUNTED.items()]
-    return json.loads(json.dumps(counts, default=vars))
+    counts = [counting.count(name, path, paths.small(), 2) for name, path in paths.COUNTED.items()]
+    return json.loads(json.dumps(counts))
 
 
 @pytest.fixture
 def quick(monkeypatch, plain_operators, small_counts):
     """Rates that need no measuring, and the full size no larger than the small one."""
-    monkeypatch.setattr(step, "measure_rates", lambda device, dtype: measure.Rates("a device", 1e9, 1e9))
+    monkeypatch.setattr(step, "measure_rates", lambda *_: device.Rates("a device", 1e9, 1e9))
     monkeypatch.setattr(step, "count_apart", lambda batch: small_counts)
 
 
@@ -275,7 +276,7 @@ def test_a_wrong_gradient_shows_in_the_next_loss():
 def test_one_pair_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_main(monkeypatch, "--batch", "1")
-    assert "--batch: expected at least 2" in capsys.readouterr().err
+    assert "--batch: '1' is not allowed; expected a whole number from 2" in capsys.readouterr().err
 
 
 def test_kinds_of_operations():
@@ -283,7 +284,7 @@ def test_kinds_of_operations():
         return type("Event", (), dict(name=name, cpu_parent=parent))()
 
     optimizer = event("Optimizer.step#Adam.step")
-    assert profile_step.kind_of(event("aten::mul_", event("aten::mul", optimizer))) == "optimizer"
+    assert profiling.kind_of(event("aten::mul_", event("aten::mul", optimizer))) == "optimizer"
     for name, kind in {
         "aten::addmm": "matrix products",
         "upperson::prefix_attention_backward": "attention",
@@ -297,7 +298,7 @@ def test_kinds_of_operations():
         "aten::mkldnn_convolution": "convolution",
         "aten::view": "rest",
     }.items():
-        assert profile_step.kind_of(event(name)) == kind, name
+        assert profiling.kind_of(event(name)) == kind, name
 
 
 # ---------------------------------------------------------------------------------------- the report
@@ -308,7 +309,7 @@ def row(path: str, milliseconds: float, share: float, peak: int) -> dict:
 
 
 def test_targets_are_held_against_the_plain_path():
-    found = report.step_targets(
+    found = targets.step_targets(
         [row("plain", 90.0, 0.2, 100), row("ours", 25.0, 0.5, 49), row("ours, compiled", 18.0, 0.6, 51)]
     )
     assert [(round(target["measured"], 2), target["met"]) for target in found] == [
@@ -318,12 +319,12 @@ def test_targets_are_held_against_the_plain_path():
         (1.96, False),
     ]
     assert {target["note"] for target in found} == {"ours, compiled"}
-    assert report.step_targets([]) == []
+    assert targets.step_targets([]) == []
 
 
-def test_the_report_holds_the_step_as_it_is():
+def test_the_report_holds_the_step_as_it_is(tmp_path):
     text = "# A training step\n\nOne.\n\n## Counted\n"
+    assert report.nested(text) == "One.\n\n### Counted"
     part = report.Record("training step", "passed", result=dict(rows=[], text=text))
-    lines = report.step_lines(report.Report({}, False, [part]))
-    assert lines == ["", "## Training step", "", "One.", "", "### Counted"]
-    assert report.step_lines(report.Report({}, False)) == []
+    page = report.markdown(report.Report(dict(device="a device"), False, [part]), {})
+    assert "\n\n## Training step\n\nOne.\n\n### Counted\n" in page

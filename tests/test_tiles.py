@@ -113,11 +113,8 @@ def test_a_file_that_is_not_tiles_is_refused_and_changes_nothing(content, messag
 def test_the_kernels_compute_as_many_products_as_the_resources_table_says(length, causal, packed, prefix, monkeypatch):
     from triton.runtime.interpreter import InterpreterBuilder
 
-    spec = importlib.util.spec_from_file_location("resources", ROOT / "bench" / "resources.py")
-    resources = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "resources", resources)  # where its dataclasses look for their module
-    spec.loader.exec_module(resources)
-
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    resources = importlib.import_module("resources")
     counted = 0
     create_dot = InterpreterBuilder.create_dot
 

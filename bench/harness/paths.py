@@ -1,11 +1,12 @@
-"""The ways through a training step that step.py and counting.py compare: both towers, SDM loss, backward, Adam.
+"""The ways to compute a training step, which step.py times and counts: both towers, SDM loss, backward, Adam.
 
     plain               what the released code does, in eager PyTorch: captions padded to 77 tokens, softmax
                         attention that holds its weights, LoRA merged into a weight whose whole gradient is formed,
                         QuickGELU and adapters operator by operator, all tokens through the last block
     full fine-tuning    all of CLIP trained, captions padded, this project's attention without prefix
-    ours                the configuration's defaults: fused operators where there is a GPU, nothing that is not read
-    the other methods   with the same defaults, by their titles; of one in stages, each stage
+    ours                the configuration's defaults: fused operators where there is a GPU, and no operation whose
+                        result is not read
+    the other methods   with the same defaults, by their titles; each stage of a method in stages
 
 All paths of one training start from the same weights and see the same batches.
 """
@@ -31,7 +32,7 @@ NOTHING_SPARED: dict[str, Any] = dict(skip_unread=False, pack_captions=False, lo
 
 @dataclass(frozen=True)
 class Path:
-    """What is trained and how a step is computed: what of the configuration is changed, and what of the model."""
+    """What is trained and how a step is computed: changes of the configuration, and of the model."""
 
     changes: dict[str, Any] = field(default_factory=dict)
     plain: bool = False  # the released code's operators
@@ -45,7 +46,7 @@ class Path:
 
 
 def further_methods() -> Iterator[tuple[str, Path]]:
-    """Every method that is no baseline, by title; each stage of one in stages."""
+    """Every method that is no baseline, by title; each stage of a method in stages."""
     for name in METHODS:
         if name in (DEFAULT, *BASELINES):
             continue
@@ -75,7 +76,7 @@ TIMED = {
     "ours, compiled": Path(compiled=True),
     **dict(further_methods()),
 }
-# What each switch brings: counted, not timed.
+# Each switch turned off: counted, not timed.
 WITHOUT = {
     "ours, all tokens in the last block": Path({"skip_unread": False}),
     "ours, captions padded": Path({"pack_captions": False}),
@@ -85,7 +86,7 @@ COUNTED = {name: path for name, path in TIMED.items() if not path.compiled} | WI
 
 
 def build(path: Path, base: Config) -> AdaptedCLIP:
-    """The model of a path, on the CPU. Factors that start at zero are random, as errors behind a zero do not show."""
+    """The model of a path, on the CPU. Factors that start at zero are random, as a zero would hide errors behind it."""
     torch.manual_seed(0)
     config = path.configuration(base)
     model = AdaptedCLIP(config.model)
@@ -103,22 +104,12 @@ def build(path: Path, base: Config) -> AdaptedCLIP:
 
 
 def explicit_attention(
-    qkv: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    prefix_scale: Tensor,
-    *,
-    causal: bool,
-    scale_target: str,
-    **_: Any,
+    qkv: Tensor, key: Tensor, value: Tensor, scale: Tensor, *, causal: bool, scale_target: str, **_: Any
 ) -> Tensor:
     """prefix_attention by its definition. Under autocast everything stays in the dtype of qkv, as in the released code;
     autocast would keep the weights in float32."""
     with torch.autocast(qkv.device.type, enabled=False):
-        return explicit(qkv, prefix_key, prefix_value, prefix_scale, causal, scale_target)
-
-
-# ---------------------------------------------------------------------------------------- batches
+        return explicit(qkv, key, value, scale, causal, scale_target)
 
 
 @dataclass(frozen=True)
@@ -130,12 +121,12 @@ class Batch:
     person_ids: Tensor
 
 
-# Words a caption, as CUHK-PEDES has them: 23.5 on average (Li et al., arXiv 1702.05729, Sec. 3.2).
+# Words a caption, as in CUHK-PEDES: 23.5 on average (Li et al., arXiv 1702.05729, Sec. 3.2).
 WORDS, DEVIATION, FEWEST = 23.5, 7.5, 8
 
 
 def random_batches(config: Config, tokenizer: Callable, context_length: int, size: int, number: int) -> list[Batch]:
-    """Batches of noise and of captions of unequal length, normally distributed: its quantiles, in random order."""
+    """Batches of noise and of captions of unequal length, normally distributed: the quantiles in random order."""
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(number * size, generator=generator)
     words = WORDS + DEVIATION * torch.special.ndtri((order + 0.5) / len(order))
@@ -148,25 +139,23 @@ def random_batches(config: Config, tokenizer: Callable, context_length: int, siz
 
 
 def fill(batches: Sequence[Batch]) -> float:
-    """The share of the token places that captions fill, start and end tokens included."""
+    """The share of the token positions that captions fill, start and end tokens included."""
     tokens = torch.cat([batch.tokens for batch in batches])
     return (tokens != 0).float().mean().item()
 
 
-# ---------------------------------------------------------------------------------------- the step
-
-
 def prepare(model: AdaptedCLIP, batches: Sequence[Batch], device: torch.device) -> list[tuple[Any, ...]]:
     """Images, captions and person ids as a training gets them from its loader: packed where the model packs."""
-    return [
-        (batch.images.to(device), model.pack_captions(batch.tokens).to(device), batch.person_ids.to(device))
-        for batch in batches
-    ]
+
+    def on_device(batch: Batch) -> tuple[Any, ...]:
+        return tuple(part.to(device) for part in (batch.images, model.pack_captions(batch.tokens), batch.person_ids))
+
+    return list(map(on_device, batches))
 
 
 class Step:
-    """One optimizer step after the other on prepared batches in turn: as in upperson.train.loop, but without what
-    surrounds the towers there, which is loading, augmenting, and reading loss and gradient norm.
+    """One optimizer step after the other on prepared batches in turn: as in upperson.train.loop, but without loading,
+    augmenting, and reading the loss and the gradient norm.
 
     A call returns the loss before the step, (), on the device.
     """
@@ -177,14 +166,12 @@ class Step:
         self.optimizer = build_optimizer(model.trained_parameters(), settings)
 
     def image_features(self) -> Tensor:
-        images, _, _ = self.batch
-        with autocast(images.device, self.precision):
-            return self.model.encode_image(images)
+        with autocast(self.batch[0].device, self.precision):
+            return self.model.encode_image(self.batch[0])
 
     def text_features(self) -> Tensor:
-        images, captions, _ = self.batch
-        with autocast(images.device, self.precision):
-            return self.model.encode_text(captions)
+        with autocast(self.batch[0].device, self.precision):
+            return self.model.encode_text(self.batch[1])
 
     def loss(self) -> Tensor:
         """Forward alone."""

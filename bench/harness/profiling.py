@@ -10,11 +10,11 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
-from upperson.evaluate.tables import pipe_table
+from harness.output import table
 
 STEPS = 3
 OPTIMIZER = "optimizer"
-# The first kind whose pattern is found in an operator's name.
+# An operator is of the first kind whose pattern is found in its name.
 KINDS = {
     "attention": r"attention",
     "LayerNorm and adapter": r"layer_?norm",
@@ -31,7 +31,7 @@ REST = "rest"
 
 
 def kind_of(event: FunctionEvent) -> str:
-    """The kind of an operator; all that the optimizer calls is the optimizer's."""
+    """The kind of an operator; all operators that the optimizer calls are of the optimizer's kind."""
     parent = event
     while parent is not None:
         if parent.name.startswith("Optimizer."):
@@ -40,8 +40,8 @@ def kind_of(event: FunctionEvent) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.name, re.IGNORECASE)), REST)
 
 
-def profile(step: Callable[[], object], device: torch.device, trace: Path) -> list[str]:
-    """A table of milliseconds a step by kind, on the GPU where there is one; and the trace in the file `trace`."""
+def profile(step: Callable[[], object], device: torch.device, trace: Path) -> str:
+    """A Markdown table of milliseconds a step by kind, on the GPU where there is one; the trace goes to a file."""
     gpu = device.type == "cuda"
     step()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
@@ -53,23 +53,21 @@ def profile(step: Callable[[], object], device: torch.device, trace: Path) -> li
             torch.cuda.synchronize(device)
         wall = 1e3 * (time.perf_counter() - began) / STEPS
     profiler.export_chrome_trace(str(trace))
-    return kinds_table(profiler.events(), wall, gpu)
 
-
-def kinds_table(events: list[FunctionEvent], wall: float, gpu: bool) -> list[str]:
-    """Lines of a Markdown table; `wall` are the milliseconds that a step took."""
     milliseconds, calls = Counter(), Counter()
-    for event in events:
+    for event in profiler.events():
         own = event.self_device_time_total if gpu else event.self_cpu_time_total
         if event.device_type == torch.autograd.DeviceType.CPU and own > 0:
             milliseconds[kind_of(event)] += own / 1e3 / STEPS
             calls[kind_of(event)] += 1 / STEPS
-    body = [
-        [kind, f"{value:,.2f}", f"{value / wall:.0%}", f"{calls[kind]:,.0f}"]
-        for kind, value in milliseconds.most_common()
-    ]
+    lines = [(kind, value, f"{calls[kind]:,.0f}") for kind, value in milliseconds.most_common()]
     if gpu:
-        idle = wall - sum(milliseconds.values())
-        body.append(["GPU idle", f"{idle:,.2f}", f"{idle / wall:.0%}", ""])
-    body.append(["wall time under the profiler", f"{wall:,.2f}", "100%", ""])
-    return pipe_table(["", "ms a step", "share", "operators"], body).splitlines()
+        lines.append(("GPU idle", wall - sum(milliseconds.values()), ""))
+    lines.append(("wall time under the profiler", wall, ""))
+    return table(
+        [
+            {"": kind, "ms a step": f"{value:,.2f}", "share": f"{value / wall:.0%}", "operators": number}
+            for kind, value, number in lines
+        ],
+        "pipe",
+    )
