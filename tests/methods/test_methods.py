@@ -212,9 +212,8 @@ def test_prompts_that_the_batch_shares_are_tokens_of_each_sample(tiny, changes):
     ):
         found = computed(lambda model: (model.encode_image(images), model.encode_text(tokens)), **switches)
         for name, value in found.items():
-            torch.testing.assert_close(
-                value, defined[name], rtol=bound, atol=bound, msg=lambda m, name=name: f"{name}, {switches}: {m}"
-            )
+            where = f"{name} with {switches}: "
+            torch.testing.assert_close(value, defined[name], rtol=bound, atol=bound, msg=where.__add__)
 
 
 @torch.no_grad()
