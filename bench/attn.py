@@ -104,7 +104,10 @@ def flex_mask(shape: Shape, device: torch.device) -> object:
     if not shape.causal:
         return None
     prefix, length = shape.prefix, shape.length
-    visible = lambda batch, head, i, j: j - prefix <= i  # noqa: E731
+
+    def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return j - prefix <= i
+
     return create_block_mask(visible, None, None, length, prefix + length, device=device)
 
 
