@@ -55,13 +55,8 @@ needs_float64 = pytest.mark.skipif(GPU, reason="compiled kernels take no float64
 @pytest.mark.parametrize(
     ("prefix", "causal", "target"),
     [
-        (3, False, "logits"),
-        (3, True, "weights"),
-        *(
-            slow_case(*case)
-            for case in itertools.product((0, 1, 3), (False, True), ("weights", "logits"))
-            if case not in ((3, False, "logits"), (3, True, "weights"))
-        ),
+        case if case == (3, True, "weights") else slow_case(*case)
+        for case in itertools.product((0, 1, 3), (False, True), ("weights", "logits"))
     ],
 )
 def test_attention_gradcheck(prefix, causal, target):
@@ -106,7 +101,7 @@ def test_attention_dtypes(dtype, target):
 
 
 @pytest.mark.parametrize("target", ["weights", "logits"])
-@pytest.mark.parametrize("scale", [0.0, 1.0, -0.5, 1e-4, 10.0, 300.0])
+@pytest.mark.parametrize("scale", [0.0, *map(slow_case, (1.0, -0.5, 1e-4)), 10.0, slow_case(300.0)])
 def test_attention_prefix_scales(scale, target):
     if GPU and (scale, target) == (300, "logits"):
         pytest.skip("the softmax saturates and its gradient cancels to nothing: for float64, in the interpreter")
@@ -437,7 +432,7 @@ def test_adapter_reads_rows_of_a_large_mean_normalised():
     assert relative_error(added, exact) < 1e-3
 
 
-@pytest.mark.parametrize("own_norm", [False, True])
+@pytest.mark.parametrize("own_norm", [False, slow_case(True)])
 def test_adapter_strides(own_norm):
     fused, _, _ = adapter_functions(True, own_norm)
     x, *parameters, residual = adapter_inputs((2, 6), 24, residual=True, own_norm=own_norm)
@@ -501,7 +496,11 @@ WANTED_OF_OWN_NORM = [*WANTED, (8,), (9,), (0, 3, 4, 5, 6, 8, 9)]
 
 @pytest.mark.parametrize(
     ("wanted", "own_norm"),
-    [*((wanted, False) for wanted in WANTED), *((wanted, True) for wanted in WANTED_OF_OWN_NORM)],
+    [
+        *(slow_case(wanted, False) for wanted in WANTED[:-2]),
+        *((wanted, False) for wanted in WANTED[-2:]),
+        *((wanted, True) for wanted in WANTED_OF_OWN_NORM),
+    ],
 )
 def test_adapter_computes_only_gradients_asked_for(wanted, own_norm):
     tensors = adapter_inputs(own_norm=own_norm)

@@ -148,6 +148,7 @@ def tune(monkeypatch):
     return tune
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="tunes in the interpreter")
 def test_tuning_times_what_is_right_and_saves_what_loads(tune, tmp_path, monkeypatch, capsys):
     from upperson_kernels.attention import launch

@@ -263,6 +263,7 @@ class TestCaptioned:
             "published are 5000 identities, 5000 images, 25010 captions",
         ]
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("error")
     def test_published_counts_give_no_warning(self, tmp_path):
         lists = {

@@ -144,6 +144,7 @@ def test_a_stage_changes_what_is_its_own_and_nothing_else(config, monkeypatch):
         assert encoders == (name == "clip.logit_scale"), name
 
 
+@pytest.mark.slow
 def test_stage_two_is_measured_before_it_changes_anything(whole):
     first, second = (log_of(whole / name) for name in STAGES)
     zero_shot = [[line for line in log if line["kind"] == "zero_shot"] for log in (first, second)]
@@ -271,6 +272,7 @@ def test_resuming_what_is_finished_repeats_its_result(config, whole):
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_another_configuration_or_a_used_folder_is_refused(shared, whole):
     with pytest.raises(RunError, match="another configuration: encoder_epochs: 3, not 2; epochs: 4, not 2 as before"):
         fit(shared.replace(resume=True, encoder_epochs=3, epochs=4, workers=1))

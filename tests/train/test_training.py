@@ -92,6 +92,7 @@ def test_a_run_leaves_everything_it_promises(config, capsys):
     assert "10 identities" in shown and "top10.png" in shown
 
 
+@pytest.mark.slow
 def test_the_picture_shows_zero_shot_above_the_trained_model(config, monkeypatch):
     """Also in a run that was resumed."""
     shown = []
