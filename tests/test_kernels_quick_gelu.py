@@ -106,6 +106,7 @@ def test_nothing_as_large_is_saved_beside_one_tensor(backend):
     assert kept(reference.explicit)[0] >= 2 * 64 * 32
 
 
+@pytest.mark.slow
 def test_torchs_own_checks_and_compile():
     from upperson_kernels.quick_gelu import op
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import open_clip
 import pytest
 import torch
-from operators import DEVICE, EXACT
+from operators import DEVICE, EXACT, slow_case
 from tiny import NOTHING, TINY_CLIP, VARIANTS, build, inputs, stirred
 from upperson_kernels import unpack_sequences
 from upperson_kernels.attention import reference
@@ -61,7 +61,13 @@ def assert_equal(found, expected, bound=1e-10, where=""):
 
 @pytest.mark.parametrize(
     "variant",
-    [WHOLE, dict(WHOLE, scale_target="logits"), *VARIANTS, dict(method="full"), dict(method="cskt", prompt_length=2)],
+    [
+        WHOLE,
+        dict(WHOLE, scale_target="logits"),
+        *map(slow_case, VARIANTS),
+        dict(method="full"),
+        dict(method="cskt", prompt_length=2),
+    ],
     ids=identify,
 )
 def test_switches_change_no_result(tiny, variant):

@@ -29,6 +29,7 @@ from upperson.train.fit import fit
 from upperson.train.loop import Training
 from upperson.train.resume import load_state
 
+pytestmark = pytest.mark.slow
 STAGES = ("prompts", "encoders")
 WHOLE = ("best.safetensors", "config.json", "curve.png", "metrics.jsonl", "results.json", "results.md", "top10.png")
 
@@ -80,7 +81,6 @@ def assert_same_stages(first, second):
 # ------------------------------------------------------------------------------------ what the stages leave
 
 
-@pytest.mark.slow
 def test_the_whole_leaves_what_a_run_leaves_with_a_row_for_each_stage(config, whole, capsys):
     result = fit(config)
     run_dir = config.train.run_dir
@@ -115,7 +115,6 @@ def test_the_whole_leaves_what_a_run_leaves_with_a_row_for_each_stage(config, wh
     assert f"start   {best}, 4 parameter tensors; the other 61 have their usual initial values\n" in shown
 
 
-@pytest.mark.slow
 def test_a_stage_changes_what_is_its_own_and_nothing_else(config, monkeypatch):
     """Stage two starts from the best epoch of stage one, which is not its last."""
     Scripted(monkeypatch, [0, 0, 50, 40])  # zero-shot on test and val, two epochs
@@ -144,7 +143,6 @@ def test_a_stage_changes_what_is_its_own_and_nothing_else(config, monkeypatch):
         assert encoders == (name == "clip.logit_scale"), name
 
 
-@pytest.mark.slow
 def test_stage_two_is_measured_before_it_changes_anything(whole):
     first, second = (log_of(whole / name) for name in STAGES)
     zero_shot = [[line for line in log if line["kind"] == "zero_shot"] for log in (first, second)]
@@ -161,7 +159,6 @@ def test_stage_two_is_measured_before_it_changes_anything(whole):
     assert history[0] == {"epoch": 0, **{name: begun["val"][name] for name in results.start}}
 
 
-@pytest.mark.slow
 def test_the_stages_one_by_one_are_the_whole(config, whole, tmp_path):
     method = config.model.method
     first = fit(config.replace(stage="prompts", run_dir=tmp_path / "prompts")).run_dir
@@ -174,7 +171,6 @@ def test_the_stages_one_by_one_are_the_whole(config, whole, tmp_path):
     assert_same_run(second, whole / "encoders")
 
 
-@pytest.mark.slow
 def test_tables_take_it_as_one_run(config, whole, tmp_path):
     runs = Runs(tmp_path, {"device": "cpu"})
     config = config.replace(run_dir=None)
@@ -187,7 +183,6 @@ def test_tables_take_it_as_one_run(config, whole, tmp_path):
 # ------------------------------------------------------------------------------------ stopped and resumed
 
 
-@pytest.mark.slow
 def test_killed_in_each_stage_and_resumed_ends_the_same(config, whole):
     run_dir = config.train.run_dir
     kill_when(start(*flags_of(config)), run_dir / "prompts", "step", 3)
@@ -201,7 +196,6 @@ class Killed(BaseException):
     """In the place of SIGKILL."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("file", [
     "prompts/resume.safetensors", "prompts/results.json", "encoders/config.json", "encoders/resume.safetensors",
     "encoders/results.json", "best.safetensors", "results.json",
@@ -223,7 +217,6 @@ def test_ended_while_a_file_is_written_and_resumed_ends_the_same(config, whole, 
     assert_same_stages(whole, run_dir)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("step", "message"), [
     (3, "after step 3, the state is saved"),
     (10, "stopped before stage 2 of 2: task adaptation, encoders"),                         # the last one of stage one
@@ -240,7 +233,6 @@ def test_ctrl_c_names_the_whole_and_the_rest_follows(config, whole, monkeypatch,
     assert_same_stages(whole, run_dir)
 
 
-@pytest.mark.slow
 def test_resuming_trains_no_finished_stage_again_and_needs_its_place_no_more(config, whole, monkeypatch, capsys):
     """The folder may move; a stage under way does not read the checkpoint again that it started from."""
     with monkeypatch.context() as patch:
@@ -263,7 +255,6 @@ def test_resuming_trains_no_finished_stage_again_and_needs_its_place_no_more(con
     assert_same_stages(whole, moved)
 
 
-@pytest.mark.slow
 def test_resuming_what_is_finished_repeats_its_result(config, whole):
     run_dir = config.train.run_dir
     shutil.copytree(whole, run_dir)
@@ -272,7 +263,6 @@ def test_resuming_what_is_finished_repeats_its_result(config, whole):
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.slow
 def test_another_configuration_or_a_used_folder_is_refused(shared, whole):
     with pytest.raises(RunError, match="another configuration: encoder_epochs: 3, not 2; epochs: 4, not 2 as before"):
         fit(shared.replace(resume=True, encoder_epochs=3, epochs=4, workers=1))
@@ -283,7 +273,6 @@ def test_another_configuration_or_a_used_folder_is_refused(shared, whole):
 # ------------------------------------------------------------------------------------ any method: start from, freeze
 
 
-@pytest.mark.slow
 def test_any_method_trains_in_stages(one_stage, tmp_path, monkeypatch):
     """First the prefixes, then all the rest; stopped and resumed, with a head that is trained along."""
     config = one_stage.replace(losses="sdm+id")
@@ -315,7 +304,6 @@ def assert_no_difference_when_stopped(config, run_dir, monkeypatch):
     assert_same_run(config.train.run_dir, run_dir)
 
 
-@pytest.mark.slow
 def test_what_a_checkpoint_lacks_keeps_its_initial_values(one_stage, tmp_path, capsys):
     short = one_stage.replace(epochs=1, warmup_epochs=0)
     prefixes = short.replace(lora="none", adapter_attn="none", adapter_mlp="none", run_dir=tmp_path / "prefixes")
@@ -334,7 +322,6 @@ def test_what_a_checkpoint_lacks_keeps_its_initial_values(one_stage, tmp_path, c
     assert "| start " in (tmp_path / "all" / "results.md").read_text()
 
 
-@pytest.mark.slow
 def test_zero_shot_is_clip_even_where_a_fine_tuned_one_is_started_from(one_stage, tmp_path):
     full = one_stage.replace(method="full", epochs=1, warmup_epochs=0, learning_rate=1e-3)
     path = fit(full).run_dir / "best.safetensors"
@@ -348,7 +335,6 @@ def test_zero_shot_is_clip_even_where_a_fine_tuned_one_is_started_from(one_stage
 # ------------------------------------------------------------------------------------ what goes wrong
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "error", "message"), [
     ({"freeze": "prefix+lore"}, MethodError, "does not train 'lore'; expected kinds of prefix, lora, adapter_attn, "
                                              "adapter_mlp, joined by [+]"),
@@ -413,7 +399,6 @@ def test_biases_of_stage_two_have_its_learning_rate(config):
     assert (first.train.bias_learning_rate, second.train.bias_learning_rate) == (0.5, None)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_without_parameters_is_no_start(one_stage, tmp_path):
     fit(one_stage.replace(method="zero-shot", run_dir=tmp_path / "nothing"))
     with pytest.raises(CheckpointError, match="start_from is a checkpoint without parameters"):
@@ -425,7 +410,6 @@ def test_a_learning_rate_for_prefixes_needs_some(config):
         fit(config.replace(prefix_learning_rate=0.1))
 
 
-@pytest.mark.slow
 def test_stage_two_by_hand_is_trained_as_its_options_say(config, whole, tmp_path):
     with pytest.raises(RunError, match="start_from: with these options .* continues an earlier training"):
         fit(config.replace(stage="encoders"))
