@@ -207,17 +207,11 @@ def test_activations_list_what_lives(full_size):
 # ---------------------------------------------------------------------------------------- the command
 
 
-@pytest.fixture(scope="module")
-def small_counts() -> list[dict]:
-    counts = [counting.count(name, path, paths.small(), 2) for name, path in paths.COUNTED.items()]
-    return json.loads(json.dumps(counts))
-
-
 @pytest.fixture
-def quick(monkeypatch, plain_operators, small_counts):
-    """Rates that need no measuring, and the full size no larger than the small one."""
+def quick(monkeypatch, plain_operators, full_size):
+    """Rates that need no measuring, and the full size counted once for all tests."""
     monkeypatch.setattr(step, "measure_rates", lambda *_: device.Rates("a device", 1e9, 1e9))
-    monkeypatch.setattr(step, "count_apart", lambda batch: small_counts)
+    monkeypatch.setattr(step, "count_apart", lambda batch: list(full_size.values()))
 
 
 def run_main(monkeypatch, *arguments) -> int:

@@ -389,7 +389,9 @@ def measure_parts(config, batch_size):
 
 
 @pytest.mark.slow
-def test_costs(setting):
+def test_costs(setting, monkeypatch):
+    monkeypatch.setattr(measurement, "QUERIES", 4)  # the interpreter takes minutes for a thousand
+    monkeypatch.setattr(measurement, "REPETITIONS", 1)
     found = {name: measure(config, 4) for name, config in single_modules(setting["embedded"]).items()}
     fused = measure(setting["embedded"].replace(backend="triton", device=DEVICE), 4)
     assert (fused.inference_gflops, fused.step_gflops) == (
