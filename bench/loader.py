@@ -63,6 +63,7 @@ def measure_loader(source: str, samples: list[Sample], workers: int, cache: Imag
     """Two epochs of training batches. The first starts the workers, the second is timed; processor time is of both."""
     options = dict(tokenizer=open_clip.tokenize, image_size=IMAGE_SIZE, batch_size=BATCH, mask_captions=True)
     loader = train_loader(samples, **options, seed=0, workers=workers, epoch=0, cache=cache)
+    loader.multiprocessing_context = "fork"  # Python 3.14's workers are a server's children, whose time is not counted
     busy_before = processor_seconds(resource.RUSAGE_CHILDREN)
     for epoch in range(2):
         loader.batch_sampler.set_epoch(epoch)
