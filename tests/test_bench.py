@@ -313,7 +313,7 @@ def test_gpu_times_without_waiting_for_python(gpu):
     assert all(time == pytest.approx(5.0) for times in rounds for time in times)
 
 
-@pytest.mark.parametrize("slower, agree", [(0.88, False), (0.95, True), (1.12, False)])
+@pytest.mark.parametrize("slower, agree", [(0.88, False), (0.95, True), (1.0, True), (1.05, True), (1.12, False)])
 def test_the_clock_is_held_against_do_bench(slower, agree, gpu, monkeypatch, capsys):
     """A product takes 2 ms on the GPU and a copy 1 ms; do_bench finds `slower` times as much for the same product."""
     testing = pytest.importorskip("triton.testing")

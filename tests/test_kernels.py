@@ -3,6 +3,7 @@
 operators.py has the comparison itself.
 """
 
+import itertools
 import math
 import re
 
@@ -39,7 +40,7 @@ from upperson_kernels.attention import reference as attention_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 drawn = settings(
-    max_examples=15,
+    max_examples=15 if GPU else 30,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -54,12 +55,8 @@ needs_float64 = pytest.mark.skipif(GPU, reason="compiled kernels take no float64
 @pytest.mark.parametrize(
     ("prefix", "causal", "target"),
     [
-        (3, True, "weights"),
-        slow_case(3, True, "logits"),
-        slow_case(3, False, "weights"),
-        slow_case(3, False, "logits"),
-        slow_case(1, False, "logits"),
-        slow_case(0, True, "weights"),
+        case if case == (3, True, "weights") else slow_case(*case)
+        for case in itertools.product((0, 1, 3), (False, True), ("weights", "logits"))
     ],
 )
 def test_attention_gradcheck(prefix, causal, target):
