@@ -18,9 +18,9 @@ power of two, at least 16. At these lengths that saves a third of the work.
                The programs of one head are neighbours, so that they share its queries, keys, values and
                gradients in the L2 cache. No two programs write the same address: no atomics, and the same
                bits at every repetition. All sequences share the prefix; its gradient is written per sequence
-               and summed in a second, ordered step.
+               and summed in a second, ordered step, prefix_gradient.
 
-λ's gradient is computed in column_gradient, from the sums that column_gradient_tile collects.
+λ's gradient is computed in prefix_gradient_kernel, together with the sums over the sequences.
 
 Sequences are the samples of a (B, N, …) tensor, or consecutive parts of a packed (T, …) tensor with the offsets
 cu_seqlens. The length of a packed sequence is only known inside the kernel, so that the last tiles are full ones. N is
@@ -342,7 +342,6 @@ def backward_kernel(
     p_dqkv,                     # written if NEED_QKV: contiguous (…, 3, H, D)
     p_dprefix_key,              # written if NEED_KEY: (S, P, H, D), one for each sequence
     p_dprefix_value,            # written if NEED_VALUE: (S, P, H, D), one for each sequence
-    p_dscale,                   # written if NEED_SCALE: (S, H, blocks of columns)
     stride_qkv_s,               # of qkv, from sequence to sequence; 0 if packed
     stride_qkv_n,               # of qkv, from token to token
     stride_qkv_part,            # of qkv, from queries to keys to values
@@ -360,8 +359,7 @@ def backward_kernel(
     SCALE_LOGITS: tl.constexpr, # λ acts on the logits; otherwise on the weights
     NEED_QKV: tl.constexpr,     # which gradients are wanted: of qkv,
     NEED_KEY: tl.constexpr,     # of the prefix keys,
-    NEED_VALUE: tl.constexpr,   # of the prefix values,
-    NEED_SCALE: tl.constexpr,   # of λ
+    NEED_VALUE: tl.constexpr,   # of the prefix values
     PRECISION: tl.constexpr,    # of float32 products, "ieee" or "tf32"
     ACC: tl.constexpr,          # dtype of sums
     BLOCK_M: tl.constexpr,      # queries of a tile
@@ -405,23 +403,22 @@ def backward_kernel(
         PLAIN_M: tl.constexpr = HALF_M if CAUSAL else BLOCK_M
         LAST_PLAIN_M: tl.constexpr = LAST_HALF_M if CAUSAL else LAST_M
         gradients = (p_dq + H * D, p_dq + 2 * H * D,
-                     p_dprefix_key + (i_s * P * H + i_h) * D, p_dprefix_value + (i_s * P * H + i_h) * D,
-                     p_dscale + i_head * column_blocks + i_column)
+                     p_dprefix_key + (i_s * P * H + i_h) * D, p_dprefix_value + (i_s * P * H + i_h) * D)
         if start_n < plain_columns(length, P, BLOCK_N=BLOCK_N):
             if NEED_QKV:
                 column_gradient(gradients, rows, columns, start_n, P, D=D, CAUSAL=CAUSAL, SCALE_LOGITS=SCALE_LOGITS,
-                                NEED_QKV=True, NEED_KEY=False, NEED_VALUE=False, NEED_SCALE=False,
-                                PRECISION=PRECISION, ACC=ACC, PLAIN=True, BLOCK_M=PLAIN_M, BLOCK_N=BLOCK_N,
+                                NEED_QKV=True, NEED_KEY=False, NEED_VALUE=False, PRECISION=PRECISION,
+                                ACC=ACC, PLAIN=True, BLOCK_M=PLAIN_M, BLOCK_N=BLOCK_N,
                                 BLOCK_D=BLOCK_D, LAST_M=LAST_PLAIN_M)
         elif LAST_N < BLOCK_N and i_column == column_blocks - 1:
             column_gradient(gradients, rows, columns, start_n, P, D=D, CAUSAL=CAUSAL, SCALE_LOGITS=SCALE_LOGITS,
-                            NEED_QKV=NEED_QKV, NEED_KEY=NEED_KEY, NEED_VALUE=NEED_VALUE, NEED_SCALE=NEED_SCALE,
-                            PRECISION=PRECISION, ACC=ACC, PLAIN=False, BLOCK_M=HALF_M, BLOCK_N=LAST_N,
+                            NEED_QKV=NEED_QKV, NEED_KEY=NEED_KEY, NEED_VALUE=NEED_VALUE, PRECISION=PRECISION,
+                            ACC=ACC, PLAIN=False, BLOCK_M=HALF_M, BLOCK_N=LAST_N,
                             BLOCK_D=BLOCK_D, LAST_M=LAST_HALF_M)
         elif MIXED_TILES and start_n < length + P:
             column_gradient(gradients, rows, columns, start_n, P, D=D, CAUSAL=CAUSAL, SCALE_LOGITS=SCALE_LOGITS,
-                            NEED_QKV=NEED_QKV, NEED_KEY=NEED_KEY, NEED_VALUE=NEED_VALUE, NEED_SCALE=NEED_SCALE,
-                            PRECISION=PRECISION, ACC=ACC, PLAIN=False, BLOCK_M=HALF_M, BLOCK_N=BLOCK_N,
+                            NEED_QKV=NEED_QKV, NEED_KEY=NEED_KEY, NEED_VALUE=NEED_VALUE, PRECISION=PRECISION,
+                            ACC=ACC, PLAIN=False, BLOCK_M=HALF_M, BLOCK_N=BLOCK_N,
                             BLOCK_D=BLOCK_D, LAST_M=LAST_HALF_M)
 
 
@@ -460,7 +457,7 @@ def softmax_gradient(
     PRECISION: tl.constexpr,    # of float32 products
     ACC: tl.constexpr,          # dtype of sums
 ):
-    """One tile of the softmax's backward: p, ds = p (w a − Δ), q·k and a = g·v.
+    """One tile of the softmax's backward: p, and ds = p (w a − Δ) with a = g·v.
 
     With x = q, y = k, x_side = g, y_side = v the tile is [queries, columns]; swapped, the tile is [columns, queries].
     """
@@ -470,7 +467,7 @@ def softmax_gradient(
         b_p = tl.where(m_visible, b_p, 0.0)
     b_a = tl.dot(b_x_side, tl.trans(b_y_side), input_precision=PRECISION, out_dtype=ACC)
     b_ds = b_p * (b_a * b_weight_factor - b_delta)
-    return b_p, b_ds, b_qk, b_a
+    return b_p, b_ds
 
 
 @triton.jit
@@ -537,16 +534,15 @@ def query_gradient_tile(
     m_visible = None
     if CAUSAL or not PLAIN:
         m_visible = first_query(o_n, N, P, CAUSAL=CAUSAL)[None, :] <= o_m[:, None]
-    _, b_ds, _, _ = softmax_gradient(b_q, b_k, b_g, b_v, b_lse[:, None], b_delta[:, None], m_visible,
-                                     b_logit_factor[None, :], b_weight_factor[None, :], D=D, PRECISION=PRECISION,
-                                     ACC=ACC)
+    _, b_ds = softmax_gradient(b_q, b_k, b_g, b_v, b_lse[:, None], b_delta[:, None], m_visible,
+                               b_logit_factor[None, :], b_weight_factor[None, :], D=D, PRECISION=PRECISION, ACC=ACC)
     b_ds = (b_ds * b_logit_factor[None, :]).to(b_k.dtype)                               # [M, N]
     return tl.dot(b_ds, b_k, input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
 def column_gradient(
-    gradients,                  # tuple of pointers to the gradients of keys, values, prefix keys, prefix values, λ
+    gradients,                  # tuple of pointers to the gradients of keys, values, prefix keys and prefix values
     rows,                       # tuple, see the top of this file
     columns,                    # tuple, see the top of this file
     start_n,                    # first column of the block
@@ -556,8 +552,7 @@ def column_gradient(
     SCALE_LOGITS: tl.constexpr, # λ acts on the logits; otherwise on the weights
     NEED_QKV: tl.constexpr,     # which gradients are wanted: of keys and values,
     NEED_KEY: tl.constexpr,     # of the prefix keys,
-    NEED_VALUE: tl.constexpr,   # of the prefix values,
-    NEED_SCALE: tl.constexpr,   # of λ
+    NEED_VALUE: tl.constexpr,   # of the prefix values
     PRECISION: tl.constexpr,    # of float32 products
     ACC: tl.constexpr,          # dtype of sums
     PLAIN: tl.constexpr,        # whether the block is a plain tile
@@ -566,35 +561,28 @@ def column_gradient(
     BLOCK_D: tl.constexpr,      # D, rounded up
     LAST_M: tl.constexpr,       # queries of the last tile
 ):
-    """dk_j = σ Σ_i ds_ij q_i and dv_j = Σ_i p_ij g_i for a block of columns, and its part of dλ.
-
-    λ on the weights: dλ = Σ p a over prefix columns, and their dv has the factor λ. λ on the logits: dλ = Σ ds σ q·k,
-    and dk has the factor λ.
-    """
+    """dk_j = σ Σ_i ds_ij q_i and dv_j = Σ_i p_ij g_i for a block of columns; on prefix columns without λ."""
     _, _, _, _, _, _, N, H = rows
-    p_dk, p_dv, p_dprefix_key, p_dprefix_value, p_dscale = gradients
+    p_dk, p_dv, p_dprefix_key, p_dprefix_value = gradients
     column_side = load_columns(columns, start_n, P, D=D, SCALE_LOGITS=SCALE_LOGITS, ACC=ACC, PLAIN=PLAIN,
                                BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)
-    o_n, _, _, b_logit_factor, b_weight_factor = column_side
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    b_dscale = tl.zeros([BLOCK_N], ACC)
 
     last = N if LAST_M == BLOCK_M else (N - 1) // BLOCK_M * BLOCK_M
     begin = start_n // BLOCK_M * BLOCK_M if CAUSAL and PLAIN else 0                     # earlier queries see none of it
     for start in range(begin, last, BLOCK_M):
-        b_dk, b_dv, b_dscale = column_gradient_tile(
-            b_dk, b_dv, b_dscale, column_side, rows, start, P, D=D, CAUSAL=CAUSAL, SCALE_LOGITS=SCALE_LOGITS,
-            NEED_QKV=NEED_QKV, NEED_KEY=NEED_KEY, NEED_VALUE=NEED_VALUE, NEED_SCALE=NEED_SCALE, PRECISION=PRECISION,
-            ACC=ACC, BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D)
+        b_dk, b_dv = column_gradient_tile(
+            b_dk, b_dv, column_side, rows, start, P, D=D, CAUSAL=CAUSAL, SCALE_LOGITS=SCALE_LOGITS,
+            NEED_QKV=NEED_QKV, NEED_KEY=NEED_KEY, NEED_VALUE=NEED_VALUE, PRECISION=PRECISION, ACC=ACC,
+            BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D)
     if LAST_M < BLOCK_M:
-        b_dk, b_dv, b_dscale = column_gradient_tile(
-            b_dk, b_dv, b_dscale, column_side, rows, last, P, D=D, CAUSAL=CAUSAL, SCALE_LOGITS=SCALE_LOGITS,
-            NEED_QKV=NEED_QKV, NEED_KEY=NEED_KEY, NEED_VALUE=NEED_VALUE, NEED_SCALE=NEED_SCALE, PRECISION=PRECISION,
-            ACC=ACC, BLOCK_M=LAST_M, BLOCK_D=BLOCK_D)
+        b_dk, b_dv = column_gradient_tile(
+            b_dk, b_dv, column_side, rows, last, P, D=D, CAUSAL=CAUSAL, SCALE_LOGITS=SCALE_LOGITS,
+            NEED_QKV=NEED_QKV, NEED_KEY=NEED_KEY, NEED_VALUE=NEED_VALUE, PRECISION=PRECISION, ACC=ACC,
+            BLOCK_M=LAST_M, BLOCK_D=BLOCK_D)
 
-    b_dk *= b_logit_factor[:, None] * D ** -0.5
-    b_dv *= b_weight_factor[:, None]
+    b_dk *= D ** -0.5
     if NEED_QKV:
         store_rows(p_dk, b_dk, start_n, 3 * H * D, N, D=D, BLOCK=BLOCK_N, BLOCK_D=BLOCK_D)
         store_rows(p_dv, b_dv, start_n, 3 * H * D, N, D=D, BLOCK=BLOCK_N, BLOCK_D=BLOCK_D)
@@ -602,16 +590,12 @@ def column_gradient(
         store_rows(p_dprefix_key, b_dk, start_n - N, H * D, P, D=D, BLOCK=BLOCK_N, BLOCK_D=BLOCK_D)
     if NEED_VALUE:
         store_rows(p_dprefix_value, b_dv, start_n - N, H * D, P, D=D, BLOCK=BLOCK_N, BLOCK_D=BLOCK_D)
-    if NEED_SCALE:
-        b_total = tl.sum(tl.where((o_n >= N) & (o_n < N + P), b_dscale, 0.0), 0)
-        tl.store(p_dscale, b_total * D ** -0.5 if SCALE_LOGITS else b_total)
 
 
 @triton.jit
 def column_gradient_tile(
-    b_dk,                       # running dk / (σ λ), [N, D]
-    b_dv,                       # running dv / λ, [N, D]
-    b_dscale,                   # running dλ of each column, [N]
+    b_dk,                       # running dk / σ, [N, D]
+    b_dv,                       # running dv, [N, D]
     column_side,                # tuple that load_columns returned
     rows,                       # tuple, see the top of this file
     start,                      # first query of the tile
@@ -621,14 +605,13 @@ def column_gradient_tile(
     SCALE_LOGITS: tl.constexpr, # λ acts on the logits; otherwise on the weights
     NEED_QKV: tl.constexpr,     # which gradients are wanted: of keys and values,
     NEED_KEY: tl.constexpr,     # of the prefix keys,
-    NEED_VALUE: tl.constexpr,   # of the prefix values,
-    NEED_SCALE: tl.constexpr,   # of λ
+    NEED_VALUE: tl.constexpr,   # of the prefix values
     PRECISION: tl.constexpr,    # of float32 products
     ACC: tl.constexpr,          # dtype of sums
     BLOCK_M: tl.constexpr,      # queries of the tile
     BLOCK_D: tl.constexpr,      # D, rounded up
 ):
-    """Adds a block of queries to dk / (σ λ), dv / λ and, per column, dλ."""
+    """Adds a block of queries to dk / σ and dv, on prefix columns without the factor λ."""
     _, _, _, _, _, _, N, _ = rows
     o_n, b_k, b_v, b_logit_factor, b_weight_factor = column_side
     o_m = start + tl.arange(0, BLOCK_M)
@@ -636,13 +619,59 @@ def column_gradient_tile(
     m_visible = None            # rows of zeros beyond the last query add nothing; columns there are not stored
     if CAUSAL:
         m_visible = first_query(o_n, N, P, CAUSAL=CAUSAL)[:, None] <= o_m[None, :]
-    b_p, b_ds, b_qk, b_a = softmax_gradient(b_k, b_q, b_v, b_g, b_lse[None, :], b_delta[None, :], m_visible,
-                                            b_logit_factor[:, None], b_weight_factor[:, None], D=D,
-                                            PRECISION=PRECISION, ACC=ACC)
+    b_p, b_ds = softmax_gradient(b_k, b_q, b_v, b_g, b_lse[None, :], b_delta[None, :], m_visible,
+                                 b_logit_factor[:, None], b_weight_factor[:, None], D=D, PRECISION=PRECISION, ACC=ACC)
     if NEED_QKV or NEED_VALUE:
         b_dv += tl.dot(b_p.to(b_g.dtype), b_g, input_precision=PRECISION, out_dtype=ACC)
     if NEED_QKV or NEED_KEY:
         b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision=PRECISION, out_dtype=ACC)
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=["S"])
+def prefix_gradient_kernel(
+    p_dprefix_key,              # (S, P, H, D), from backward; unused without NEED_KEY
+    p_dprefix_value,            # (S, P, H, D), from backward; unused without NEED_VALUE
+    p_prefix_key,               # (P, H, D), contiguous
+    p_prefix_value,             # (P, H, D), contiguous
+    p_prefix_scale,             # (), λ
+    p_dkey,                     # written if NEED_KEY: (P, H, D)
+    p_dvalue,                   # written if NEED_VALUE: (P, H, D)
+    p_dscale,                   # written if NEED_SCALE: a share of dλ for each program
+    S,                          # sequences
+    SIZE,                       # P · H · D
+    SCALE_LOGITS: tl.constexpr, # λ acts on the logits; otherwise on the weights
+    NEED_KEY: tl.constexpr,     # which sums are wanted: of the prefix keys,
+    NEED_VALUE: tl.constexpr,   # of the prefix values,
+    NEED_SCALE: tl.constexpr,   # and λ's gradient
+    ACC: tl.constexpr,          # dtype of sums
+    BLOCK: tl.constexpr,        # elements of the prefix in a program
+    STEP: tl.constexpr,         # sequences of a step
+):
+    """Sums the gradients of the prefix over the sequences, always in the same order, and multiplies them by λ.
+
+    λ's gradient needs no sums of its own, and is right at λ = 0 too. Over the prefix columns j, with dv and dk before
+    they are multiplied by λ: on the weights it is Σ_ij p_ij g_i·v_j = Σ_j v_j·dv_j, on the logits
+    Σ_ij ds_ij σ q_i·k_j = Σ_j k_j·dk_j.
+    """
+    o_x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_x = o_x < SIZE
+    b_key, b_value = tl.zeros([STEP, BLOCK], ACC), tl.zeros([STEP, BLOCK], ACC)
+    for start in range(0, S, STEP):
+        o_s = (start + tl.arange(0, STEP)).to(tl.int64)[:, None]
+        m_tile = (o_s < S) & m_x[None, :]
+        if NEED_KEY:
+            b_key += tl.load(p_dprefix_key + o_s * SIZE + o_x[None, :], mask=m_tile, other=0.0)
+        if NEED_VALUE:
+            b_value += tl.load(p_dprefix_value + o_s * SIZE + o_x[None, :], mask=m_tile, other=0.0)
+    b_dkey, b_dvalue = tl.sum(b_key, 0), tl.sum(b_value, 0)
     if NEED_SCALE:
-        b_dscale += tl.sum(b_ds * b_qk if SCALE_LOGITS else b_p * b_a, 1)
-    return b_dk, b_dv, b_dscale
+        b_columns = tl.load((p_prefix_key if SCALE_LOGITS else p_prefix_value) + o_x, mask=m_x, other=0.0).to(ACC)
+        tl.store(p_dscale + tl.program_id(0), tl.sum(b_columns * (b_dkey if SCALE_LOGITS else b_dvalue), 0))
+    b_scale = tl.load(p_prefix_scale).to(ACC)
+    if NEED_KEY:
+        b_dkey = b_dkey * b_scale if SCALE_LOGITS else b_dkey
+        tl.store(p_dkey + o_x, b_dkey.to(p_dkey.dtype.element_ty), mask=m_x)
+    if NEED_VALUE:
+        b_dvalue = b_dvalue if SCALE_LOGITS else b_dvalue * b_scale
+        tl.store(p_dvalue + o_x, b_dvalue.to(p_dvalue.dtype.element_ty), mask=m_x)

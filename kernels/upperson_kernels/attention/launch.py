@@ -10,9 +10,11 @@ import triton
 from torch import Tensor
 
 from upperson_kernels import tiles
-from upperson_kernels.attention import device
+from upperson_kernels.attention import choose, device, resident
 from upperson_kernels.backend import accumulator, capability, float32_precision
 from upperson_kernels.rows import TRITON_DTYPES
+
+PREFIX_BLOCKS = dict(BLOCK=128, STEP=8, num_warps=4)  # elements of a program, sequences of a step
 
 
 class Prefix(NamedTuple):
@@ -59,32 +61,51 @@ def forward(qkv: Tensor, prefix: Prefix, packing: Packing, causal: bool, scale_t
         return out, lse
     qkv = addressable(qkv, packed)
     prefix_length = prefix.key.shape[0]
-    chosen = tiles.choose("attention_forward", width, qkv.element_size(), capability(qkv))
-    last = last_tiles(sizes.longest, prefix_length, packed, chosen["BLOCK_M"], chosen["BLOCK_N"])
+    target = capability(qkv)
+    call = (sizes.longest, prefix_length, heads, sizes.tokens)
+    flags = dict(
+        D=width,
+        CAUSAL=causal,
+        SCALE_LOGITS=scale_target == "logits",
+        PRECISION=float32_precision(),
+        ACC=TRITON_DTYPES[acc_dtype],
+    )
     with torch.cuda.device_of(qkv):
-        device.forward_kernel[(sizes.sequences * heads * triton.cdiv(sizes.longest, chosen["BLOCK_M"]),)](
-            qkv,
-            prefix.key.contiguous(),
-            prefix.value.contiguous(),
-            prefix.scale,
-            packing.cu_seqlens,
-            out,
-            lse,
-            *strides(qkv, packed),
-            sizes.longest,
-            prefix_length,
-            heads,
-            sizes.tokens,
-            D=width,
-            CAUSAL=causal,
-            PACKED=packed,
-            SCALE_LOGITS=scale_target == "logits",
-            PRECISION=float32_precision(),
-            ACC=TRITON_DTYPES[acc_dtype],
-            **chosen,
-            **last,
-        )
+        if choose.is_resident(sizes.longest, prefix_length, width, qkv.element_size(), target, packed):
+            resident.forward_kernel[(sizes.sequences * heads,)](
+                qkv,
+                *columns_as(qkv.dtype, prefix),
+                prefix.scale,
+                out,
+                lse,
+                *strides(qkv, packed),
+                *call,
+                **flags,
+                **choose.forward_pieces(sizes.longest, prefix_length, causal, target),
+            )
+        else:
+            chosen = tiles.choose("attention_forward", width, qkv.element_size(), target)
+            device.forward_kernel[(sizes.sequences * heads * triton.cdiv(sizes.longest, chosen["BLOCK_M"]),)](
+                qkv,
+                prefix.key.contiguous(),
+                prefix.value.contiguous(),
+                prefix.scale,
+                packing.cu_seqlens,
+                out,
+                lse,
+                *strides(qkv, packed),
+                *call,
+                PACKED=packed,
+                **flags,
+                **chosen,
+                **last_tiles(sizes.longest, prefix_length, packed, chosen["BLOCK_M"], chosen["BLOCK_N"]),
+            )
     return out, lse
+
+
+def columns_as(dtype: torch.dtype, prefix: Prefix) -> tuple[Tensor, Tensor]:
+    """The prefix's keys and values, contiguous, in the dtype of the activations."""
+    return prefix.key.to(dtype).contiguous(), prefix.value.to(dtype).contiguous()
 
 
 def backward(
@@ -98,73 +119,101 @@ def backward(
     scale_target: str,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qkv, prefix key, prefix value and λ; empty for every gradient that is not needed.
-
-    The kernel writes the prefix gradients for each sequence, (S, P, H, D), and those of λ for each program. They are
-    summed here.
-    """
+    """Gradients of qkv, prefix key, prefix value and λ; empty for every gradient that is not needed."""
     sizes = sizes_of(qkv, packing)
     heads, width = qkv.shape[-2:]
     prefix_length = prefix.key.shape[0]
     packed = packing.cu_seqlens is not None
     acc_dtype = accumulator(qkv.dtype)
-    chosen = tiles.choose("attention_backward", width, qkv.element_size(), capability(qkv))
-    last = last_tiles(sizes.longest, prefix_length, packed, chosen["BLOCK_M"], chosen["BLOCK_N"])
-    query_blocks = triton.cdiv(sizes.longest, chosen["BLOCK_M"]) if needs.qkv else 0
-    column_blocks = triton.cdiv(sizes.longest + prefix_length, chosen["BLOCK_N"])
+    # λ's gradient follows from that of the values, or of the keys where it acts on the logits.
+    sums = dict(
+        NEED_KEY=needs.key or (needs.scale and scale_target == "logits"),
+        NEED_VALUE=needs.value or (needs.scale and scale_target == "weights"),
+    )
+    flags = dict(SCALE_LOGITS=scale_target == "logits", ACC=TRITON_DTYPES[acc_dtype], **sums)
 
-    def buffer(needed: bool, *shape: int, dtype: torch.dtype = acc_dtype) -> Tensor:
-        return qkv.new_empty(shape if needed else 0, dtype=dtype)
-
-    dqkv = buffer(needs.qkv, *qkv.shape, dtype=qkv.dtype)
-    dkey = buffer(needs.key, sizes.sequences, prefix_length, heads, width)
-    dvalue = buffer(needs.value, sizes.sequences, prefix_length, heads, width)
-    dscale = qkv.new_zeros((sizes.sequences, heads, column_blocks) if needs.scale else 0, dtype=acc_dtype)
-    if out.numel() == 0:
-        dkey.zero_()
-        dvalue.zero_()
-    elif any(needs):
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format) if needs.qkv else qkv.new_empty(0)
+    dkey, dvalue = (
+        qkv.new_empty((sizes.sequences, prefix_length, heads, width) if needed else 0, dtype=acc_dtype)
+        for needed in sums.values()
+    )
+    if out.numel() and any(needs):
         grad, qkv = addressable(grad, packed), addressable(qkv, packed)
+        target = capability(qkv)
+        tensors = (out, lse, grad, dqkv, dkey, dvalue)
+        call = (sizes.longest, prefix_length, heads, sizes.tokens)
+        flags |= dict(D=width, CAUSAL=causal, NEED_QKV=needs.qkv, PRECISION=float32_precision())
+        pieces = None
+        if choose.is_resident(sizes.longest, prefix_length, width, qkv.element_size(), target, packed):
+            pieces = choose.backward_pieces(sizes.longest, prefix_length)
         with torch.cuda.device_of(qkv):
-            device.backward_kernel[(sizes.sequences * heads * (query_blocks + column_blocks),)](
-                qkv,
+            if pieces is not None:
+                rows = choose.PIECE * pieces["FULL"] + pieces["LAST"]
+                resident.backward_kernel[(sizes.sequences * heads,)](
+                    qkv,
+                    *columns_as(qkv.dtype, prefix),
+                    prefix.scale,
+                    *tensors,
+                    qkv.new_empty(sizes.sequences, heads, 2, rows, dtype=acc_dtype),
+                    *strides(qkv, packed),
+                    *strides(grad, packed),
+                    *call,
+                    **flags,
+                    **pieces,
+                )
+            else:
+                chosen = tiles.choose("attention_backward", width, qkv.element_size(), target)
+                query_blocks = triton.cdiv(sizes.longest, chosen["BLOCK_M"]) if needs.qkv else 0
+                column_blocks = triton.cdiv(sizes.longest + prefix_length, chosen["BLOCK_N"])
+                device.backward_kernel[(sizes.sequences * heads * (query_blocks + column_blocks),)](
+                    qkv,
+                    prefix.key.contiguous(),
+                    prefix.value.contiguous(),
+                    prefix.scale,
+                    packing.cu_seqlens,
+                    *tensors,
+                    *strides(qkv, packed),
+                    *strides(grad, packed),
+                    *call,
+                    PACKED=packed,
+                    **flags,
+                    **chosen,
+                    **last_tiles(sizes.longest, prefix_length, packed, chosen["BLOCK_M"], chosen["BLOCK_N"]),
+                )
+
+    # The sums over the sequences; of none of them where there are no tokens.
+    size = prefix.key.numel()
+    programs = triton.cdiv(size, PREFIX_BLOCKS["BLOCK"])
+    key, value = (
+        torch.empty_like(columns, memory_format=torch.contiguous_format) if needed else dqkv
+        for columns, needed in zip((prefix.key, prefix.value), sums.values(), strict=True)
+    )
+    shares = qkv.new_empty(programs if needs.scale else 0, dtype=acc_dtype)
+    if programs and any(needs[1:]):
+        with torch.cuda.device_of(qkv):
+            device.prefix_gradient_kernel[(programs,)](
+                dkey,
+                dvalue,
                 prefix.key.contiguous(),
                 prefix.value.contiguous(),
                 prefix.scale,
-                packing.cu_seqlens,
-                out,
-                lse,
-                grad,
-                dqkv,
-                dkey,
-                dvalue,
-                dscale,
-                *strides(qkv, packed),
-                *strides(grad, packed),
-                sizes.longest,
-                prefix_length,
-                heads,
-                sizes.tokens,
-                D=width,
-                CAUSAL=causal,
-                PACKED=packed,
-                SCALE_LOGITS=scale_target == "logits",
-                NEED_QKV=needs.qkv,
-                NEED_KEY=needs.key,
-                NEED_VALUE=needs.value,
+                key,
+                value,
+                shares,
+                sizes.sequences if out.numel() else 0,
+                size,
+                SCALE_LOGITS=flags["SCALE_LOGITS"],
                 NEED_SCALE=needs.scale,
-                PRECISION=float32_precision(),
-                ACC=TRITON_DTYPES[acc_dtype],
-                **chosen,
-                **last,
+                ACC=flags["ACC"],
+                **sums,
+                **PREFIX_BLOCKS,
             )
-    if needs.key:
-        dkey = dkey.sum(0).to(prefix.key.dtype)
-    if needs.value:
-        dvalue = dvalue.sum(0).to(prefix.value.dtype)
-    if needs.scale:
-        dscale = dscale.sum().to(prefix.scale.dtype)
-    return dqkv, dkey, dvalue, dscale
+    return (
+        dqkv,
+        key if needs.key else qkv.new_empty(0),
+        value if needs.value else qkv.new_empty(0),
+        shares.sum().to(prefix.scale.dtype) if needs.scale else shares,
+    )
 
 
 def last_tiles(length: int, prefix_length: int, packed: bool, block_m: int, block_n: int) -> dict[str, Any]:
@@ -190,7 +239,7 @@ def addressable(tensor: Tensor, packed: bool) -> Tensor:
     bits.
     """
     between_rows = tensor.stride(0 if packed else 1)
-    return tensor if tensor.stride(-1) == 1 and between_rows < 2**24 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 and between_rows < 2**23 else tensor.contiguous()
 
 
 def sizes_of(qkv: Tensor, packing: Packing) -> Sizes:
