@@ -3,6 +3,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
 # A kernel's constants are constexpr to Triton and plain values to its caller, which a type checker cannot see.
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -27,8 +29,7 @@ def forward(x: Tensor, bias: Tensor | None) -> Tensor:
                 rows.stride(0),
                 *rows.shape,
                 HAS_BIAS=bias is not None,
-                ACC=TRITON_DTYPES[accumulator(x.dtype)],
-                **BLOCKS,
+                **constants(x),
             )
     return y
 
@@ -48,8 +49,7 @@ def backward(dy: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
                 rows.stride(0),
                 *rows.shape,
                 HAS_BIAS=bias is not None,
-                ACC=TRITON_DTYPES[accumulator(x.dtype)],
-                **BLOCKS,
+                **constants(x),
             )
     return dx
 
@@ -57,3 +57,9 @@ def backward(dy: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
 def grid(rows: Tensor) -> tuple[int, int]:
     """The programs for (T, C)."""
     return triton.cdiv(rows.shape[0], BLOCKS["BLOCK_T"]), triton.cdiv(rows.shape[1], BLOCKS["BLOCK_C"])
+
+
+def constants(x: Tensor) -> dict[str, Any]:
+    """The constants and launch options of both kernels."""
+    even = x.shape[-1] % BLOCKS["BLOCK_C"] == 0
+    return dict(FAST=x.element_size() == 2, EVEN=even, ACC=TRITON_DTYPES[accumulator(x.dtype)], **BLOCKS)
