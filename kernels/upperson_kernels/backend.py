@@ -117,3 +117,8 @@ def capability(tensor: torch.Tensor) -> int:
             f"{torch.cuda.get_device_name(tensor.device)}; use backend='torch'"
         )
     return 10 * major + minor
+
+
+def multiprocessors(tensor: torch.Tensor) -> int:
+    """Multiprocessors of the tensor's GPU; Hopper's, 132, in the interpreter."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 132

@@ -15,6 +15,26 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 
 @triton.jit
+def mask_of(
+    o_row,  # offsets of rows
+    o_column,  # offsets of columns
+    rows,  # rows of the matrix
+    columns,  # columns of the matrix
+    EVEN_ROWS: tl.constexpr,  # whether the tile's rows all lie in the matrix
+    EVEN_COLUMNS: tl.constexpr,  # whether its columns do
+):
+    """Which elements of a tile lie in the matrix; None: all of them. A mask that is not needed costs instructions."""
+    if EVEN_ROWS and EVEN_COLUMNS:
+        return None
+    elif EVEN_COLUMNS:
+        return (o_row < rows)[:, None]
+    elif EVEN_ROWS:
+        return (o_column < columns)[None, :]
+    else:
+        return (o_row < rows)[:, None] & (o_column < columns)[None, :]
+
+
+@triton.jit
 def load_tile(
     p_base,  # a (rows, columns) matrix
     o_row,  # offsets of rows
@@ -22,10 +42,13 @@ def load_tile(
     o_column,  # offsets of columns
     rows,  # rows of the matrix
     columns,  # columns of the matrix
+    EVEN_ROWS: tl.constexpr = False,  # whether the tile's rows all lie in the matrix
+    EVEN_COLUMNS: tl.constexpr = False,  # whether its columns do
 ):
     """A tile of a matrix, zero outside of it."""
-    m_tile = (o_row[:, None] < rows) & (o_column[None, :] < columns)
-    return tl.load(p_base + o_row[:, None].to(tl.int64) * stride_row + o_column[None, :], mask=m_tile, other=0.0)
+    p_tile = p_base + o_row[:, None].to(tl.int64) * stride_row + o_column[None, :]
+    m_tile = mask_of(o_row, o_column, rows, columns, EVEN_ROWS=EVEN_ROWS, EVEN_COLUMNS=EVEN_COLUMNS)
+    return tl.load(p_tile) if m_tile is None else tl.load(p_tile, mask=m_tile, other=0.0)
 
 
 @triton.jit
@@ -37,8 +60,10 @@ def store_tile(
     o_column,  # offsets of columns
     rows,  # rows of the matrix
     columns,  # columns of the matrix
+    EVEN_ROWS: tl.constexpr = False,  # whether the tile's rows all lie in the matrix
+    EVEN_COLUMNS: tl.constexpr = False,  # whether its columns do
 ):
     """Writes a tile of a matrix, in the matrix's dtype; nothing outside of it."""
-    m_tile = (o_row[:, None] < rows) & (o_column[None, :] < columns)
     p_tile = p_base + o_row[:, None].to(tl.int64) * stride_row + o_column[None, :]
+    m_tile = mask_of(o_row, o_column, rows, columns, EVEN_ROWS=EVEN_ROWS, EVEN_COLUMNS=EVEN_COLUMNS)
     tl.store(p_tile, b_tile.to(p_base.dtype.element_ty), mask=m_tile)

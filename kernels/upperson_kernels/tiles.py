@@ -19,16 +19,11 @@ class TilesError(ValueError):
     """A file of tiles that cannot be used; the message names file, entry and field."""
 
 
-COVERING = {  # the block that spans the whole head, or the whole hidden width: never split, so never tuned
-    "attention_forward": "BLOCK_D",
-    "attention_backward": "BLOCK_D",
-    "adapter_rows": "BLOCK_R",
-    "adapter_parameters": "BLOCK_R",
-}
 FIELDS = {
     "attention_forward": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
     "attention_backward": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
     "adapter_rows": ("BLOCK_T", "BLOCK_C", "num_warps", "num_stages"),
+    "adapter_few_rows": ("BLOCK_T", "BLOCK_C", "num_warps", "num_stages"),
     "adapter_parameters": ("BLOCK_T", "BLOCK_C", "num_warps", "num_stages"),
 }
 loaded: dict[tuple[str, int, int, int], Tiles] = {}  # by kernel, width, element size, capability
@@ -38,7 +33,8 @@ def choose(kernel: str, width: int, element_size: int, capability: int) -> Tiles
     """The tiles of a kernel: those of a loaded file, else those that ship.
 
     Args:
-        kernel: attention_forward, attention_backward, adapter_rows (the kernels that own rows) or adapter_parameters.
+        kernel: attention_forward, attention_backward, adapter_rows (the kernels that own rows), adapter_few_rows (the
+            same where there are too few rows for every multiprocessor) or adapter_parameters.
         width: head width of attention, hidden width of the adapter.
         element_size: bytes of an element of the activations.
         capability: compute capability as a number, from 80 on.
@@ -48,9 +44,23 @@ def choose(kernel: str, width: int, element_size: int, capability: int) -> Tiles
     load_named_in_environment()
     key = (kernel, width, element_size, capability)
     chosen = loaded[key] if key in loaded else SHIPPED[kernel](width, element_size, capability)
-    covering = max(16, 1 << (width - 1).bit_length())
     # Multiply and add in one instruction: asked for, since Triton 3.10 no longer does so by itself.
-    return dict(chosen, **{COVERING[kernel]: covering}, enable_fp_fusion=True)
+    return dict(chosen, **covering(kernel, width), enable_fp_fusion=True)
+
+
+def covering(kernel: str, width: int) -> dict[str, int]:
+    """The blocks that span the whole head, or the whole hidden width: never tuned.
+
+    A hidden width is cut into two powers of two where that pads nothing, such as 96 = 64 + 32.
+    """
+    padded = max(16, 1 << (width - 1).bit_length())
+    if kernel.startswith("attention"):
+        return dict(BLOCK_D=padded)
+    first = 1 << (width.bit_length() - 1)
+    second = width - first
+    if second >= 16 and second.bit_count() == 1:
+        return dict(FIRST=first, SECOND=second)
+    return dict(FIRST=padded, SECOND=0)
 
 
 # ---------------------------------------------------------------------------------------- what ships
@@ -85,24 +95,28 @@ def attention_backward(head_width: int, element_size: int, capability: int) -> T
 
 
 def adapter_rows(hidden: int, element_size: int, capability: int) -> Tiles:
-    fits = hidden <= 128 or not operands_in_registers(capability)  # the 99 KB of shared memory of RTX cards
-    block = 64 if element_size == 2 and fits else 32
-    return dict(BLOCK_T=block, BLOCK_C=block, num_warps=4 if hidden <= 32 else 8, num_stages=2)
+    if element_size > 2:
+        return dict(BLOCK_T=32, BLOCK_C=32, num_warps=4, num_stages=2)
+    return dict(BLOCK_T=64, BLOCK_C=32, num_warps=4, num_stages=2)
+
+
+def adapter_few_rows(hidden: int, element_size: int, capability: int) -> Tiles:
+    return dict(BLOCK_T=16, BLOCK_C=32 if element_size > 2 else 64, num_warps=4, num_stages=2)
 
 
 def adapter_parameters(hidden: int, element_size: int, capability: int) -> Tiles:
-    tiles = adapter_rows(hidden, element_size, capability)
-    if element_size == 2 and operands_in_registers(capability):
-        return dict(tiles, BLOCK_T=16)
-    if element_size == 2 and capability >= 100:
-        return dict(tiles, BLOCK_T=32)
-    return tiles
+    if element_size > 2:
+        return dict(BLOCK_T=32, BLOCK_C=32, num_warps=8, num_stages=2)
+    if operands_in_registers(capability):
+        return dict(BLOCK_T=16, BLOCK_C=64, num_warps=8, num_stages=2)
+    return dict(BLOCK_T=64, BLOCK_C=128, num_warps=8, num_stages=3 if hidden <= 96 else 2)
 
 
 SHIPPED = dict(
     attention_forward=attention_forward,
     attention_backward=attention_backward,
     adapter_rows=adapter_rows,
+    adapter_few_rows=adapter_few_rows,
     adapter_parameters=adapter_parameters,
 )
 

@@ -3,7 +3,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
 # A kernel's constants are constexpr to Triton and plain values to its caller, which a type checker cannot see.
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from upperson_kernels import tiles
 from upperson_kernels.adapter import device
-from upperson_kernels.backend import accumulator, capability, float32_precision
+from upperson_kernels.backend import accumulator, capability, float32_precision, multiprocessors
 from upperson_kernels.rows import TRITON_DTYPES, as_rows
 
-MAX_SHARES = 32  # partial sums of the parameter gradients
+FEW_ROWS = 64 * 132  # with fewer, programs of 64 rows would leave multiprocessors idle
+FINISH_BLOCKS = dict(BLOCK_C=8, num_warps=4)
 
 
 class Norm(NamedTuple):
@@ -62,14 +63,14 @@ class Needs(NamedTuple):
         return self.down_weight or self.down_bias or self.norm_weight or self.norm_bias
 
 
-class Sums(NamedTuple):
-    """The sums of parameter_gradient_kernel; empty for every sum that is not wanted."""
+class Shares(NamedTuple):
+    """The sums of parameter_gradient_kernel over each share of the rows; empty for every sum that is not wanted."""
 
-    up: Tensor  # (C, R), dyᵀ h
-    column: Tensor  # (C,), Σ dy
-    down: Tensor  # (C, R), (dhᵀ x)ᵀ
-    down_bias: Tensor  # (R,), Σ dh
-    weight: Tensor  # (C,), Σ dy x̂
+    up: Tensor  # (S, C, R), dyᵀ h
+    column: Tensor  # (S, C), Σ dy
+    down: Tensor  # (S, C, R), (dhᵀ x)ᵀ
+    down_bias: Tensor  # (S, R), Σ dh
+    weight: Tensor  # (S, C), Σ dy x̂
 
 
 def forward(
@@ -99,14 +100,14 @@ def forward(
     if rows:
         x_rows = as_rows(x)
         residual_rows = x_rows if residual is None else as_rows(residual)
-        chosen = tiles.choose("adapter_rows", hidden_width, x.element_size(), capability(x))
+        chosen = row_tiles(x, rows, hidden_width)
         with torch.cuda.device_of(x):
             device.forward_kernel[(triton.cdiv(rows, chosen["BLOCK_T"]),)](
                 x_rows,
                 residual_rows,
-                *(parameter.contiguous() for parameter in norm),
-                *(parameter.contiguous() for parameter in layers),
-                *(parameter.contiguous() for parameter in (norm if own_norm is None else own_norm)),
+                *contiguous(norm),
+                *computed_with(layers, x.dtype),
+                *contiguous(norm if own_norm is None else own_norm),
                 y,
                 stream,
                 stream if own_norm is None else total,
@@ -114,13 +115,10 @@ def forward(
                 x_rows.stride(0),
                 residual_rows.stride(0),
                 rows,
-                width,
-                hidden_width,
                 EPS=eps,
                 HAS_RESIDUAL=residual is not None,
                 OWN_NORM=own_norm is not None,
-                PRECISION=float32_precision(),
-                ACC=TRITON_DTYPES[acc_dtype],
+                **constants(x, layers),
                 **chosen,
             )
     return y, stream, total, saved
@@ -145,55 +143,36 @@ def backward(
         layers, own_norm: the parameters of the adapter.
         saved: from forward.
     """
-    hidden_width, width = layers.down_weight.shape
-    acc_dtype = accumulator(x.dtype)
     dy_rows, x_rows = as_rows(dy), as_rows(x)
-    dstream_rows = dy_rows if dstream is None else as_rows(dstream)
-    dx, dhidden = input_gradient(
-        dy_rows, dstream_rows, dstream is not None, x, x_rows, weight, layers, own_norm, saved, needs
-    )
+    dstream_rows = None if dstream is None else as_rows(dstream)
+    computed = computed_with(layers, x.dtype)
+    dx, dhidden = input_gradient(dy_rows, dstream_rows, x, x_rows, weight, computed, own_norm, saved, needs)
 
-    common = (x_rows, saved, dhidden, width, hidden_width, own_norm is not None)
+    inputs = (x_rows, saved, dhidden, own_norm is not None)
     up, column = needs.up_weight or needs.scale, needs.up_bias or needs.scale
-    if own_norm is None:
-        sums = parameter_sums(
-            dy_rows, *common, up=up, column=column or needs.bias, down=needs.down, weight=needs.weight
-        )
-        of_norm = sums
+    if own_norm is None or dstream_rows is None:
+        column = column or needs.bias
+        shares = of_norm = parameter_shares(dy_rows, *inputs, up=up, column=column, down=needs.down, weight=needs.weight)
     else:  # γ and β are frozen as a rule, and dy is then not read
-        sums = parameter_sums(dstream_rows, *common, up=up, column=column, down=needs.down, weight=False)
-        of_norm = parameter_sums(dy_rows, *common, up=False, column=needs.bias, down=False, weight=needs.weight)
+        shares = parameter_shares(dstream_rows, *inputs, up=up, column=column, down=needs.down, weight=False)
+        of_norm = parameter_shares(dy_rows, *inputs, up=False, column=needs.bias, down=False, weight=needs.weight)
 
     gradients = {name: x.new_empty(0) for name in Needs._fields} | {"x": dx}
-    wide_scale = layers.scale.to(acc_dtype)
     if needs.weight:
-        gradients["weight"] = of_norm.weight.to(weight.dtype)
+        gradients["weight"] = of_norm.weight.sum(0).to(weight.dtype)
     if needs.bias:
-        gradients["bias"] = of_norm.column.to(weight.dtype)
-    if needs.down_weight:
-        gradients["down_weight"] = down_gradient(sums, own_norm, acc_dtype).to(layers.down_weight.dtype)
-    if needs.down_bias:
-        gradients["down_bias"] = sums.down_bias.to(layers.down_bias.dtype)
-    if needs.up_weight:
-        gradients["up_weight"] = (wide_scale * sums.up).to(layers.up_weight.dtype)
-    if needs.up_bias:
-        gradients["up_bias"] = (wide_scale * sums.column).to(layers.up_bias.dtype)
+        gradients["bias"] = of_norm.column.sum(0).to(weight.dtype)
+    if up or needs.up_bias or needs.down:
+        found = finish(shares, computed, layers, own_norm)
+        gradients |= {name: gradient for name, gradient in found.items() if getattr(needs, name)}
     if needs.scale:
-        of_weight, of_bias = sums.up * layers.up_weight.to(acc_dtype), sums.column * layers.up_bias.to(acc_dtype)
-        gradients["scale"] = (of_weight.sum() + of_bias.sum()).to(layers.scale.dtype)
-    if own_norm is not None and (needs.norm_weight or needs.norm_bias):
-        wide_down = layers.down_weight.contiguous().to(acc_dtype)
-        if needs.norm_weight:
-            gradients["norm_weight"] = (wide_down.t() * sums.down).sum(1).to(own_norm.weight.dtype)
-        if needs.norm_bias:
-            gradients["norm_bias"] = (sums.down_bias @ wide_down).to(own_norm.bias.dtype)
+        gradients["scale"] = gradients["scale"].sum().to(layers.scale.dtype)
     return tuple(gradients.values())
 
 
 def input_gradient(
     dy: Tensor,
-    dstream: Tensor,
-    has_dstream: bool,
+    dstream: Tensor | None,
     x: Tensor,
     x_rows: Tensor,
     weight: Tensor,
@@ -203,28 +182,28 @@ def input_gradient(
     needs: Needs,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, in its shape, and of the hidden activations, (T, R). dy and dstream are (T, C)."""
-    hidden_width, width = layers.down_weight.shape
+    hidden_width = layers.down_weight.shape[0]
     rows = x_rows.shape[0]
-    acc_dtype = accumulator(x.dtype)
     dx = x.new_empty(x.shape if needs.x else 0)
     dhidden = x.new_empty(rows, hidden_width)
     if not rows or not (needs.x or needs.down):
         return dx, dhidden
     norm_weight, down_norm, down_shift = weight, layers.down_bias, layers.down_bias  # not read without an own norm
     if own_norm is not None:
-        wide_down = layers.down_weight.contiguous().to(acc_dtype)
+        acc_dtype = accumulator(x.dtype)
+        wide_down = layers.down_weight.to(acc_dtype)
         norm_weight = own_norm.weight
         down_norm = wide_down @ own_norm.weight.to(acc_dtype)
         down_shift = torch.addmv(layers.down_bias.to(acc_dtype), wide_down, own_norm.bias.to(acc_dtype))
-    chosen = tiles.choose("adapter_rows", hidden_width, x.element_size(), capability(x))
+    chosen = row_tiles(x, rows, hidden_width)
     with torch.cuda.device_of(x):
         device.input_gradient_kernel[(triton.cdiv(rows, chosen["BLOCK_T"]),)](
             dy,
-            dstream,
+            dy if dstream is None else dstream,
             x_rows,
             weight.contiguous(),
-            layers.down_weight.contiguous(),
-            layers.up_weight.contiguous(),
+            layers.down_weight,
+            layers.up_weight,
             layers.scale,
             norm_weight.contiguous(),
             down_norm,
@@ -233,40 +212,38 @@ def input_gradient(
             dx,
             dhidden,
             dy.stride(0),
-            dstream.stride(0),
+            dy.stride(0) if dstream is None else dstream.stride(0),
             x_rows.stride(0),
             rows,
-            width,
-            hidden_width,
             NEED_DX=needs.x,
-            HAS_DSTREAM=has_dstream,
+            HAS_DSTREAM=dstream is not None,
             OWN_NORM=own_norm is not None,
-            PRECISION=float32_precision(),
-            ACC=TRITON_DTYPES[acc_dtype],
+            **constants(x, layers),
             **chosen,
         )
     return dx, dhidden
 
 
-def parameter_sums(
+def parameter_shares(
     dy: Tensor,
     x: Tensor,
     saved: Saved,
     dhidden: Tensor,
-    width: int,
-    hidden_width: int,
     own_norm: bool,
     *,
     up: bool,
     column: bool,
     down: bool,
     weight: bool,
-) -> Sums:
-    """The sums over the rows (T, C) of dy and x that are wanted."""
-    rows, acc_dtype = x.shape[0], accumulator(x.dtype)
+) -> Shares:
+    """The sums over shares of the rows (T, C) of dy and x that are wanted.
+
+    There are as many shares as fill every multiprocessor with one program, and none where there are no rows.
+    """
+    (rows, width), hidden_width = x.shape, dhidden.shape[1]
     chosen = tiles.choose("adapter_parameters", hidden_width, x.element_size(), capability(x))
-    row_blocks = triton.cdiv(rows, chosen["BLOCK_T"])
-    shares = min(MAX_SHARES, row_blocks)
+    row_blocks, column_blocks = triton.cdiv(rows, chosen["BLOCK_T"]), triton.cdiv(width, chosen["BLOCK_C"])
+    shares = min(row_blocks, max(1, multiprocessors(x) // column_blocks))
     shapes = (
         (up, (width, hidden_width)),
         (column, (width,)),
@@ -274,21 +251,22 @@ def parameter_sums(
         (down, (hidden_width,)),
         (weight, (width,)),
     )
-    buffers = [x.new_empty((shares, *shape) if wanted else 0, dtype=acc_dtype) for wanted, shape in shapes]
-    if rows and (up or column or down or weight):
+    acc_dtype = accumulator(x.dtype)
+    found = Shares(*(x.new_empty((shares, *shape) if wanted else 0, dtype=acc_dtype) for wanted, shape in shapes))
+    if shares and (up or column or down or weight):
         with torch.cuda.device_of(x):
-            device.parameter_gradient_kernel[(triton.cdiv(width, chosen["BLOCK_C"]), shares)](
+            device.parameter_gradient_kernel[(column_blocks, shares)](
                 dy,
                 x,
                 *saved,
                 dhidden,
-                *buffers,
+                *found,
                 dy.stride(0),
                 x.stride(0),
                 rows,
-                width,
-                hidden_width,
                 triton.cdiv(row_blocks, shares) * chosen["BLOCK_T"],
+                C=width,
+                R=hidden_width,
                 NEED_UP=up,
                 NEED_COLUMN=column,
                 NEED_DOWN=down,
@@ -296,17 +274,78 @@ def parameter_sums(
                 OWN_NORM=own_norm,
                 PRECISION=float32_precision(),
                 ACC=TRITON_DTYPES[acc_dtype],
+                STAGES=chosen["num_stages"],
                 **chosen,
             )
-    return Sums(*(buffer.sum(0) if wanted else buffer for buffer, (wanted, _) in zip(buffers, shapes, strict=True)))
+    return found
 
 
-def down_gradient(sums: Sums, own_norm: Norm | None, acc_dtype: torch.dtype) -> Tensor:
-    """dWd (R, C).
+def finish(shares: Shares, computed: Layers, layers: Layers, own_norm: Norm | None) -> dict[str, Tensor]:
+    """The gradients of the adapter's parameters from their shares, by name; of the scale, (programs,), to be summed.
 
-    With an own norm the adapter reads z = x̂ ∘ γ' + β', and dhᵀ z = (dhᵀ x̂) ∘ γ' + (Σ dh) ⊗ β'.
+    Those whose sums are missing are not written. `computed`: the layers as the kernels multiplied with them.
     """
-    if own_norm is None:
-        return sums.down.t().contiguous()
-    of_weight = sums.down.t() * own_norm.weight.to(acc_dtype)
-    return torch.addr(of_weight, sums.down_bias, own_norm.bias.to(acc_dtype)).contiguous()
+    hidden_width, width = layers.down_weight.shape
+    norm = Norm(layers.up_bias, layers.up_bias) if own_norm is None else own_norm
+    parameters = dict(
+        down_weight=layers.down_weight,
+        down_bias=layers.down_bias,
+        up_weight=layers.up_weight,
+        up_bias=layers.up_bias,
+        scale=None,
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+    )
+    programs = triton.cdiv(width, FINISH_BLOCKS["BLOCK_C"])
+    found = {
+        name: shares.up.new_empty(programs)
+        if parameter is None
+        else torch.empty_like(parameter, memory_format=torch.contiguous_format)
+        for name, parameter in parameters.items()
+    }
+    with torch.cuda.device_of(shares.up):
+        device.finish_kernel[(programs,)](
+            shares.up,
+            shares.column,
+            shares.down,
+            shares.down_bias,
+            computed.down_weight,
+            computed.up_weight,
+            computed.up_bias,
+            computed.scale,
+            *contiguous(norm),
+            *found.values(),
+            max(map(len, shares)),
+            C=width,
+            R=hidden_width,
+            NEED_UP=shares.up.dim() > 1,
+            NEED_COLUMN=shares.column.dim() > 1,
+            NEED_DOWN=shares.down.dim() > 1,
+            OWN_NORM=own_norm is not None,
+            ACC=TRITON_DTYPES[shares.up.dtype],
+            BLOCK_R=triton.next_power_of_2(hidden_width),
+            **FINISH_BLOCKS,
+        )
+    return found
+
+
+def row_tiles(x: Tensor, rows: int, hidden_width: int) -> dict[str, Any]:
+    """The tiles of the kernels that own rows."""
+    kernel = "adapter_rows" if rows >= FEW_ROWS else "adapter_few_rows"
+    return tiles.choose(kernel, hidden_width, x.element_size(), capability(x))
+
+
+def constants(x: Tensor, layers: Layers) -> dict[str, Any]:
+    """The constants of the kernels that own rows."""
+    hidden_width, width = layers.down_weight.shape
+    return dict(C=width, R=hidden_width, PRECISION=float32_precision(), ACC=TRITON_DTYPES[accumulator(x.dtype)])
+
+
+def contiguous(tensors: NamedTuple) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def computed_with(layers: Layers, dtype: torch.dtype) -> Layers:
+    """The layers as the kernels take them: contiguous, both weights in the dtype of the activations."""
+    layers = Layers(*contiguous(layers))
+    return layers._replace(down_weight=layers.down_weight.to(dtype), up_weight=layers.up_weight.to(dtype))

@@ -22,22 +22,12 @@ import triton
 import triton.language as tl
 
 from upperson_kernels.quick_gelu import reference
+from upperson_kernels.rows import load_tile, store_tile
 
 COUNTS = ["T"]                          # changes from batch to batch
 SLOPE = tl.constexpr(reference.SLOPE)
 EXPONENT = tl.constexpr(-reference.SLOPE * math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
-
-
-@triton.jit
-def tile_of(
-    p_base,                     # (T, C)
-    o_t,                        # offsets of rows
-    stride_t,                   # from row to row
-    o_c,                        # offsets of columns
-):
-    """Pointers to a tile of a matrix.  [T, C]"""
-    return p_base + o_t[:, None].to(tl.int64) * stride_t + o_c[None, :]
 
 
 @triton.jit
@@ -74,8 +64,7 @@ def forward_kernel(
     """y = u σ for a tile of x."""
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_tile = (o_t < T)[:, None] if EVEN else (o_t < T)[:, None] & (o_c < C)[None, :]
-    b_u = tl.load(tile_of(p_x, o_t, stride_x, o_c), mask=m_tile, other=0.0).to(ACC)
+    b_u = load_tile(p_x, o_t, stride_x, o_c, T, C, EVEN_COLUMNS=EVEN).to(ACC)
     b_u += load_bias(p_bias, o_c, C, HAS_BIAS=HAS_BIAS, ACC=ACC, EVEN=EVEN)
     if FAST:
         b_root = tl.rsqrt(1.0 + tl.exp2(b_u * EXPONENT))
@@ -83,7 +72,7 @@ def forward_kernel(
     else:
         b_slope = tl.full([], SLOPE, ACC)                               # a Python float would be rounded to float32
         b_y = b_u / (1.0 + tl.exp(-b_slope * b_u))
-    tl.store(tile_of(p_y, o_t, C, o_c), b_y.to(p_y.dtype.element_ty), mask=m_tile)
+    store_tile(p_y, b_y, o_t, C, o_c, T, C, EVEN_COLUMNS=EVEN)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -106,10 +95,9 @@ def backward_kernel(
     """dx for a tile of x."""
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_tile = (o_t < T)[:, None] if EVEN else (o_t < T)[:, None] & (o_c < C)[None, :]
-    b_x = tl.load(tile_of(p_x, o_t, stride_x, o_c), mask=m_tile, other=0.0).to(ACC)
+    b_x = load_tile(p_x, o_t, stride_x, o_c, T, C, EVEN_COLUMNS=EVEN).to(ACC)
     b_bias = load_bias(p_bias, o_c, C, HAS_BIAS=HAS_BIAS, ACC=ACC, EVEN=EVEN)
-    b_dy = tl.load(tile_of(p_dy, o_t, stride_dy, o_c), mask=m_tile, other=0.0).to(ACC)
+    b_dy = load_tile(p_dy, o_t, stride_dy, o_c, T, C, EVEN_COLUMNS=EVEN).to(ACC)
     if FAST:
         b_a = b_x * EXPONENT + b_bias * EXPONENT
         b_root = tl.rsqrt(1.0 + tl.exp2(b_a))
@@ -120,4 +108,4 @@ def backward_kernel(
         b_u = b_x + b_bias
         b_sigmoid = 1.0 / (1.0 + tl.exp(-b_slope * b_u))
         b_dx = b_dy * b_sigmoid * (1.0 + b_slope * b_u * (1.0 - b_sigmoid))
-    tl.store(tile_of(p_dx, o_t, C, o_c), b_dx.to(p_dx.dtype.element_ty), mask=m_tile)
+    store_tile(p_dx, b_dx, o_t, C, o_c, T, C, EVEN_COLUMNS=EVEN)
