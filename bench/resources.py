@@ -1,219 +1,204 @@
-"""What the compiled kernels need on each GPU generation, without a GPU: registers, spills, shared memory, padding.
+"""What the compiled kernels need on each GPU generation, counted without a GPU.
 
-    python bench/resources.py                          every production shape on every target
+    python bench/resources.py                          every production call on every target
     python bench/resources.py --target 90 --json resources.json
 
-Compiles every kernel ahead of time, as it is launched at the shapes of CLIP ViT-B/16 and ViT-L/14, and reads what
-the compiler and the assembler report:
+Each operator is called at the shapes of CLIP ViT-B/16 and ViT-L/14 with 128 samples, as training calls it, on a GPU that
+is not there (harness/absent_gpu.py): the kernels are those that the project's own launchers choose, compiled for the
+very arguments. For each kernel, from its code:
 
-    registers   of a thread
-    stack       bytes a thread; above 0 is a spill
-    shared      bytes of shared memory a program
-    occupancy   share of a multiprocessor's warps that can be resident
-    padded      elements of the matrix products that the tiles compute, over those of the definition (two products
-                forward, five backward; the second pass of backward recomputes two, which count here too)
-    matrix      matrix instructions and how many
-    off_unit    on Hopper and data-centre Blackwell: products of 64 rows or more that miss the unit for those (wgmma,
-                tcgen05)
+    registers      of a thread
+    stack          bytes a thread; above 0 is a spill
+    shared         bytes of shared memory a program
+    occupancy      share of a multiprocessor's warps that can be resident
+    programs       of the launch
+    instructions   that all warps of a program execute
+    special        exponentials, roots and reciprocals among them
+    loads          MB that 16-byte loads of all programs ask the L2 cache for, masked elements too
+    warpgroup      matrix instructions in the code for the large units of Hopper (wgmma) and data-centre Blackwell
+                   (tcgen05)
+    matrix         and for the units of all GPUs
+
+Counts of instructions are missing (–) where a loop's number of steps is not known before it runs: in the kernels for
+attention of any length, and on Blackwell, whose code waits in loops.
+
+For each call, the least time on GPUs whose rates are known: the time to issue these instructions, or the floor, which is
+the time for the least bytes or the useful operations. The share of the floor follows. Latencies are not in it: a
+measured time is longer.
 """
 
 import argparse
 import os
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import product
+from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
+import torch
 import triton
-import triton.language as tl
+from harness import absent_gpu
+from harness.absent_gpu import SHARED_MEMORY, Launch
+from harness.device import KNOWN_RATES
 from harness.options import json_path
 from harness.output import save_json, table
+from harness.sass import MATRIX, WARPGROUP, Code
+from torch import Tensor
 from tqdm import tqdm
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from upperson_kernels import tiles
-from upperson_kernels.adapter import device as adapter
-from upperson_kernels.attention import device as attention
-from upperson_kernels.attention.launch import last_tiles
-from upperson_kernels.quick_gelu import device as quick_gelu
-from upperson_kernels.quick_gelu.launch import BLOCKS
+from upperson_kernels.adapter import launch as adapter
+from upperson_kernels.attention import launch as attention
+from upperson_kernels.quick_gelu import launch as quick_gelu
 
 TARGETS = (80, 89, 90, 100)  # A100, RTX 40, H100 and H200, B200
-DTYPES = ("fp16", "bf16")
-SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KB that one program may have
-REGISTERS = 65536  # on one multiprocessor
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 WARPS = {80: 64, 89: 48, 90: 64, 100: 64}  # that one multiprocessor holds at most
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
-BIG_UNIT = {90: ("wgmma", "wgmma.mma_async"), 100: ("tcgen05", "tcgen05.mma")}  # takes 64 rows or more
+REGISTERS = 65536  # of a multiprocessor
+ANY_LENGTH = ("attention.device.forward_kernel", "attention.device.backward_kernel")  # loops of unknown length
+# Of KNOWN_RATES: the target, and warp instructions a second that its multiprocessors issue.
+ISSUE = {"H100": (90, 0.93e12), "H200": (90, 0.93e12), "RTX 4090": (89, 1.29e12)}
+LEFT = ("shape", "kernel")
+SAMPLES, PREFIX, HEAD_WIDTH = 128, 10, 64
+CAPTION = 26  # tokens of a usual caption
 
 
 @dataclass(frozen=True)
-class Attention:
-    """One attention call of CLIP, heads of 64. Padding is counted for sequences of `length` tokens."""
-
-    length: int
-    causal: bool
-    packed: bool = False
-
-
-ATTENTION = {
-    "image": Attention(193, False),
-    "image L/14": Attention(244, False),
-    "text": Attention(77, True),
-    "text, short": Attention(28, True),  # a batch cut to its longest caption
-    "text, packed": Attention(26, True, packed=True),  # a usual caption
-}
-HEAD_WIDTH = 64
-PREFIXES = (2, 10, 14)
-ADAPTERS = ((512, 64), (768, 96), (1024, 128))  # width, hidden width
-ACTIVATIONS = (2048, 3072, 4096)  # width of the MLP
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel at one shape: its constants, launch options, and the dtypes of pointers that are not the input's."""
+class Call:
+    """One call of an operator. `trips`: the steps of the loops of its kernels, by the kernel's name."""
 
     name: str
     shape: str
-    kernel: triton.JITFunction
-    constants: dict
-    tiles: dict
-    pointers: dict[str, str]
-    padded: float
+    run: Callable[[], object]
+    trips: dict[str, int]
+    bytes: float = 0.0  # at least read and written
+    flops: float = 0.0  # useful
 
 
-COMMON = dict(PRECISION="ieee", ACC=tl.float32)
-# Pointers to float32 (parameters, their gradients, statistics); the others point to 16-bit activations, as under
-# autocast.
-ATTENTION_FP32 = "prefix_key prefix_value prefix_scale lse dprefix_key dprefix_value dscale"
-ADAPTER_FP32 = (
-    "weight bias down_weight down_bias up_weight up_bias scale norm_weight norm_bias down_norm down_shift mean rstd "
-    "dup dcolumn ddown ddown_bias dweight"
-)
+def calls(dtype: torch.dtype) -> Iterator[Call]:
+    """Every operator at every production shape, forward and backward."""
+    for name, length, heads, causal, packed in (
+        ("image", 193, 12, False, False),
+        ("image L/14", 244, 16, False, False),
+        ("text", 77, 8, True, False),
+        ("text, packed", CAPTION, 8, True, True),
+    ):
+        yield from attention_calls(name, length, heads, causal, packed, "weights", dtype)
+        if not causal:
+            yield from attention_calls(f"{name}, λ on logits", length, heads, causal, packed, "logits", dtype)
+    for name, rows, width, hidden in (
+        ("image", SAMPLES * 193, 768, 96),
+        ("text, packed", SAMPLES * CAPTION, 512, 64),
+        ("image L/14", SAMPLES * 244, 1024, 128),
+    ):
+        for residual, own_norm in ((True, False), (False, False), (True, True)):
+            shape = f"{name}, {width} → {hidden}{', residual' * residual}{', own norm' * own_norm}"
+            yield from adapter_calls(shape, rows, width, hidden, residual, own_norm, dtype)
+    for rows, width in ((SAMPLES * 193, 3072), (SAMPLES * CAPTION, 2048), (SAMPLES * 244, 4096)):
+        x, bias = torch.empty(rows, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        for mode, tensors, run in (
+            ("forward", 2, partial(quick_gelu.forward, x, bias)),
+            ("backward", 3, partial(quick_gelu.backward, x, x, bias)),
+        ):
+            yield Call(f"QuickGELU {mode}", str(width), run, {}, tensors * x.nbytes)
 
 
-def cases(target: int) -> Iterator[Case]:
-    """Every kernel at every production shape."""
-    yield from attention_cases(target)
-    for width, hidden in ADAPTERS:
-        yield from adapter_cases(target, width, hidden)
-    kernels = {"forward": quick_gelu.forward_kernel, "backward": quick_gelu.backward_kernel}
-    for width, (mode, kernel) in product(ACTIVATIONS, kernels.items()):
-        constants = dict(HAS_BIAS=True, ACC=tl.float32)
-        yield Case(f"QuickGELU {mode}", str(width), kernel, constants, BLOCKS, fp32("bias"), 1.0)
+def attention_calls(
+    shape: str, length: int, heads: int, causal: bool, packed: bool, target: str, dtype: torch.dtype
+) -> Iterator[Call]:
+    tokens = SAMPLES * length
+    qkv = torch.empty(*((tokens,) if packed else (SAMPLES, length)), 3, heads, HEAD_WIDTH, dtype=dtype)
+    key, value = torch.empty(2, PREFIX, heads, HEAD_WIDTH)
+    prefix = attention.Prefix(key, value, torch.tensor(10.0))
+    offsets = length * torch.arange(SAMPLES + 1, dtype=torch.int32)
+    inputs = (qkv, prefix, attention.Packing(offsets if packed else None, length))
+    out, lse = torch.empty_like(qkv.select(-3, 0)), torch.empty(heads, tokens)
+    options = (causal, target)
+    needs = attention.Needs(qkv=True, key=True, value=True, scale=True)
+    visible = (length * (length + 1) / 2 if causal else length**2) + length * PREFIX
+    forward = 4 * heads * HEAD_WIDTH * SAMPLES * visible
+    trips = {"resident.forward_kernel": triton.cdiv(length, 64), "prefix_gradient_kernel": triton.cdiv(SAMPLES, 8)}
+    moved = 4 * out.nbytes + lse.nbytes
+    yield Call("attention forward", shape, lambda: attention.forward(*inputs, *options), trips, moved, forward)
+    backward = partial(attention.backward, torch.empty_like(out), *inputs, out, lse, *options, needs)
+    yield Call("attention backward", shape, backward, trips, moved + 4 * out.nbytes, 2.5 * forward)
 
 
-def fp32(names: str) -> dict[str, str]:
-    return {f"p_{name}": "fp32" for name in names.split()}
+def adapter_calls(
+    shape: str, rows: int, width: int, hidden: int, residual: bool, own_norm: bool, dtype: torch.dtype
+) -> Iterator[Call]:
+    def parameter(*size: int) -> Tensor:
+        return torch.empty(size)
 
-
-def attention_cases(target: int) -> Iterator[Case]:
-    pointers = fp32(ATTENTION_FP32) | dict(p_cu_seqlens="i32")
-    needs = dict.fromkeys(("NEED_QKV", "NEED_KEY", "NEED_VALUE", "NEED_SCALE"), True)
-    kernels = {"forward": (attention.forward_kernel, {}), "backward": (attention.backward_kernel, needs)}
-    for (name, call), prefix, on_logits in product(ATTENTION.items(), PREFIXES, (False, True)):
-        if on_logits and prefix != 10:  # almost the same code
-            continue
-        shape = f"{name}, P {prefix}{', λ on logits' if on_logits else ''}"
-        flags = dict(D=HEAD_WIDTH, CAUSAL=call.causal, PACKED=call.packed, SCALE_LOGITS=on_logits, **COMMON)
-        for mode, (kernel, extra) in kernels.items():
-            chosen = tiles.choose(f"attention_{mode}", HEAD_WIDTH, 2, target)
-            last = last_tiles(call.length, prefix, call.packed, chosen["BLOCK_M"], chosen["BLOCK_N"])
-            padded = attention_products(mode, call, prefix, chosen | last) / attention_needed(mode, call, prefix)
-            yield Case(f"attention {mode}", shape, kernel, flags | extra | last, chosen, pointers, padded)
-
-
-def adapter_cases(target: int, width: int, hidden: int) -> Iterator[Case]:
-    rows, columns = (tiles.choose(kernel, hidden, 2, target) for kernel in ("adapter_rows", "adapter_parameters"))
-    padded = rows["BLOCK_R"] / hidden  # the width is a multiple of every block
-
-    def case(name: str, kernel: triton.JITFunction, chosen: dict, residual: bool, own_norm: bool, **flags) -> Case:
-        shape = f"{width} → {hidden}{', residual' if residual else ''}{', own norm' if own_norm else ''}"
-        constants = dict(OWN_NORM=own_norm, **flags, **COMMON)
-        return Case(f"adapter {name}", shape, kernel, constants, chosen, fp32(ADAPTER_FP32), padded)
-
-    for residual, own_norm in product((False, True), (False, True)):
-        variant = (rows, residual, own_norm)
-        yield case("forward", adapter.forward_kernel, *variant, EPS=1e-5, HAS_RESIDUAL=residual)
-        if not (residual and own_norm):  # the same as own_norm alone, whose stream has a gradient in any case
-            flags = dict(NEED_DX=True, HAS_DSTREAM=residual or own_norm)
-            yield case("input gradient", adapter.input_gradient_kernel, *variant, **flags)
-    for own_norm in (False, True):
-        flags = dict(NEED_UP=True, NEED_COLUMN=True, NEED_DOWN=True, NEED_WEIGHT=False)
-        yield case("parameter gradient", adapter.parameter_gradient_kernel, columns, False, own_norm, **flags)
-
-
-def attention_needed(mode: str, call: Attention, prefix: int) -> float:
-    """Elements of the definition's products, per head and unit of its width."""
-    visible = call.length * (call.length + 1) / 2 if call.causal else call.length**2
-    return (visible + call.length * prefix) * {"forward": 2, "backward": 5}[mode]
-
-
-def attention_products(mode: str, call: Attention, prefix: int, chosen: dict) -> float:
-    """Elements of the kernels' products: all pairs of a tile of rows and a tile of columns that are multiplied."""
-
-    def cut(count: int, block: int, last: int) -> list[tuple[int, int]]:
-        return [(start, last if start + block >= count else block) for start in range(0, count, block)]
-
-    block_m, block_n, last_m = chosen["BLOCK_M"], chosen["BLOCK_N"], chosen["LAST_M"]
-    columns = cut(call.length + prefix, block_n, chosen["LAST_N"])
-    plain = min(call.length // block_n, (call.length + prefix - 1) // block_n) * block_n
-    by_rows = sum(
-        m * n
-        for start_m, m in cut(call.length, block_m, last_m)
-        for start_n, n in columns
-        if not (call.causal and start_m + m <= start_n < plain)
+    x = torch.empty(rows, width, dtype=dtype)
+    norm = adapter.Norm(parameter(width), parameter(width))
+    layers = adapter.Layers(
+        torch.empty(hidden, width, dtype=dtype),
+        parameter(hidden),
+        torch.empty(width, hidden, dtype=dtype),
+        parameter(width),
+        torch.tensor(1.0),
     )
-    if mode == "forward":
-        return 2 * by_rows
-    by_columns = 0
-    for start_n, n in columns:
-        step = block_m if start_n < plain and not call.causal else block_m // 2
-        begin = start_n // step * step if start_n < plain and call.causal else 0
-        by_columns += sum(n * m for start_m, m in cut(call.length, step, min(last_m, step)) if start_m >= begin)
-    return 3 * by_rows + 4 * by_columns
+    saved = adapter.Saved(parameter(rows), parameter(rows), torch.empty(rows, hidden, dtype=dtype))
+    own = norm if own_norm else None
+    needs = adapter.Needs(True, False, False, True, True, True, True, True, own_norm, own_norm)
+    flops, statistics = 4 * rows * width * hidden, 8 * rows
+    forward = partial(adapter.forward, x, x if residual else None, norm, layers, own, 1e-5)
+    moved = (2 + 2 * residual + own_norm) * x.nbytes + statistics
+    yield Call("adapter forward", shape, forward, adapter_trips(rows, width, hidden, dtype), moved, flops)
+    dstream = x if residual or own_norm else None
+    backward = partial(adapter.backward, x, dstream, x, norm.weight, layers, own, saved, needs)
+    moved = (3 + (residual or own_norm)) * x.nbytes + statistics
+    yield Call("adapter backward", shape, backward, adapter_trips(rows, width, hidden, dtype), moved, 2 * flops)
 
 
-def compile_case(case: Case, target: int, dtype: str) -> dict[str, Any]:
-    """A row of the results, whose columns the module's docstring explains."""
-    constants = case.constants | case.tiles
-    options = {key: constants.pop(key) for key in LAUNCH_OPTIONS if key in constants}
-    signature, values, attributes = {}, {}, {}
-    for position, name in enumerate(case.kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            values[(position,)] = constants[name]
-            continue
-        signature[name] = "*" + case.pointers.get(name, dtype) if name.startswith("p_") else "i32"
-        if name.startswith(("p_", "stride_")) or name in ("C", "R"):  # multiples of 16 at these shapes
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    source, gpu = ASTSource(case.kernel, signature, values, attributes), GPUTarget("cuda", target, 32)
-    compiled = triton.compile(source, target=gpu, options=options)
-    registers, stack = resource_usage(compiled.asm["cubin"])
-    shared, warps = compiled.metadata.shared, options["num_warps"]
-    matrix, off_unit = matrix_instructions(compiled, target)
-    row = dict(kernel=case.name, shape=case.shape, target=target, dtype=dtype, registers=registers, stack=stack)
-    row |= dict(shared=shared, warps=warps, occupancy=occupancy(target, registers, shared, warps))
-    return row | dict(padded=case.padded, matrix=matrix, off_unit=off_unit)
+def adapter_trips(rows: int, width: int, hidden: int, dtype: torch.dtype) -> dict[str, int]:
+    x = torch.empty(0, dtype=dtype)
+    over_width = triton.cdiv(width, adapter.row_tiles(x, rows, hidden)["BLOCK_C"])
+    chosen = tiles.choose("adapter_parameters", hidden, x.element_size(), adapter.capability(x))
+    blocks, shares = triton.cdiv(rows, chosen["BLOCK_T"]), adapter.shares_of(x, rows, width, chosen)
+    return {
+        "forward_kernel": over_width,
+        "input_gradient_kernel": over_width,
+        "parameter_gradient_kernel": triton.cdiv(blocks, shares),
+        "finish_kernel": shares,
+    }
 
 
-def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes a thread, as Triton's own cuobjdump reads them from the compiled kernel."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        run = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", run.stdout + run.stderr)
-    if found is None:
-        raise RuntimeError(f"cuobjdump reported no resources: {run.stdout + run.stderr}")
-    return int(found[1]), int(found[2])
+def measure(job: tuple[int, str]) -> list[dict[str, Any]]:
+    """A row for each kernel of each call; the module's docstring explains the columns. For a process of its own."""
+    target, dtype = job
+    absent_gpu.install(target)
+    rows = []
+    for call in calls(DTYPES[dtype]):
+        absent_gpu.launches.clear()
+        call.run()
+        for launch in absent_gpu.launches:
+            row = dict(call=call.name, shape=call.shape, target=target, dtype=dtype, floor=[call.bytes, call.flops])
+            rows.append(row | figures(launch, target, call.trips))
+    return rows
+
+
+def figures(launch: Launch, target: int, trips: dict[str, int]) -> dict[str, Any]:
+    code, programs = Code(launch.cubin), launch.grid[0] * launch.grid[1]
+    registers, stack = code.resources
+    steps = next((steps for name, steps in trips.items() if launch.name.endswith(name)), 0)
+    countable = target < 100 and launch.name not in ANY_LENGTH
+    counts = code.counts([steps] * len(code.loops)) if countable else None
+    return dict(
+        kernel=launch.name,
+        registers=registers,
+        stack=stack,
+        shared=launch.shared,
+        warps=launch.warps,
+        occupancy=occupancy(target, registers, launch.shared, launch.warps),
+        programs=programs,
+        instructions=counts and counts.instructions * launch.warps,
+        special=counts and counts.special * launch.warps,
+        loads=counts and counts.loads * launch.warps * programs / 1e6,
+        warpgroup=code.products(WARPGROUP),
+        matrix=code.products(MATRIX),
+        unaligned=launch.unaligned,
+    )
 
 
 def occupancy(target: int, registers: int, shared: int, warps: int) -> float:
@@ -222,28 +207,23 @@ def occupancy(target: int, registers: int, shared: int, warps: int) -> float:
     return min(by_registers, by_shared, WARPS[target] // warps) * warps / WARPS[target]
 
 
-def matrix_instructions(compiled: triton.compiler.CompiledKernel, target: int) -> tuple[str, int]:
-    """Kinds of matrix instructions with their number, and how many products of 64 rows or more miss the large unit."""
-    units = [BIG_UNIT[target]] if target in BIG_UNIT else []
-    counts = {name: compiled.asm["ptx"].count(code) for name, code in (*units, ("mma", "mma.sync"))}
-    found = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    left = re.findall(r"= tt\.dot .*-> tensor<(\d+)x\d+x\w+,", compiled.asm["ttgir"]) if units else []
-    return found, sum(int(rows) >= 64 for rows in left)
-
-
-def compile_numbered(job: tuple[int, int, str]) -> dict[str, Any]:
-    target, position, dtype = job
-    return compile_case(list(cases(target))[position], target, dtype)
-
-
-def most(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The most that each kernel takes at any shape."""
-    lines = []
-    for kernel in dict.fromkeys(row["kernel"] for row in rows):
-        of_kernel = [row for row in rows if row["kernel"] == kernel]
-        keys = ("registers", "stack", "shared")
-        lines.append({"at most": kernel} | {key: max(row[key] for row in of_kernel) for key in keys})
-    return lines
+def least_times(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The least microseconds of each call whose instructions are counted, and the share of the floor, by GPU."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for gpu, (target, issued_per_second) in ISSUE.items():
+        rates = KNOWN_RATES[gpu]
+        by_call: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["target"] == target:
+                by_call.setdefault((row["call"], row["shape"], row["dtype"]), []).append(row)
+        for (call, shape, dtype), kernels in by_call.items():
+            if any(kernel["instructions"] is None for kernel in kernels):
+                continue
+            issue = 1e6 * sum(kernel["instructions"] * kernel["programs"] for kernel in kernels) / issued_per_second
+            floor = rates.floor(*kernels[0]["floor"])
+            line = found.setdefault((call, shape), {"call": call, "shape": shape})
+            line[f"{gpu}, {dtype}"] = f"{max(issue, floor):,.0f} µs ({floor / max(issue, floor):.0%})"
+    return list(found.values())
 
 
 def main() -> None:
@@ -260,20 +240,19 @@ def main() -> None:
         parser.error(str(error))
 
     jobs = [
-        (target, position, dtype)
+        (target, dtype)
         for target in ([arguments.target] if arguments.target else TARGETS)
-        for position, _ in enumerate(cases(target))
         for dtype in ([arguments.dtype] if arguments.dtype else DTYPES)
     ]
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        compiled = pool.map(compile_numbered, jobs)
-        rows = list(tqdm(compiled, "compiling", len(jobs), unit="kernel", leave=False, disable=None))
-    print(table(rows, left=("shape", "matrix")))
-    spilled, missed = sum(row["stack"] > 0 for row in rows), sum(row["off_unit"] > 0 for row in rows)
-    text = (
-        f"{len(rows)} kernels compiled by Triton {triton.__version__}; {spilled} spill, {missed} keep a product of 64 "
-        f"rows off wgmma or tcgen05.\n\n{table(most(rows), 'pipe')}\n"
-    )
+    with get_context("spawn").Pool(maxtasksperchild=1) as pool:  # a process for each, as it changes Triton for good
+        found = tqdm(pool.imap(measure, jobs), "compiling", len(jobs), unit="target", leave=False, disable=None)
+        rows = [row for of_target in found for row in of_target]
+    shown = [{name: value for name, value in row.items() if name not in ("floor", "unaligned")} for row in rows]
+    print(table([{name: "–" if value is None else value for name, value in row.items()} for row in shown], left=LEFT))
+    spilled = sum(row["stack"] > 0 for row in rows)
+    text = f"{len(rows)} launches compiled by Triton {triton.__version__}; {spilled} spill.\n\n"
+    if least := least_times(rows):
+        text += f"{table(least, 'pipe', left=LEFT)}\n"
     print(f"\n{text}")
     if arguments.json:
         save_json(arguments.json, dict(triton=triton.__version__, rows=rows, text=text))

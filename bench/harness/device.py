@@ -39,9 +39,13 @@ class Rates:
         return 1e6 * max(read_and_written / self.bytes_per_second, flops / self.flops_per_second)
 
 
-# Rates of two GPUs, for floors where no GPU is at hand: H200 as measured by a large copy and a large bf16
-# product; RTX 4090 about what its data sheet promises.
-KNOWN_RATES = (Rates("H200", 4.3e12, 790e12), Rates("RTX 4090", 0.92e12, 165e12))
+# Rates of GPUs, for floors and predictions where no GPU is at hand: H100 and H200 as measured by a large copy and a
+# large bf16 product; RTX 4090 about what its data sheet promises.
+KNOWN_RATES = {
+    "H100": Rates("H100", 3.0e12, 650e12),
+    "H200": Rates("H200", 4.3e12, 790e12),
+    "RTX 4090": Rates("RTX 4090", 0.92e12, 165e12),
+}
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:

@@ -143,7 +143,7 @@ def bench(
 def floor_cells(name: str, moved: float, flops: float) -> dict[str, str]:
     """What a call needs at least, on GPUs whose rates are known."""
     line = {"": name, "MB": f"{moved / 1e6:,.0f}", "GFLOP": f"{flops / 1e9:,.1f}"}
-    return line | {f"{rates.name}, µs": f"{rates.floor(moved, flops):,.0f}" for rates in KNOWN_RATES}
+    return line | {f"{rates.name}, µs": f"{rates.floor(moved, flops):,.0f}" for rates in KNOWN_RATES.values()}
 
 
 def plot(results: Results, path: Path) -> None:

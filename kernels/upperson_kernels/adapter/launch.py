@@ -236,14 +236,11 @@ def parameter_shares(
     down: bool,
     weight: bool,
 ) -> Shares:
-    """The sums over shares of the rows (T, C) of dy and x that are wanted.
-
-    There are as many shares as fill every multiprocessor with one program, and none where there are no rows.
-    """
+    """The sums over shares of the rows (T, C) of dy and x that are wanted."""
     (rows, width), hidden_width = x.shape, dhidden.shape[1]
     chosen = tiles.choose("adapter_parameters", hidden_width, x.element_size(), capability(x))
     row_blocks, column_blocks = triton.cdiv(rows, chosen["BLOCK_T"]), triton.cdiv(width, chosen["BLOCK_C"])
-    shares = min(row_blocks, max(1, multiprocessors(x) // column_blocks))
+    shares = shares_of(x, rows, width, chosen)
     shapes = (
         (up, (width, hidden_width)),
         (column, (width,)),
@@ -278,6 +275,12 @@ def parameter_shares(
                 **chosen,
             )
     return found
+
+
+def shares_of(x: Tensor, rows: int, width: int, chosen: dict[str, Any]) -> int:
+    """As many shares of the rows as give every multiprocessor one program; none where there are no rows."""
+    row_blocks, column_blocks = triton.cdiv(rows, chosen["BLOCK_T"]), triton.cdiv(width, chosen["BLOCK_C"])
+    return min(row_blocks, max(1, multiprocessors(x) // column_blocks))
 
 
 def finish(shares: Shares, computed: Layers, layers: Layers, own_norm: Norm | None) -> dict[str, Tensor]:
