@@ -3,9 +3,9 @@
     python bench/resources.py                          every production call on every target
     python bench/resources.py --target 90 --json resources.json
 
-Each operator is called at the shapes of CLIP ViT-B/16 and ViT-L/14 with 128 samples, as training calls it, on a GPU that
-is not there (harness/absent_gpu.py): the kernels are those that the project's own launchers choose, compiled for the
-very arguments. For each kernel, from its code:
+Each operator is called at the shapes of CLIP ViT-B/16 and ViT-L/14 with 128 samples, as training calls it, on a GPU
+that is not there (harness/absent_gpu.py): the kernels are those that the project's own launchers choose, compiled for
+the very arguments. For each kernel, from its code:
 
     registers      of a thread
     stack          bytes a thread; above 0 is a spill
@@ -22,8 +22,8 @@ very arguments. For each kernel, from its code:
 Counts of instructions are missing (–) where a loop's number of steps is not known before it runs: in the kernels for
 attention of any length, and on Blackwell, whose code waits in loops.
 
-For each call, the least time on GPUs whose rates are known: the time to issue these instructions, or the floor, which is
-the time for the least bytes or the useful operations. The share of the floor follows. Latencies are not in it: a
+For each call, the least time on GPUs whose rates are known: the time to issue these instructions, or the floor, which
+is the time for the least bytes or the useful operations. The share of the floor follows. Latencies are not in it: a
 measured time is longer.
 """
 
@@ -42,7 +42,7 @@ from harness.absent_gpu import SHARED_MEMORY, Launch
 from harness.device import KNOWN_RATES
 from harness.options import json_path
 from harness.output import save_json, table
-from harness.sass import MATRIX, WARPGROUP, Code
+from harness.sass import MATRIX, WARPGROUP, code_of
 from torch import Tensor
 from tqdm import tqdm
 from upperson_kernels import tiles
@@ -179,7 +179,7 @@ def measure(job: tuple[int, str]) -> list[dict[str, Any]]:
 
 
 def figures(launch: Launch, target: int, trips: dict[str, int]) -> dict[str, Any]:
-    code, programs = Code(launch.cubin), launch.grid[0] * launch.grid[1]
+    code, programs = code_of(launch.cubin), launch.grid[0] * launch.grid[1]
     registers, stack = code.resources
     steps = next((steps for name, steps in trips.items() if launch.name.endswith(name)), 0)
     countable = target < 100 and launch.name not in ANY_LENGTH

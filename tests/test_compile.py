@@ -82,14 +82,17 @@ def test_which_kernels_run_where(rows):
     for row in rows:
         launches.setdefault((row["call"], row["shape"], row["target"]), []).append(row["kernel"].split(".")[-1])
     for (call, _, _), kernels in launches.items():
-        assert kernels == {
-            "attention forward": ["forward_kernel"],
-            "attention backward": ["backward_kernel", "prefix_gradient_kernel"],
-            "adapter forward": ["forward_kernel"],
-            "adapter backward": ["input_gradient_kernel", "parameter_gradient_kernel", "finish_kernel"],
-            "QuickGELU forward": ["forward_kernel"],
-            "QuickGELU backward": ["backward_kernel"],
-        }[call]
+        assert (
+            kernels
+            == {
+                "attention forward": ["forward_kernel"],
+                "attention backward": ["backward_kernel", "prefix_gradient_kernel"],
+                "adapter forward": ["forward_kernel"],
+                "adapter backward": ["input_gradient_kernel", "parameter_gradient_kernel", "finish_kernel"],
+                "QuickGELU forward": ["forward_kernel"],
+                "QuickGELU backward": ["backward_kernel"],
+            }[call]
+        )
 
 
 def test_products_run_on_the_unit_made_for_them(rows):
@@ -99,7 +102,9 @@ def test_products_run_on_the_unit_made_for_them(rows):
             "forward_kernel",
             "input_gradient_kernel",
         )
-        if row["kernel"].startswith("quick_gelu") or row["kernel"].endswith(("finish_kernel", "prefix_gradient_kernel")):
+        if row["kernel"].startswith("quick_gelu") or row["kernel"].endswith(
+            ("finish_kernel", "prefix_gradient_kernel")
+        ):
             assert row["warpgroup"] == row["matrix"] == 0, row
         elif row["target"] in (90, 100) and not (few and row["call"].startswith("adapter")):
             assert row["warpgroup"] > 0 and row["matrix"] == 0, row

@@ -161,6 +161,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, AUTOCAST_DTYPES.get(precision), enabled=precision in AUTOCAST_DTYPES)
 
 
+def frozen_dtype(setting: str, device: torch.device, precision: str) -> torch.dtype | None:
+    """The dtype in which frozen weights are kept; None: float32, from which autocast casts them in every step.
+
+    `setting` is frozen_weights of TrainConfig.
+    """
+    kept = setting == "kept" or (setting == "auto" and device.type == "cuda")
+    return AUTOCAST_DTYPES.get(precision, torch.float32) if kept else None
+
+
 @contextmanager
 def process_group(group: Group, device: torch.device) -> Iterator[None]:
     """A context in which the processes of `group` communicate, with NCCL on a CUDA GPU and with gloo elsewhere."""

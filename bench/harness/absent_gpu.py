@@ -1,7 +1,7 @@
 """A GPU that is not there: kernels are specialised, compiled for it by Triton's own launch path, and not run.
 
-Tensors stay on the CPU and say that they are on a GPU. What would be launched is recorded. `install` changes PyTorch and
-Triton for good, so this is for a process of its own.
+Tensors stay on the CPU and say that they are on a GPU. What would be launched is recorded. `install` changes PyTorch
+and Triton for good, so this is for a process of its own.
 """
 
 import contextlib
@@ -75,7 +75,9 @@ class Launcher:
         if not all(1 <= programs <= most for programs, most in zip(grid, MOST_PROGRAMS, strict=True)):
             raise ValueError(f"{self.metadata.name}: a grid of {grid} programs cannot be launched")
         names = self.source.fn.arg_names
-        specialised = {path[0] for path, attributes in self.source.attrs.items() if ["tt.divisibility", 16] in attributes}
+        specialised = {
+            path[0] for path, attributes in self.source.attrs.items() if ["tt.divisibility", 16] in attributes
+        }
         unaligned = [
             name
             for position, name in enumerate(names)

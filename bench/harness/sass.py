@@ -4,12 +4,12 @@ Triton brings NVIDIA's disassembler along. A loop is a branch back; its instruct
 that the loop is taken. Both sides of a branch within the code count.
 """
 
+import functools
 import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import triton
@@ -34,6 +34,12 @@ class Counts:
     loads: int  # bytes, by loads of 16 bytes a thread
 
 
+@functools.cache
+def code_of(cubin: bytes) -> "Code":
+    """The code of a compiled kernel, disassembled once."""
+    return Code(cubin)
+
+
 @dataclass(frozen=True)
 class Code:
     """A compiled kernel."""
@@ -46,7 +52,7 @@ class Code:
             path.write_bytes(self.cubin)
             return subprocess.run([TOOLS / command[0], *command[1:], path], capture_output=True, text=True).stdout
 
-    @cached_property
+    @functools.cached_property
     def resources(self) -> tuple[int, int]:
         """Registers, and bytes of stack, of a thread. Stack above 0 is a spill."""
         output = self.tool("cuobjdump", "-res-usage")
@@ -65,7 +71,7 @@ class Code:
         """The positions of the first and the last instruction of each loop."""
         return self.disassembly[1]
 
-    @cached_property
+    @functools.cached_property
     def disassembly(self) -> tuple[list[str], list[tuple[int, int]]]:
         names, labels, branches = [], {}, []
         for line in self.tool("nvdisasm", "-c").splitlines():

@@ -31,7 +31,7 @@ from tiny import (
 
 from upperson.config import PRESETS, TrainConfig
 from upperson.data import read_splits
-from upperson.errors import CheckpointError, DataError, RunError
+from upperson.errors import CheckpointError, DataError, Diverged, RunError
 from upperson.evaluate.embed import evaluate
 from upperson.evaluate.pictures import top_ten
 from upperson.evaluate.results import Results
@@ -136,14 +136,14 @@ def test_steps_on_one_batch_bring_its_loss_down(config):
 
 @pytest.mark.slow
 def test_every_epoch_shows_every_pair_in_another_order(config, monkeypatch):
-    real, seen = Training.step, []
+    real, seen = Training.launch, []
 
     def step(run, batch, pairs):
         assert pairs == len(batch["person_ids"])
         seen.append(batch["person_ids"].tolist())
         return real(run, batch, pairs)
 
-    monkeypatch.setattr(Training, "step", step)
+    monkeypatch.setattr(Training, "launch", step)
     fit(config)
     first, second = sum(seen[:5], []), sum(seen[5:], [])
     assert first != second
@@ -185,6 +185,45 @@ def test_a_state_from_another_device_continues_with_this_ones_optimizer(config):
     run.load_state(state)
     assert [group["fused"] for group in run.optimizer.param_groups] == [None] * len(run.optimizer.param_groups)
     run.step(next(iter(run.batches)))
+
+
+@pytest.fixture
+def fused_adam(monkeypatch):
+    """Adam as on a GPU, which also skips a step by itself."""
+    monkeypatch.setattr(
+        "upperson.train.optimizer.Adam", lambda groups, **options: torch.optim.Adam(groups, **options | {"fused": True})
+    )
+
+
+def test_a_step_is_read_after_the_next_one_is_launched(config, whole, monkeypatch, fused_adam):
+    """As on a GPU: the run is the same, and all that is saved was checked before."""
+    real, order = Training.read, []
+    monkeypatch.setattr(
+        Training, "read", lambda run, measured: order.append((run.progress.step, measured.step)) or real(run, measured)
+    )
+    fit(config)
+    assert order == [(2, 1), (2, 2), (4, 3), (4, 4), (5, 5), (6, 6), (8, 7), (8, 8), (10, 9), (10, 10)]
+    losses, expected = (
+        [line["loss"] for line in log_of(run) if line["kind"] == "step"] for run in (config.train.run_dir, whole)
+    )
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 10])
+def test_a_step_that_is_not_finite_is_found_before_anything_is_saved(config, monkeypatch, step, fused_adam):
+    real = Training.launch
+
+    def launch(run, batch, pairs):
+        if run.progress.step + 1 == step:
+            batch = batch | {"images": batch["images"] * float("nan")}
+        return real(run, batch, pairs)
+
+    monkeypatch.setattr(Training, "launch", launch)
+    with pytest.raises(Diverged, match=rf"step {step}: the loss is nan, and the step was skipped"):
+        fit(config)
+    state = load_state(config.train.run_dir)
+    assert all(tensor.isfinite().all() for tensor in state["parameters"].values())
+    assert state["progress"]["step"] < step
 
 
 @pytest.mark.slow

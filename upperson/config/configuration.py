@@ -150,6 +150,11 @@ class TrainConfig(Checked):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "autocast dtype; parameters stay float32; auto: bf16 on a GPU, fp32 on a CPU"
     )
+    frozen_weights: Literal["auto", "cast", "kept"] = option(
+        "auto",
+        "frozen weights are cast to the autocast dtype in every step, or kept in it; auto: kept on a CUDA GPU",
+        added=True,
+    )
     compile: bool = option(False, "torch.compile the blocks of both towers", changes_results=False, added=True)
     device: str = option(
         "auto",

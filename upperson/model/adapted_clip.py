@@ -1,6 +1,7 @@
 """The model: a frozen open_clip CLIP, whose blocks contain a method's trained modules."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,7 @@ from upperson.methods import Place
 from upperson.model.backbone import Clip, build_clip, fit_image_size, pooling, require_transformers, text_tower
 from upperson.model.block import KINDS, Block, Sequences, Stream, rows_of
 from upperson.model.captions import CaptionPacker, PackedCaptions
+from upperson.model.prepared import keep_frozen_weights, prepare
 from upperson.model.prompts import run_captions, run_images
 
 GRAPHS = 64  # limit of compiled graphs of a block, one for each kind of input; a training needs about 20
@@ -52,6 +54,8 @@ class AdaptedCLIP(nn.Module):
         self.context_length: int = text.context_length
         self.embedding_width: int = self.clip.visual.output_dim  # E
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
+        self.frozen_dtype: torch.dtype | None = None
+        self.projections: dict[str, Tensor | None] = {}  # packed, of all blocks of a tower; see keep_frozen_weights
         self.set_modules(config, self.new_modules(config))
         if config.method.trains_clip:
             for parameter in self.clip_parameters().values():
@@ -85,9 +89,9 @@ class AdaptedCLIP(nn.Module):
         """The output of the image tower's last block: all tokens (B, N, C), or the tokens at `read` (B,), (B, C)."""
         x = self.clip.visual._embeds(images)
         if not prompted(self.image_blocks):
-            return run(self.image_blocks, x, None, read)
+            return run(self.ready("image"), x, None, read)
         first, *others = self.prompts("image")  # the prompts of layer 0 come before ln_pre
-        return run_images(self.image_blocks, x, [self.clip.visual.ln_pre(first), *others], read)
+        return run_images(self.ready("image"), x, [self.clip.visual.ln_pre(first), *others], read)
 
     # -------------------------------------------------------------------------------- captions
 
@@ -170,12 +174,12 @@ class AdaptedCLIP(nn.Module):
             first = self.first_position
             x = text.token_embedding(captions) + text.positional_embedding[first : first + captions.shape[1]]
         if not prompted(self.text_blocks):
-            return run(self.text_blocks, x, sequences, read), None
+            return run(self.ready("text"), x, sequences, read), None
         start = text.token_embedding.weight[self.tokenizer.sot_token_id] + text.positional_embedding[0]
         rows = self.prompts("text")
         if taken := self.config.method.positions_taken:
             rows[0] = rows[0] + text.positional_embedding[1 : 1 + taken]
-        return run_captions(self.text_blocks, start.unsqueeze(0), x, rows, sequences, read)
+        return run_captions(self.ready("text"), start.unsqueeze(0), x, rows, sequences, read)
 
     def pooled_positions(self, tokens: Tensor) -> Tensor:
         """The position (B,) of the token that represents each caption of (B, L)."""
@@ -307,6 +311,27 @@ class AdaptedCLIP(nn.Module):
             if block.prompt is not None
         ]
 
+    def keep_frozen_weights(self, dtype: torch.dtype) -> None:
+        """Keeps the frozen weights of products in `dtype`, that of later passes under autocast, instead of casting them
+        in every pass. What the blocks compute from their trained modules is then computed for a tower at once.
+
+        Weights that are trained, and all LayerNorms and embeddings, stay in float32.
+        """
+        self.frozen_dtype = dtype
+        self.projections = {tower: keep_frozen_weights(blocks, dtype) for tower, blocks in self.towers.items()}
+        others = [self.clip.visual.conv1.weight, self.clip.visual.proj, text_tower(self.clip).text_projection]
+        for parameter in others:
+            if isinstance(parameter, nn.Parameter) and not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+
+    def ready(self, tower: str) -> list[Callable[..., Stream]]:
+        """The blocks of a tower as functions of the stream, with what is computed for all of them at once."""
+        blocks = self.towers[tower]
+        if self.frozen_dtype is None:
+            return list(blocks)
+        prepared = prepare(blocks, self.projections[tower], self.frozen_dtype)
+        return [functools.partial(block, prepared=own) for block, own in zip(blocks, prepared, strict=True)]
+
     @property
     def towers(self) -> dict[str, list[Block]]:
         """The blocks of the image and text towers."""
@@ -390,7 +415,7 @@ def prompted(blocks: list[Block]) -> bool:
     return blocks[0].prompt is not None and blocks[0].adapted
 
 
-def run(blocks: list[Block], x: Tensor, sequences: Sequences | None, read: Tensor | None) -> Tensor:
+def run(blocks: list[Callable[..., Stream]], x: Tensor, sequences: Sequences | None, read: Tensor | None) -> Tensor:
     """The output tokens of the last of `blocks`; see Block.forward."""
     stream = Stream(x)
     for block in blocks[:-1]:

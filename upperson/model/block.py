@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from upperson_kernels import prefix_attention, quick_gelu, unpack_sequences
 
 from upperson.model.attention import attend_once
-from upperson.petl import FROZEN, Adapter, LoRA, Prefix, Prompt
+from upperson.petl import FROZEN, Adapter, LoRA, Merged, Prefix, Prompt, merged_linear
 
 KINDS = ("prefix", "lora", "adapter_attn", "adapter_mlp", "prompt")
 
@@ -29,6 +29,18 @@ class Sequences(NamedTuple):
 
     cu_seqlens: Tensor
     longest: int
+
+
+class Prepared(NamedTuple):
+    """What a block otherwise computes itself from its trained modules; see prepared.py."""
+
+    projection: Merged | None = None  # the packed projection with LoRA
+    prefix: tuple[Tensor, Tensor] | None = None  # key and value columns, (P, heads, head width)
+    adapter_attn: tuple[Tensor, Tensor] | None = None  # weights of the down and the up projection
+    adapter_mlp: tuple[Tensor, Tensor] | None = None
+
+
+NOTHING = Prepared()
 
 
 class Block(nn.Module):
@@ -88,6 +100,7 @@ class Block(nn.Module):
         sequences: Sequences | None = None,
         read: Tensor | None = None,
         shared: Tensor | None = None,
+        prepared: Prepared = NOTHING,
     ) -> Stream:
         """The stream after the block.
 
@@ -97,30 +110,31 @@ class Block(nn.Module):
             read: (B,) int64, the only token of each sequence that is used later: a position, or for packed sequences
                 the row of the last token. Only these tokens are computed, and the returned stream is (B, C).
             shared: (m, C), further tokens of the stream before the block, which all tokens of all sequences attend to.
+            prepared: what was computed for this block together with others.
         """
         x, update = stream
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, update, shared = x.to(dtype), *(t if t is None else t.to(dtype) for t in (update, shared))
         at_attention, at_mlp = self.active(self.adapter_attn), self.active(self.adapter_mlp)
-        y, x = at_attention.normalise(self.ln_1, x, update, self.backend)
+        y, x = at_attention.normalise(self.ln_1, x, update, self.backend, prepared.adapter_attn)
         if read is None:
-            attended = self.attend(y, sequences, shared)
+            attended = self.attend(y, sequences, shared, prepared)
         else:
             tokens, x, y = y, rows_of(x, read), rows_of(y, read)
-            attended = self.attend_from(y, tokens, sequences, read, shared)
+            attended = self.attend_from(y, tokens, sequences, read, shared, prepared)
         attended = at_attention.finish(y, self.ls_1(self.attn.out_proj(attended)))
-        y, x = at_mlp.normalise(self.ln_2, attended, x, self.backend)
+        y, x = at_mlp.normalise(self.ln_2, attended, x, self.backend, prepared.adapter_mlp)
         return Stream(x, at_mlp.finish(y, self.ls_2(self.feed_forward(y))))
 
     def active(self, adapter: Adapter | None) -> Adapter:
         return FROZEN if adapter is None or not self.adapted else adapter
 
-    def attend(self, y: Tensor, sequences: Sequences | None, shared: Tensor | None) -> Tensor:
+    def attend(self, y: Tensor, sequences: Sequences | None, shared: Tensor | None, prepared: Prepared) -> Tensor:
         """The concatenated outputs of the heads for the normalised input y; both (B, N, C), or packed (T, C)."""
         heads = self.attn.num_heads
-        qkv = self.project(y).unflatten(-1, (3, heads, -1))
-        key, value, scale, target = self.prefix_columns(qkv, shared)
+        qkv = self.project(y, prepared).unflatten(-1, (3, heads, -1))
+        key, value, scale, target = self.prefix_columns(qkv, shared, prepared)
         cu_seqlens, longest = (None, None) if sequences is None else sequences
         return self.attention(
             qkv,
@@ -135,40 +149,53 @@ class Block(nn.Module):
         ).flatten(-2)
 
     def attend_from(
-        self, y: Tensor, tokens: Tensor, sequences: Sequences | None, read: Tensor, shared: Tensor | None
+        self,
+        y: Tensor,
+        tokens: Tensor,
+        sequences: Sequences | None,
+        read: Tensor,
+        shared: Tensor | None,
+        prepared: Prepared,
     ) -> Tensor:
         """The same for the tokens y (B, C) at `read` only, which attend to all `tokens`, (B, N, C) or packed (T, C)."""
         heads, width = self.attn.num_heads, self.attn.embed_dim
         query = F.linear(y, self.attn.in_proj_weight[:width], self.attn.in_proj_bias[:width])
-        key_value = self.project(tokens, width).unflatten(-1, (2, heads, -1))
+        key_value = self.project(tokens, prepared, width).unflatten(-1, (2, heads, -1))
         visible = None
         if sequences is not None:  # the last tokens, which attend to all others
             key_value, *_ = unpack_sequences(key_value, *sequences)
             visible = torch.arange(sequences.longest, device=y.device) < sequences.cu_seqlens.diff()[:, None]
         elif self.causal:
             visible = torch.arange(tokens.shape[1], device=y.device) <= read[:, None]
-        prefix_key, prefix_value, scale, target = self.prefix_columns(key_value, shared)
+        prefix_key, prefix_value, scale, target = self.prefix_columns(key_value, shared, prepared)
         query = query.unflatten(-1, (heads, -1))
         key, value = key_value.unbind(2)
         return attend_once(
             query, key, value, prefix_key, prefix_value, scale, scale_target=target, visible=visible
         ).flatten(-2)
 
-    def project(self, y: Tensor, first: int = 0) -> Tensor:
+    def project(self, y: Tensor, prepared: Prepared, first: int = 0) -> Tensor:
         """Queries, keys and values; only the outputs from row `first` of the packed weight on."""
         weight, bias = self.attn.in_proj_weight[first:], self.attn.in_proj_bias[first:]
+        if prepared.projection is not None:
+            return merged_linear(y, bias, prepared.projection.rows_from(first))
         if self.lora is None or not self.adapted:
             return F.linear(y, weight, bias)
         return self.lora.linear(y, weight, bias, self.low_rank_gradients)
 
-    def prefix_columns(self, like: Tensor, shared: Tensor | None) -> tuple[Tensor, Tensor, Tensor, str]:
+    def prefix_columns(
+        self, like: Tensor, shared: Tensor | None, prepared: Prepared
+    ) -> tuple[Tensor, Tensor, Tensor, str]:
         """Keys and values of the prefix, (P, heads, head width), λ, and the target of λ. `like`: (…, heads, D)."""
         if shared is not None:
-            y, _ = self.active(self.adapter_attn).normalise(self.ln_1, shared, None, self.backend)
-            key_value = self.project(y, self.attn.embed_dim).unflatten(-1, (2, *like.shape[-2:]))
+            adapter = self.active(self.adapter_attn)
+            y, _ = adapter.normalise(self.ln_1, shared, None, self.backend, prepared.adapter_attn)
+            key_value = self.project(y, prepared, self.attn.embed_dim).unflatten(-1, (2, *like.shape[-2:]))
             key, value = key_value.unbind(1)
             return key, value, like.new_ones(()), "weights"
         if self.prefix is not None and self.adapted:
+            if prepared.prefix is not None:
+                return *prepared.prefix, self.prefix.scale_factor(), self.prefix.target
             key, value, scale = self.prefix(self.attn.num_heads)
             return key, value, scale, self.prefix.target
         key = value = like.new_empty(0, *like.shape[-2:])

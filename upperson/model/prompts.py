@@ -12,15 +12,17 @@ In the image tower, if later layers have no prompts, the last prompts are not re
 their block on they are tokens of each image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from upperson.model.block import Block, Sequences, Stream
+from upperson.model.block import Sequences, Stream
 
 
-def run_images(blocks: Sequence[Block], x: Tensor, rows: Sequence[Tensor], read: Tensor | None) -> Tensor:
+def run_images(
+    blocks: Sequence[Callable[..., Stream]], x: Tensor, rows: Sequence[Tensor], read: Tensor | None
+) -> Tensor:
     """The output of the last block for images x (B, N, C), or only for their tokens `read` (B,), (B, C).
 
     rows: the prompts (m, C) of layers 0, 1, …; at most one for each block.
@@ -37,7 +39,7 @@ def run_images(blocks: Sequence[Block], x: Tensor, rows: Sequence[Tensor], read:
 
 
 def run_captions(
-    blocks: Sequence[Block],
+    blocks: Sequence[Callable[..., Stream]],
     start: Tensor,
     x: Tensor,
     rows: Sequence[Tensor],

@@ -15,7 +15,7 @@ into a weight in every step are plain PyTorch.
 """
 
 from upperson.petl.adapters import ADAPTERS, FROZEN, Adapter, LayerNormTuning, NormedAdapter
-from upperson.petl.low_rank import LOW_RANK, LoRA
+from upperson.petl.low_rank import LOW_RANK, LoRA, Merged, merged_linear
 from upperson.petl.prefix import PREFIXES, Prefix
 from upperson.petl.prompts import CoupledPrompt, Prompt
 
@@ -28,7 +28,9 @@ __all__ = [
     "CoupledPrompt",
     "LayerNormTuning",
     "LoRA",
+    "Merged",
     "NormedAdapter",
     "Prefix",
     "Prompt",
+    "merged_linear",
 ]

@@ -26,9 +26,17 @@ class Adapter(nn.Module):
     """An adapter around a sublayer. The base class, FROZEN below, changes nothing; each subclass overrides one step."""
 
     def normalise(
-        self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, backend: str | None
+        self,
+        norm: nn.LayerNorm,
+        x: Tensor,
+        residual: Tensor | None,
+        backend: str | None,
+        weights: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The sublayer's input, and the sum x + residual (x if residual is None); all (B, N, C)."""
+        """The sublayer's input, and the sum x + residual (x if residual is None); all (B, N, C).
+
+        `weights`: the weights of the down and the up projection in another dtype; None: the adapter's own.
+        """
         if residual is not None:
             x = x + residual
         return self.layer_norm(norm, x), x
@@ -73,16 +81,22 @@ class LAdapter(Bottleneck):
     """The adapter beside LayerNorm, on the fused operator."""
 
     def normalise(
-        self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, backend: str | None
+        self,
+        norm: nn.LayerNorm,
+        x: Tensor,
+        residual: Tensor | None,
+        backend: str | None,
+        weights: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         backend = backend_for(len(self.down_weight), backend)
+        down_weight, up_weight = weights or (self.down_weight, self.up_weight)
         result: Any = layernorm_adapter(  # a pair if there is a residual
             x,
             norm.weight,
             norm.bias,
-            self.down_weight,
+            down_weight,
             self.down_bias,
-            self.up_weight,
+            up_weight,
             self.up_bias,
             self.scale,
             eps=norm.eps,
@@ -132,18 +146,24 @@ class NormedAdapter(Adapter):
         self.scale = scale
 
     def normalise(
-        self, norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, backend: str | None
+        self,
+        norm: nn.LayerNorm,
+        x: Tensor,
+        residual: Tensor | None,
+        backend: str | None,
+        weights: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Also adds the adapter's output to the stream, before the sublayer's output is added."""
         backend = backend_for(len(self.down_weight), backend)
+        down_weight, up_weight = weights or (self.down_weight, self.up_weight)
         scale = torch.full_like(self.up_bias[0], self.scale, requires_grad=False)  # exact in every dtype
         pair: Any = layernorm_adapter(
             x,
             norm.weight,
             norm.bias,
-            self.down_weight,
+            down_weight,
             self.down_bias,
-            self.up_weight,
+            up_weight,
             self.up_bias,
             scale,
             eps=norm.eps,

@@ -4,12 +4,17 @@ All take a frozen packed weight whose last rows are [key; value], (… + 2 C, C)
 values updated by up · down, with down (r, C), and up (C, r), which starts at zero. The query is never changed.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from upperson.petl.initial import scalar, uniform_fan_in
+
+PARTS = ("key", "value")
 
 
 class LoRA(nn.Module):
@@ -52,52 +57,93 @@ class LoRA(nn.Module):
         """F.linear of x (…, C) with the updated weight and `bias` (rows,): (…, rows of weight)."""
         if not low_rank_gradients or weight.requires_grad or bias.requires_grad:
             return F.linear(x, self(weight), bias)
+        with torch.autocast(x.device.type, enabled=False):
+            with torch.no_grad():
+                merged = self(weight)
+            down = torch.cat([self.key_down, self.value_down])
+            up = torch.stack([self.key_scale * self.key_up, self.value_scale * self.value_up])
+        return merged_linear(x, bias, Merged(merged, down, up))
+
+    @staticmethod
+    def merge(modules: Sequence["LoRA"], weights: Tensor) -> list["Merged"]:
+        """LoRA of several blocks, merged into their packed weights (blocks, 3 C, C), in the dtype of `weights`.
+
+        As in F.linear under autocast, the factors are cast, and so are their gradients.
+        """
+        width, blocks = weights.shape[2], len(modules)
+
+        def stacked(name: str) -> Tensor:
+            return torch.stack(
+                [tensor for module in modules for tensor in (module.tensors(part, name)[0] for part in PARTS)]
+            )
+
+        down = stacked("down").to(weights.dtype)  # (2 blocks, r, C): key and value of each block in turn
+        up = (stacked("scale")[:, None, None] * stacked("up")).to(weights.dtype)  # (2 blocks, C, r)
         with torch.no_grad():
-            merged = self(weight)
-        return LowRankLinear.apply(
-            x, merged, bias, *self.tensors("key", "down", "up", "scale"), *self.tensors("value", "down", "up", "scale")
-        )
+            merged = weights.clone()
+            for i, _ in enumerate(PARTS):
+                merged[:, (1 + i) * width : (2 + i) * width].baddbmm_(up[i::2], down[i::2])
+        down, up = down.view(blocks, -1, width).unbind(), up.unflatten(0, (blocks, 2)).unbind()
+        return [Merged(*tensors) for tensors in zip(merged.unbind(), down, up, strict=True)]
 
 
-class LowRankLinear(torch.autograd.Function):
-    """x W'ᵀ + b with LoRA merged into W'. The gradients of the factors are computed without the gradient of W'.
+class Merged(NamedTuple):
+    """A packed weight with LoRA merged into it, and the factors of keys and values, which have its gradient."""
 
-    G is the gradient of the keys (or values), (T, C). The gradient of W' is Gᵀ x, which needs 2 T C² operations, but
+    weight: Tensor  # (… + 2 C, C), without gradient
+    down: Tensor  # (2 r, C)
+    up: Tensor  # (2, C, r), with the factor s
 
-        d up = s Gᵀ (x downᵀ)        d down = s (G up)ᵀ x        d s = Σ up ∘ Gᵀ (x downᵀ)
+    def rows_from(self, first: int) -> "Merged":
+        return self._replace(weight=self.weight[first:])
 
-    are products with r columns, which need 8 T C r operations in total. Under autocast x and W' are cast, as in
-    F.linear. W' and b get no gradient.
+
+def merged_linear(x: Tensor, bias: Tensor, merged: Merged) -> Tensor:
+    """F.linear of x (…, C) with a merged weight and `bias` (rows,), which get no gradient: (…, rows).
+
+    Under autocast x and all tensors are cast, as in F.linear.
+    """
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype == torch.float32:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        return MergedLinear.apply(x.to(dtype), bias.to(dtype), *(tensor.to(dtype) for tensor in merged))
+
+
+class MergedLinear(torch.autograd.Function):
+    """F.linear with a merged weight, where the gradients of LoRA's factors do not need the gradient of the weight.
+
+    G is the gradient of the keys (or values), (T, C), and u = s up. The gradient of W' is Gᵀ x, which needs 2 T C²
+    operations, but
+
+        d u = Gᵀ (x downᵀ)        d down = (G u)ᵀ x
+
+    are products with r columns, which need 8 T C r operations in total. Keys and values are computed together.
     """
 
     @staticmethod
-    def forward(ctx, x, merged, bias, key_down, key_up, key_scale, value_down, value_up, value_scale):
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type) and dtype == torch.float32:
-            dtype = torch.get_autocast_dtype(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):
-            x, merged = x.to(dtype), merged.to(dtype)
-            ctx.save_for_backward(x, merged, key_down, key_up, key_scale, value_down, value_up, value_scale)
-            return F.linear(x, merged, bias.to(dtype))
+    def forward(ctx, x, bias, weight, down, up):
+        ctx.save_for_backward(x, weight, down, up)
+        return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x, merged, *factors = ctx.saved_tensors
-        width = merged.shape[1]
-        gradient, rows = gradient.reshape(-1, len(merged)), x.reshape(-1, width)
-        dx = (gradient @ merged).view(x.shape) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[3:]):
-            return dx, *[None] * 8
-        lowered = rows @ torch.cat([factors[0], factors[3]]).to(x.dtype).t()  # (T, 2 r)
-        found = []
-        for part, (down, up, scale) in enumerate((factors[:3], factors[3:])):
-            g = gradient.narrow(1, len(merged) - (2 - part) * width, width)
-            rank = len(down)
-            d_up = (g.t() @ lowered[:, part * rank : (part + 1) * rank]).to(up.dtype)  # without s
-            d_down = ((g @ up.to(g.dtype)).t() @ rows).to(down.dtype)
-            found += [scale * d_down, scale * d_up, (up * d_up).sum()]
-        return dx, None, None, *found
+        x, weight, down, up = ctx.saved_tensors
+        width, rank = up.shape[1:]
+        gradient, rows = gradient.reshape(-1, len(weight)), x.reshape(-1, width)
+        need_x, _, _, need_down, need_up = ctx.needs_input_grad
+        dx = (gradient @ weight).view(x.shape) if need_x else None
+        of_parts = gradient[:, -2 * width :].unflatten(1, (2, width)).transpose(0, 1)  # (2, T, C)
+        d_up = d_down = None
+        if need_up:
+            lowered = (rows @ down.t()).unflatten(1, (2, rank)).transpose(0, 1)  # (2, T, r)
+            d_up = of_parts.transpose(1, 2) @ lowered
+        if need_down:
+            raised = rows.new_empty(len(rows), 2, rank)
+            torch.bmm(of_parts, up, out=raised.transpose(0, 1))
+            d_down = raised.flatten(1).t() @ rows
+        return dx, None, None, d_down, d_up
 
 
 class DoRA(LoRA):

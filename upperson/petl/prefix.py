@@ -1,5 +1,7 @@
 """Prefixes: P learned key and value columns that every token of a block attends to (arXiv 2504.10084, Sec. III-C)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,25 @@ class Prefix(nn.Module):
 
     def forward(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
         """Key and value columns, each (P, heads, head width), and λ, a scalar."""
-        return *self.split(self.key, self.value, heads), self.key.new_ones(())
+        return *self.split(self.key, self.value, heads), self.scale_factor()
+
+    def scale_factor(self) -> Tensor:
+        """λ, a scalar."""
+        return self.key.new_ones(())
+
+    @classmethod
+    def columns_of(cls, modules: Sequence["Prefix"], heads: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """The key and value columns of several blocks in `dtype`, as `forward` gives those of one."""
+
+        def columns(part: str) -> Tensor:
+            return cls.scaled(modules, part, torch.stack([getattr(module, part) for module in modules])).to(dtype)
+
+        return list(zip(*(pair.unbind() for pair in cls.split(columns("key"), columns("value"), heads)), strict=True))
+
+    @staticmethod
+    def scaled(modules: Sequence["Prefix"], part: str, columns: Tensor) -> Tensor:
+        """The stacked columns (blocks, P, C) of a part, "key" or "value", with the factors of the blocks."""
+        return columns
 
     @staticmethod
     def split(key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -45,6 +65,13 @@ class SalablePrefix(Prefix):
 
     def forward(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
         return *self.split(self.key_scale * self.key, self.value_scale * self.value, heads), self.scale
+
+    def scale_factor(self) -> Tensor:
+        return self.scale
+
+    @staticmethod
+    def scaled(modules: Sequence["Prefix"], part: str, columns: Tensor) -> Tensor:
+        return torch.stack([getattr(module, f"{part}_scale") for module in modules])[:, None, None] * columns
 
 
 PREFIXES = {"salable": SalablePrefix, "vanilla": Prefix}

@@ -24,7 +24,7 @@ from upperson.evaluate.results import METRICS, RESULTS, TABLE, Metrics, Results
 from upperson.evaluate.tables import markdown, short, text
 from upperson.files import write_atomically
 from upperson.losses.objective import LossesOfModel, Objective
-from upperson.machine import SINGLE_PROCESS, Group, autocast, data_parallel
+from upperson.machine import SINGLE_PROCESS, Group, autocast, data_parallel, frozen_dtype
 from upperson.model import AdaptedCLIP
 from upperson.model.checkpoint import copy_parameters, save_checkpoint
 from upperson.train.interruption import Interruption
@@ -60,6 +60,23 @@ class Job:
         }
 
 
+class Measured:
+    """What a step measured: on its way from a GPU, which goes on computing, to memory that the CPU reads."""
+
+    def __init__(self, epoch: int, step: int, names: tuple[str, ...], values: Tensor):
+        self.epoch, self.step, self.names, self.values = epoch, step, names, values
+        self.arrived = None
+        if values.is_cuda:
+            self.values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> dict[str, float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+
 class Training:
     """The model, optimizer and position of a run, with methods to train, evaluate, save and resume.
 
@@ -74,6 +91,8 @@ class Training:
         self.config, self.model, self.job, self.folder = config, model, job, folder
         self.group, self.interruption = job.group, job.interruption
         self.objective = build_objective(config, model, job.splits["train"], job.group).to(job.device)
+        if (dtype := frozen_dtype(config.train.frozen_weights, job.device, job.precision)) is not None:
+            model.keep_frozen_weights(dtype)
         if config.train.compile:
             model.compile_blocks()
         self.losses = data_parallel(LossesOfModel(self.objective, model), job.group)
@@ -84,6 +103,8 @@ class Training:
         self.optimizer = build_optimizer(self.parameters, config.train, prefixes)
         self.schedule = build_schedule(self.optimizer, config.train)
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.precision == "fp16")
+        # A GPU is still computing a step when the next one is launched; fused Adam itself skips a step.
+        self.reads_later = bool(self.optimizer.defaults["fused"])
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
         self.selection: Literal["val", "best-on-test", "last"] = config.train.selection
@@ -148,25 +169,21 @@ class Training:
             leave=False,
             disable=None if self.group.is_main else True,
         ) as bar:
+            launched: list[Measured] = []  # steps whose values have not been read
             for batch in self.interruption.pass_on(self.batches):
                 pairs = min(settings.batch_size, len(self.job.splits["train"]) - progress.batch * settings.batch_size)
-                measured = self.step(batch, pairs)
+                launched.append(self.launch(batch, pairs))
                 progress.batch += 1
                 progress.step += 1
-                progress.loss_sum += measured["loss"]
-                bar.set_postfix(loss=f"{measured['loss']:.3f}", refresh=False)
                 bar.update(pairs)
-                if progress.step % settings.log_every == 0:
-                    self.log.write(
-                        "step",
-                        progress.step,
-                        epoch=progress.epoch,
-                        **measured,
-                        learning_rate=self.learning_rate,
-                    )
                 # The state after the last batch is saved after the evaluation.
-                if settings.save_every and progress.step % settings.save_every == 0 and progress.batch < batches:
+                saves = settings.save_every and progress.step % settings.save_every == 0 and progress.batch < batches
+                while len(launched) > (self.reads_later and not saves):
+                    self.record(launched.pop(0), bar)
+                if saves:
                     self.save_state()
+            for measured in launched:
+                self.record(measured, bar)
         if progress.batch < batches:
             self.stop()
         seconds = time.monotonic() - started
@@ -183,6 +200,21 @@ class Training:
 
         `batch`, from `self.batches`, is this process's share of `pairs` pairs; None: the whole batch.
         """
+        return self.read(self.launch(batch, pairs))
+
+    def record(self, measured: "Measured", bar: tqdm) -> None:
+        """Reads, sums and logs the values of a step."""
+        values = self.read(measured)
+        self.progress.loss_sum += values["loss"]
+        bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+        if measured.step % self.config.train.log_every == 0:
+            self.log.write("step", measured.step, epoch=measured.epoch, **values, learning_rate=self.learning_rate)
+
+    def launch(self, batch: dict[str, Tensor], pairs: int | None = None) -> "Measured":
+        """One optimizer step, whose values are to be read. A GPU is not waited for.
+
+        A step whose loss or gradient is not finite changes no parameter.
+        """
         with autocast(self.job.device, self.job.precision):
             loss, parts = self.losses(batch, pairs)
         self.optimizer.zero_grad()
@@ -193,22 +225,34 @@ class Training:
         if len(parts) > 1:
             tensors |= {f"loss_{name}": part for name, part in parts.items()}
         tensors["stop"] = self.interruption.any_requested(self.job.device)
-        # One transfer from the GPU for all values.
-        measured = dict(zip(tensors, torch.stack([t.detach().float() for t in tensors.values()]).tolist(), strict=True))
-        self.interruption.agreed = measured.pop("stop") > 0
+        values = torch.stack([tensor.detach().float() for tensor in tensors.values()])
+        measured = Measured(self.progress.epoch, self.progress.step + 1, tuple(tensors), values)
+        if not self.reads_later:
+            self.read(measured)
+        elif not self.scaler.is_enabled():  # the scaler does the same for fp16
+            self.optimizer.found_inf = (~values[:2].isfinite().all()).float()  # pyright: ignore[reportAttributeAccessIssue]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return measured
+
+    def read(self, measured: "Measured") -> dict[str, float]:
+        """The values of a step. Sets whether all processes stop.
+
+        Raises Diverged for a loss or a gradient that is not finite.
+        """
+        values = measured.read()
+        self.interruption.agreed = values.pop("stop") > 0
         checked = {"loss": "loss"}
         if not self.scaler.is_enabled():  # fp16 gradients may overflow; the scaler then skips the step
             checked["gradient_norm"] = "gradient's norm"
         for name, words in checked.items():
-            if not math.isfinite(measured[name]):
+            if not math.isfinite(values[name]):
                 raise Diverged(
-                    f"epoch {self.progress.epoch}, step {self.progress.step + 1}: the {words} is {measured[name]}, and "
-                    f"the step was skipped. All files in {self.folder} are from before and intact. A lower learning "
-                    "rate, a longer warm-up or --precision fp32 may help"
+                    f"epoch {measured.epoch}, step {measured.step}: the {words} is {values[name]}, and the step was "
+                    f"skipped. All files in {self.folder} are from before and intact. A lower learning rate, a longer "
+                    "warm-up or --precision fp32 may help"
                 )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return measured
+        return values
 
     def finish_epoch(self) -> None:
         """Evaluates, keeps the best parameters, and saves the state."""

@@ -149,12 +149,12 @@ def backward(
     dx, dhidden = input_gradient(dy_rows, dstream_rows, x, x_rows, weight, computed, own_norm, saved, needs)
 
     inputs = (x_rows, saved, dhidden, own_norm is not None)
-    up, column = needs.up_weight or needs.scale, needs.up_bias or needs.scale
+    of_adapter = dict(up=needs.up_weight or needs.scale, column=needs.up_bias or needs.scale, down=needs.down)
     if own_norm is None or dstream_rows is None:
-        column = column or needs.bias
-        shares = of_norm = parameter_shares(dy_rows, *inputs, up=up, column=column, down=needs.down, weight=needs.weight)
+        wanted = of_adapter | dict(column=of_adapter["column"] or needs.bias, weight=needs.weight)
+        shares = of_norm = parameter_shares(dy_rows, *inputs, **wanted)
     else:  # γ and β are frozen as a rule, and dy is then not read
-        shares = parameter_shares(dstream_rows, *inputs, up=up, column=column, down=needs.down, weight=False)
+        shares = parameter_shares(dstream_rows, *inputs, **of_adapter, weight=False)
         of_norm = parameter_shares(dy_rows, *inputs, up=False, column=needs.bias, down=False, weight=needs.weight)
 
     gradients = {name: x.new_empty(0) for name in Needs._fields} | {"x": dx}
@@ -162,7 +162,7 @@ def backward(
         gradients["weight"] = of_norm.weight.sum(0).to(weight.dtype)
     if needs.bias:
         gradients["bias"] = of_norm.column.sum(0).to(weight.dtype)
-    if up or needs.up_bias or needs.down:
+    if any(of_adapter.values()):
         found = finish(shares, computed, layers, own_norm)
         gradients |= {name: gradient for name, gradient in found.items() if getattr(needs, name)}
     if needs.scale:

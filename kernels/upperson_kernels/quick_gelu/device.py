@@ -10,8 +10,8 @@ rows. So that instructions do not bound them instead, 16-bit types (FAST) take a
 
     σ = 1 / (1 + 2^a) = rsqrt(1 + 2^a)²             dx = dy σ (1 − ln 2 · a (1 − σ))
 
-where the slope and log₂e are one factor, the bias is multiplied once a column, and no division is needed. The hardware's
-exp2 and rsqrt err by some 2⁻²², which disappears in the rounding to 16 bits.
+where the slope and log₂e are one factor, the bias is multiplied once a column, and no division is needed. The
+hardware's exp2 and rsqrt err by some 2⁻²², which disappears in the rounding to 16 bits.
 
 Names in device code: b_ value of a block, p_ pointer, o_ offsets, m_ mask.
 """
