@@ -15,12 +15,10 @@ after optimizer steps. A compiled path that disagrees is named and not timed; if
 timed. Times are those of steps in a row, Python included: what a training waits for.
 
 Counting uses tensors without memory on the CPU. Their sizes are those that the operators declare, so they are a GPU's.
-fp16 is counted in place of bf16, which Triton's interpreter does not take.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -31,7 +29,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from harness import paths
-from harness.counting import MIB, activations, cost, count, counts_table
+from harness.counting import MIB, activations, cost, count, counts_table, figures
 from harness.device import Rates, device_at_hand, device_slug, environment, measure_rates
 from harness.options import above_zero, at_least, json_path
 from harness.output import cannot_run, save_json, table
@@ -105,7 +103,7 @@ def all_batches(step: paths.Step) -> Call:
 
 
 def count_apart(batch: int) -> list[dict[str, Any]]:
-    """The counts at full size, by --count in a process of its own, as counting needs Triton's interpreter."""
+    """The counts at full size, by --count in a process of its own, as counting changes PyTorch and Triton."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "counts.json"
         command = [sys.executable, __file__, "--count", "--batch", str(batch), "--json", str(path)]
@@ -117,7 +115,7 @@ def count_apart(batch: int) -> list[dict[str, Any]]:
 
 def small_counts(steps: dict[str, paths.Step]) -> list[dict[str, Any]]:
     """The counts of the steps themselves, where they are small enough to run under a counter."""
-    return [dict(path=name, **asdict(cost(step))) for name, step in steps.items() if not paths.TIMED[name].compiled]
+    return [dict(path=name, **figures(cost(step))) for name, step in steps.items() if not paths.TIMED[name].compiled]
 
 
 def row_of(
@@ -185,8 +183,10 @@ def text(result: dict[str, Any]) -> str:
 
 
 def count_full_size(batch: int, with_activations: bool, file: Path | None) -> int:
-    os.environ["TRITON_INTERPRET"] = "1"  # for kernels on tensors of the CPU; Triton is not imported yet
-    config = paths.full_size()
+    from harness import absent_gpu
+
+    absent_gpu.install(90)
+    config = paths.full_size().replace(frozen_weights="kept")  # as on a GPU
     counts = [count(name, path, config, batch) for name, path in paths.COUNTED.items()]
     print(counts_table(counts))
     for row in counts:

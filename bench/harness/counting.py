@@ -9,16 +9,21 @@ All counts follow the operators that PyTorch dispatches. They hold for eager cod
     peak        bytes that live at once, of those that the call itself has allocated: neither parameters nor inputs.
                 Memory that an operator allocates and frees within itself, and the gaps of an allocator, are not seen
     saved       tensors that autograd keeps from the forward pass for the backward pass, without parameters and inputs
+    calls       operators that PyTorch's dispatcher calls, without views and allocations
+    launches    on a GPU: one for each call that is not of this project, and what this project's operators launch
+                themselves, which is recorded on a GPU that is not there (absent_gpu.py)
 """
 
 import copy
 import gc
+import importlib
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +39,8 @@ from upperson.model import AdaptedCLIP
 from upperson.tables.costs import flop_counter
 
 MIB = 2**20
+ADAM_TENSORS = 36  # that a launch of fused Adam takes
+FOLDERS = {"prefix_attention": "attention", "layernorm_adapter": "adapter", "quick_gelu": "quick_gelu"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,9 @@ class Cost:
     touched: int
     peak: int
     at_peak: tuple[Group, ...]  # largest first
+    calls: int
+    other_launches: int  # of the calls that are not of this project
+    own_calls: "Counter[OwnCall]"
 
 
 class Allocation(NamedTuple):
@@ -72,6 +82,47 @@ class Allocation(NamedTuple):
         return cls(tuple(tensor.shape), dtype, tensor.untyped_storage().nbytes())
 
 
+class OwnCall(NamedTuple):
+    """A call of one of this project's operators: its arguments, shape, strides and dtype in the place of a tensor."""
+
+    operator: Any
+    arguments: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, operator: Any, arguments: Sequence[Any]) -> "OwnCall":
+        def described(argument: Any) -> Any:
+            if isinstance(argument, Tensor):
+                return tuple(argument.shape), argument.stride(), argument.dtype
+            return tuple(argument) if isinstance(argument, list) else argument
+
+        return cls(operator, tuple(map(described, arguments)))
+
+    def launches(self) -> int:
+        """How many launches the call takes: its kernels, and PyTorch's operators beside them."""
+
+        def remade(description: Any) -> Any:
+            if isinstance(description, tuple) and len(description) == 3 and isinstance(description[2], torch.dtype):
+                return torch.empty_strided(*description[:2], dtype=description[2])
+            return list(description) if isinstance(description, tuple) else description
+
+        from harness import absent_gpu
+
+        name = self.operator.overloadpacket.__name__
+        direction = "backward" if name.endswith("_backward") else "forward"
+        folder = FOLDERS[name.removesuffix("_backward")]
+        module = importlib.import_module(f"upperson_kernels.{folder}.launch")
+        real, operators = getattr(module, direction), Operators()
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            with operators:
+                return real(*arguments, **options)
+
+        absent_gpu.launches.clear()
+        with patch.object(module, direction, watched):
+            self.operator(*map(remade, self.arguments))
+        return operators.launches + len(absent_gpu.launches)
+
+
 class Operators(TorchDispatchMode):
     """Follows the operators within. The module's docstring explains `touched` and `peak`; `live` are the bytes that
     live now, `at_peak` the allocations that lived when `peak` was reached."""
@@ -81,6 +132,8 @@ class Operators(TorchDispatchMode):
         self.touched = self.live = self.peak = 0
         self.allocations: dict[int, Allocation] = {}
         self.at_peak: list[Allocation] = []
+        self.calls = self.launches = 0
+        self.own: Counter[OwnCall] = Counter()  # of this project's operators
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -94,6 +147,13 @@ class Operators(TorchDispatchMode):
         writes_nothing = func.namespace == "aten" and func.__name__.startswith(("empty", "new_empty"))
         if (fresh or func._schema.is_mutable) and not writes_nothing:  # else a view
             self.touched += sum(map(extent, [*given, *made]))
+            self.calls += 1
+            if func.namespace == "upperson":
+                self.own[OwnCall.of(func, args)] += 1
+            elif func.__name__.startswith("_fused_adam"):
+                self.launches += math.ceil(len(args[0]) / ADAM_TENSORS)
+            else:
+                self.launches += 1
         return result
 
     def watch(self, tensor: Tensor) -> None:
@@ -131,7 +191,15 @@ def cost(call: Callable[[], Any]) -> Cost:
         result = call()
     del result
     gc.collect()
-    return Cost(flops(call), operators.touched, operators.peak, groups(operators.at_peak))
+    return Cost(
+        flops=flops(call),
+        touched=operators.touched,
+        peak=operators.peak,
+        at_peak=groups(operators.at_peak),
+        calls=operators.calls,
+        other_launches=operators.launches,
+        own_calls=operators.own,
+    )
 
 
 def flops(call: Callable[[], Any]) -> int:
@@ -179,17 +247,27 @@ def count(name: str, path: paths.Path, config: Config, batch: int) -> dict[str, 
     prepared = paths.prepare(real, batches, torch.device("cpu"))  # the captions' lengths are real
     mode, (model,) = without_memory(real)
     with mode:
-        step = paths.Step(model, prepared, "fp16", path.configuration(config).train)
+        step = paths.Step(model, prepared, "bf16", path.configuration(config).train)
         step()
         own = [*model.parameters(), *model.buffers()]
         towers = {"image": step.image_features, "text": step.text_features}
-        return (
-            dict(path=name, **asdict(cost(step)))
+        found = cost(step)
+        row = (
+            dict(path=name, **figures(found))
             | dict(trained_parameters=sum(parameter.numel() for parameter in model.trained_parameters().values()))
             | {f"{tower}_flops": flops(forward) for tower, forward in towers.items()}
             | {f"{tower}_saved": list(map(asdict, saved(forward, own))) for tower, forward in towers.items()}
             | rows_of_width(model, prepared[0])
         )
+    own_launches = sum(number * call.launches() for call, number in found.own_calls.items())
+    return row | dict(launches=found.other_launches + own_launches)
+
+
+def figures(found: Cost) -> dict[str, Any]:
+    """The cost as JSON, without the calls of this project's operators."""
+    row = asdict(found)
+    del row["other_launches"], row["own_calls"]
+    return row
 
 
 def rows_of_width(model: AdaptedCLIP, prepared: tuple[Any, ...]) -> dict[str, int]:
@@ -218,6 +296,8 @@ def counts_table(counts: list[dict[str, Any]]) -> str:
                 "peak MiB": f"{row['peak'] / MIB:,.0f}",
                 f"of {first['path']}": f"{row['peak'] / first['peak']:.0%}",
                 "saved MiB": f"{(total(row['image_saved']) + total(row['text_saved'])) / MIB:,.0f}",
+                "calls": f"{row['calls']:,}",
+                "launches": f"{row['launches']:,}",
                 "trained": f"{row['trained_parameters']:,}",
             }
             for row in counts

@@ -22,7 +22,7 @@ from upperson_kernels.attention.reference import explicit
 from upperson.config import Config, TrainConfig
 from upperson.config.presets import PRESETS, with_method
 from upperson.losses.pairs import sdm_loss
-from upperson.machine import autocast
+from upperson.machine import autocast, frozen_dtype
 from upperson.methods import BASELINES, DEFAULT, METHODS
 from upperson.model import AdaptedCLIP
 from upperson.train.optimizer import build_optimizer
@@ -67,7 +67,7 @@ def small() -> Config:
     return replace(full_size(), model=PRESETS["embedded"].model)
 
 
-PLAIN = NOTHING_SPARED | {"backend": "torch"}
+PLAIN = NOTHING_SPARED | {"backend": "torch", "frozen_weights": "cast"}
 TIMED = {
     "plain": Path(PLAIN, plain=True),
     "plain, compiled": Path(PLAIN, plain=True, compiled=True),
@@ -163,6 +163,8 @@ class Step:
     def __init__(self, model: AdaptedCLIP, batches: Sequence[tuple[Any, ...]], precision: str, settings: TrainConfig):
         self.model, self.batches, self.precision, self.taken = model, batches, precision, 0
         self.temperature = settings.temperature
+        if (dtype := frozen_dtype(settings.frozen_weights, batches[0][0].device, precision)) is not None:
+            model.keep_frozen_weights(dtype)
         self.optimizer = build_optimizer(model.trained_parameters(), settings)
 
     def image_features(self) -> Tensor:
