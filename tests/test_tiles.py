@@ -46,13 +46,16 @@ def save(tmp_path):
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120])
 @pytest.mark.parametrize("element_size", [2, 4, 8])
-@pytest.mark.parametrize("width", [16, 64, 80, 128])
+@pytest.mark.parametrize("width", [1, 16, 20, 64, 80, 96, 128])
 @pytest.mark.parametrize("kernel", tiles.FIELDS)
 def test_every_shape_on_every_gpu_has_tiles(kernel, width, element_size, capability):
     chosen = tiles.choose(kernel, width, element_size, capability)
-    blocks = {name: size for name, size in chosen.items() if name.startswith("BLOCK")}
-    assert len(blocks) == 3 and all(size >= 16 and math.log2(size).is_integer() for size in blocks.values())
-    assert blocks["BLOCK_D" if kernel.startswith("attention") else "BLOCK_R"] >= width
+    blocks = {
+        name: size for name, size in chosen.items() if name.startswith(("BLOCK", "FIRST")) or size and name == "SECOND"
+    }
+    assert all(size >= 16 and math.log2(size).is_integer() for size in blocks.values())
+    assert set(tiles.FIELDS[kernel][:2]) < set(blocks)
+    assert (chosen["BLOCK_D"] if kernel.startswith("attention") else chosen["FIRST"] + chosen["SECOND"]) >= width
     # ptxas must be able to give every thread of a program the registers that it is promised.
     assert chosen["num_warps"] * 32 * chosen.get("maxnreg", 0) <= 65536
 
@@ -196,7 +199,7 @@ def test_every_tuning_job_runs(tune):
     assert kernels == {
         "attention_forward": [64],
         "attention_backward": [64],
-        "adapter_rows": [64, 96, 128],
+        "adapter_few_rows": [64, 96, 128],
         "adapter_parameters": [64, 96, 128],
     }
 

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from collections.abc import Iterable
 
 import torch
 
@@ -85,6 +86,19 @@ def resolve(backend: str | None, tensor: torch.Tensor) -> str:
             f"{where}, not {str(tensor.dtype).removeprefix('torch.')}; use backend='torch'"
         )
     return backend
+
+
+def runs_plainly(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Whether nothing but autograd looks at an operator: no compiler or tracer, no mode of the dispatcher (counters,
+    fake tensors), no subclass of Tensor, no transform of torch.func.
+
+    An operator is then an autograd.Function, which costs Python half as much as a registered operator.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(tensor is None or type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

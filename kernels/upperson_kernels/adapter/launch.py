@@ -133,8 +133,8 @@ def backward(
     own_norm: Norm | None,
     saved: Saved,
     needs: Needs,
-) -> tuple[Tensor, ...]:
-    """The gradients in the order of Needs; empty for every gradient that is not needed.
+) -> list[Tensor | None]:
+    """The gradients in the order of Needs; None for every gradient that is not needed.
 
     Args:
         dy, dstream: gradients of y and of the stream; the latter is None where the stream was not returned.
@@ -157,17 +157,16 @@ def backward(
         shares = parameter_shares(dstream_rows, *inputs, **of_adapter, weight=False)
         of_norm = parameter_shares(dy_rows, *inputs, up=False, column=needs.bias, down=False, weight=needs.weight)
 
-    gradients = {name: x.new_empty(0) for name in Needs._fields} | {"x": dx}
+    gradients: dict[str, Tensor] = {"x": dx}
     if needs.weight:
         gradients["weight"] = of_norm.weight.sum(0).to(weight.dtype)
     if needs.bias:
         gradients["bias"] = of_norm.column.sum(0).to(weight.dtype)
     if any(of_adapter.values()):
-        found = finish(shares, computed, layers, own_norm)
-        gradients |= {name: gradient for name, gradient in found.items() if getattr(needs, name)}
+        gradients |= finish(shares, computed, layers, own_norm)
     if needs.scale:
         gradients["scale"] = gradients["scale"].sum().to(layers.scale.dtype)
-    return tuple(gradients.values())
+    return [gradients[name] if needed else None for name, needed in zip(Needs._fields, needs, strict=True)]
 
 
 def input_gradient(
@@ -249,7 +248,8 @@ def parameter_shares(
         (weight, (width,)),
     )
     acc_dtype = accumulator(x.dtype)
-    found = Shares(*(x.new_empty((shares, *shape) if wanted else 0, dtype=acc_dtype) for wanted, shape in shapes))
+    nothing = x.new_empty(0, dtype=acc_dtype)
+    found = Shares(*(x.new_empty((shares, *shape), dtype=acc_dtype) if wanted else nothing for wanted, shape in shapes))
     if shares and (up or column or down or weight):
         with torch.cuda.device_of(x):
             device.parameter_gradient_kernel[(column_blocks, shares)](

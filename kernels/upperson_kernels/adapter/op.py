@@ -4,19 +4,20 @@ Tensors are flat arguments here, as torch.library wants them; launch.py takes th
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from upperson_kernels.adapter import launch
 from upperson_kernels.adapter.launch import Layers, Needs, Norm, Saved
-from upperson_kernels.backend import accumulator
+from upperson_kernels.backend import accumulator, runs_plainly
 
 
-@torch.library.custom_op("upperson::layernorm_adapter", mutates_args=())
-def layernorm_adapter_forward(
+def run_forward(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
@@ -35,6 +36,9 @@ def layernorm_adapter_forward(
         x, residual, Norm(weight, bias), layers, own_norm_of(norm_weight, norm_bias), eps
     )
     return y, stream, total, saved.mean, saved.rstd, saved.hidden
+
+
+layernorm_adapter_forward = torch.library.custom_op("upperson::layernorm_adapter", run_forward, mutates_args=())
 
 
 def own_norm_of(weight: Tensor | None, bias: Tensor | None) -> Norm | None:
@@ -57,6 +61,28 @@ def _(x, residual, weight, bias, down_weight, down_bias, up_weight, up_bias, sca
     )
 
 
+def run_backward(
+    dy: Tensor,
+    dstream: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    hidden: Tensor,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    layers = Layers(down_weight, down_bias, up_weight, up_bias, scale)
+    own_norm, saved = own_norm_of(norm_weight, norm_bias), Saved(mean, rstd, hidden)
+    return launch.backward(dy, dstream, x, weight, layers, own_norm, saved, Needs(*needs))
+
+
 @torch.library.custom_op("upperson::layernorm_adapter_backward", mutates_args=())
 def layernorm_adapter_backward(
     dy: Tensor,
@@ -75,10 +101,11 @@ def layernorm_adapter_backward(
     hidden: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    layers = Layers(down_weight, down_bias, up_weight, up_bias, scale)
-    own_norm, saved = own_norm_of(norm_weight, norm_bias), Saved(mean, rstd, hidden)
-    gradients = launch.backward(dy, dstream, x, weight, layers, own_norm, saved, Needs(*needs))
-    dx, dweight, dbias, ddown_weight, ddown_bias, dup_weight, dup_bias, dscale, dnorm_weight, dnorm_bias = gradients
+    """Empty in the place of gradients that are not needed, as an operator returns tensors."""
+    adapter = (down_weight, down_bias, up_weight, up_bias, scale, norm_weight, norm_bias)
+    gradients = run_backward(dy, dstream, x, weight, *adapter, mean, rstd, hidden, needs)
+    found = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    dx, dweight, dbias, ddown_weight, ddown_bias, dup_weight, dup_bias, dscale, dnorm_weight, dnorm_bias = found
     return dx, dweight, dbias, ddown_weight, ddown_bias, dup_weight, dup_bias, dscale, dnorm_weight, dnorm_bias
 
 
@@ -116,7 +143,11 @@ def layernorm_adapter_save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) 
 
 
 def layernorm_adapter_differentiate(
-    ctx: Any, dy: Tensor | None, dstream: Tensor | None, *_: None
+    ctx: Any,
+    dy: Tensor | None,
+    dstream: Tensor | None,
+    *_: None,
+    backward: Callable[..., Any] = layernorm_adapter_backward,
 ) -> tuple[Tensor | None, ...]:
     need_x, need_residual, *need_parameters = ctx.needs_input_grad[:-1]
     if dy is None and dstream is None:  # nothing depends on either output
@@ -129,12 +160,34 @@ def layernorm_adapter_differentiate(
         dstream = torch.zeros_like(x) if dstream is None else dstream
     elif not ctx.has_residual:
         dstream = None
-    dx, *dparameters = layernorm_adapter_backward(dy, dstream, *saved, [need_x or need_residual, *need_parameters])
+    dx, *dparameters = backward(dy, dstream, *saved, [need_x or need_residual, *need_parameters])
     dparameters = (d if needed else None for d, needed in zip(dparameters, need_parameters, strict=True))
     return dx if need_x else None, dx if need_residual else None, *dparameters, None
 
 
 layernorm_adapter_forward.register_autograd(layernorm_adapter_differentiate, setup_context=layernorm_adapter_save)
+
+
+class PlainLayerNormAdapter(torch.autograd.Function):
+    """The same without PyTorch's registry; see backend.runs_plainly."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = run_forward(*inputs)
+        layernorm_adapter_save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return layernorm_adapter_differentiate(ctx, *grads, backward=run_backward)
+
+
+def layernorm_adapter(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """y and the stream, by the way that costs Python least."""
+    apply = PlainLayerNormAdapter.apply if runs_plainly(inputs[:-1]) else layernorm_adapter_forward
+    y, stream, *_ = apply(*inputs)
+    return y, stream
 
 
 # ---------------------------------------------------------------------------------------- for torch's flop counter

@@ -98,9 +98,9 @@ def prefix_attention(
     refuse_forward_mode(name, (qkv, *others.values()))
     from upperson_kernels.attention import op  # imports Triton
 
-    return op.prefix_attention_forward(
+    return op.prefix_attention(
         qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, causal, scale_target
-    )[0]
+    )
 
 
 def longest_sequence(qkv: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> int:

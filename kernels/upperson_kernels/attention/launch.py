@@ -118,8 +118,8 @@ def backward(
     causal: bool,
     scale_target: str,
     needs: Needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qkv, prefix key, prefix value and λ; empty for every gradient that is not needed."""
+) -> list[Tensor | None]:
+    """Gradients of qkv, prefix key, prefix value and λ; None for every gradient that is not needed."""
     sizes = sizes_of(qkv, packing)
     heads, width = qkv.shape[-2:]
     prefix_length = prefix.key.shape[0]
@@ -208,12 +208,8 @@ def backward(
                 **sums,
                 **PREFIX_BLOCKS,
             )
-    return (
-        dqkv,
-        key if needs.key else qkv.new_empty(0),
-        value if needs.value else qkv.new_empty(0),
-        shares.sum().to(prefix.scale.dtype) if needs.scale else shares,
-    )
+    gradients = (dqkv, key, value, shares.sum().to(prefix.scale.dtype) if needs.scale else None)
+    return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
 
 
 def last_tiles(length: int, prefix_length: int, packed: bool, block_m: int, block_n: int) -> dict[str, Any]:

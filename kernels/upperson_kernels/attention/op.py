@@ -4,19 +4,20 @@ Tensors are flat arguments here, as torch.library wants them; launch.py takes th
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from upperson_kernels.attention import launch
 from upperson_kernels.attention.launch import Needs, Packing, Prefix
-from upperson_kernels.backend import accumulator
+from upperson_kernels.backend import accumulator, runs_plainly
 
 
-@torch.library.custom_op("upperson::prefix_attention", mutates_args=())
-def prefix_attention_forward(
+def run_forward(
     qkv: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
@@ -30,11 +31,32 @@ def prefix_attention_forward(
     return launch.forward(qkv, prefix, Packing(cu_seqlens, max_seqlen), causal, scale_target)
 
 
+prefix_attention_forward = torch.library.custom_op("upperson::prefix_attention", run_forward, mutates_args=())
+
+
 @prefix_attention_forward.register_fake
 def _(qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, causal, scale_target):
     *tokens, _, heads, width = qkv.shape
     out = qkv.new_empty(*tokens, heads, width)
     return out, qkv.new_empty(heads, out[..., 0, 0].numel(), dtype=accumulator(qkv.dtype))
+
+
+def run_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    prefix_scale: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale_target: str,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    prefix, packing = Prefix(prefix_key, prefix_value, prefix_scale), Packing(cu_seqlens, max_seqlen)
+    return launch.backward(grad, qkv, prefix, packing, out, lse, causal, scale_target, Needs(*needs))
 
 
 @torch.library.custom_op("upperson::prefix_attention_backward", mutates_args=())
@@ -52,8 +74,11 @@ def prefix_attention_backward(
     scale_target: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    prefix, packing = Prefix(prefix_key, prefix_value, prefix_scale), Packing(cu_seqlens, max_seqlen)
-    return launch.backward(grad, qkv, prefix, packing, out, lse, causal, scale_target, Needs(*needs))
+    """Empty in the place of gradients that are not needed, as an operator returns tensors."""
+    inputs = (qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, out, lse, causal, scale_target)
+    found = run_backward(grad, *inputs, needs)
+    dqkv, dkey, dvalue, dscale = (qkv.new_empty(0) if gradient is None else gradient for gradient in found)
+    return dqkv, dkey, dvalue, dscale
 
 
 @prefix_attention_backward.register_fake
@@ -70,18 +95,39 @@ def prefix_attention_save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]
     ctx.set_materialize_grads(False)  # no zeros for lse, which has no gradient
 
 
-def prefix_attention_differentiate(ctx: Any, grad: Tensor | None, _grad_lse: None) -> tuple[Tensor | None, ...]:
+def prefix_attention_differentiate(
+    ctx: Any, grad: Tensor | None, _grad_lse: None, backward: Callable[..., Any] = prefix_attention_backward
+) -> tuple[Tensor | None, ...]:
     if grad is None:  # nothing depends on the output
         return (None,) * 8
     needs = ctx.needs_input_grad[:4]
     *tensors, out, lse = ctx.saved_tensors
-    grads = prefix_attention_backward(
-        grad, *tensors, ctx.max_seqlen, out, lse, ctx.causal, ctx.scale_target, list(needs)
-    )
+    grads = backward(grad, *tensors, ctx.max_seqlen, out, lse, ctx.causal, ctx.scale_target, list(needs))
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None, None, None
 
 
 prefix_attention_forward.register_autograd(prefix_attention_differentiate, setup_context=prefix_attention_save)
+
+
+class PlainPrefixAttention(torch.autograd.Function):
+    """The same without PyTorch's registry; see backend.runs_plainly."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = run_forward(*inputs)
+        prefix_attention_save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return prefix_attention_differentiate(ctx, *grads, backward=run_backward)
+
+
+def prefix_attention(*inputs: Any) -> Tensor:
+    """The output, by the way that costs Python least."""
+    apply = PlainPrefixAttention.apply if runs_plainly(inputs[:5]) else prefix_attention_forward
+    return apply(*inputs)[0]
 
 
 # ---------------------------------------------------------------------------------------- for torch's flop counter
