@@ -1,6 +1,5 @@
 """Which tiles a kernel runs with: those that ship, those that a file brings, and what they cost in padding."""
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from operators import GPU, attention_functions, attention_inputs, packed_inputs, randn, run
+from operators import GPU, attention_functions, attention_inputs, packed_inputs
 from torch.utils._pytree import tree_leaves
 from upperson_kernels import tiles
 
@@ -107,40 +106,40 @@ def test_a_file_that_is_not_tiles_is_refused_and_changes_nothing(content, messag
     assert tiles.loaded == {}
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="counts what the interpreter computes")
-@pytest.mark.parametrize("prefix", [2, 10, 14])
 @pytest.mark.parametrize(
-    ("length", "causal", "packed"), [(193, False, False), (244, False, False), (77, True, False), (26, True, True)]
+    ("length", "causal", "packed", "forward", "backward"),
+    [
+        (193, False, False, 1.36, 1.36),
+        (244, False, False, 1.06, 1.06),
+        (77, True, False, 3.26, 2.71),
+        (26, True, True, 6.7, 6.7),
+    ],
 )
-def test_the_kernels_compute_as_many_products_as_the_resources_table_says(length, causal, packed, prefix, monkeypatch):
+def test_how_much_is_padded(length, causal, packed, forward, backward, monkeypatch):
+    """Elements of the kernels' products over those of the definition: two products forward, five backward."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    monkeypatch.syspath_prepend(ROOT / "bench")
-    resources = importlib.import_module("resources")
-    counted = 0
+    counted = []
     create_dot = InterpreterBuilder.create_dot
 
     def count(self, a, b, *rest):
-        nonlocal counted
-        counted += a.data.shape[0] * b.data.shape[1] * a.data.shape[1]
+        counted.append(a.data.shape[0] * b.data.shape[1] * a.data.shape[1])
         return create_dot(self, a, b, *rest)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", count)
-    call = resources.Attention(length, causal, packed)
-    inputs = dict(prefix=prefix, heads=1, width=64, dtype=torch.float16)
+    inputs = dict(prefix=10, heads=1, width=64, dtype=torch.float16)
     if packed:
         tensors, cu_seqlens = packed_inputs([length], **inputs)
     else:
         tensors, cu_seqlens = attention_inputs(1, length, **inputs), None
-    run(attention_functions(causal, "weights", cu_seqlens)[0], tensors, [randn(*tensors[0].shape[:-3], 1, 64)])
-    stated = 0
-    for mode in ("forward", "backward"):
-        chosen = tiles.choose(f"attention_{mode}", 64, 2, 90)
-        # A lone sequence is its own longest one.
-        last = resources.last_tiles(length, prefix, packed, chosen["BLOCK_M"], chosen["BLOCK_N"])
-        stated += 64 * resources.attention_products(mode, call, prefix, chosen | last)
-    assert counted == stated
+    out = attention_functions(causal, "weights", cu_seqlens)[0](*(t.requires_grad_() for t in tensors))
+    products = [sum(counted)]
+    out.backward(torch.ones_like(out))
+    products.append(sum(counted) - products[0])
+    visible = (length * (length + 1) / 2 if causal else length**2) + 10 * length
+    padded = [found / (number * 64 * visible) for found, number in zip(products, (2, 5), strict=True)]
+    assert padded == pytest.approx([forward, backward], rel=0.01)
 
 
 @pytest.fixture
@@ -194,7 +193,8 @@ def test_every_tuning_job_runs(tune):
     for job in tune.jobs(1, torch.float16, torch.device("cpu")):
         kernels.setdefault(job.kernel, []).append(job.width)
         for workload in job.workloads:
-            assert all(result.isfinite().all() for result in tree_leaves(workload()))
+            found = [result for result in tree_leaves(workload()) if result is not None]
+            assert found and all(result.isfinite().all() for result in found)
         assert len(tune.alternatives(job.kernel)) > 10
     assert kernels == {
         "attention_forward": [64],

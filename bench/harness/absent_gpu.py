@@ -5,17 +5,15 @@ and Triton for good, so this is for a process of its own.
 """
 
 import contextlib
-import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
-
-os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
+from upperson_kernels.backend import interpreting
 
 MULTIPROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148}
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KB that one program may have
@@ -130,7 +128,12 @@ class Driver(DriverBase):
 
 
 def install(capability: int) -> None:
-    """From now on, Triton compiles for `capability` and records the launches in `launches`."""
+    """From now on, Triton compiles for `capability` and records the launches in `launches`.
+
+    Raises RuntimeError under TRITON_INTERPRET, which replaces the compiler.
+    """
+    if interpreting():
+        raise RuntimeError("TRITON_INTERPRET is set; kernels are compiled here, so unset it")
     driver.set_active(Driver(capability))
     torch.Tensor.is_cuda = torch.nn.Parameter.is_cuda = property(lambda self: True)
     torch.cuda.device_of = lambda tensor: contextlib.nullcontext()
