@@ -20,6 +20,21 @@ if not torch.cuda.is_available():
 GOLDEN = Path(__file__).parent / "golden"
 
 
+# The files that take longest, in the order in which workers of pytest-xdist begin with them (--dist loadfile).
+FIRST = (
+    "test_compile.py",
+    "test_kernels.py",
+    "test_step.py",
+    "test_training.py",
+    "test_tables.py",
+    "test_distributed.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("network") and not index_answers():
         pytest.skip("pip reaches no package index")

@@ -6,6 +6,8 @@ operators.py has the comparison itself.
 import itertools
 import math
 import re
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -332,19 +334,25 @@ def test_adapter_gradcheck(residual, own_norm):
     assert torch.autograd.gradcheck(adapter_functions(residual, own_norm)[0], tensors, fast_mode=True)
 
 
-@ADAPTER_MODES
+ADAPTER_SHAPES = [
+    ((1,), 64, 8),
+    ((31,), 65, 5),
+    ((2, 33), 64, 16),
+    ((4,), 512, 64),
+    *([] if GPU else [((5,), 1, 1)]),
+    ((193,), 96, 12),
+    ((3,), 768, 96),
+    ((2,), 1024, 128),
+    ((2100,), 16, 2),
+]
+
+
 @pytest.mark.parametrize(
-    ("rows", "width", "hidden"),
+    ("rows", "width", "hidden", "residual", "own_norm"),
     [
-        ((1,), 64, 8),
-        ((31,), 65, 5),
-        ((2, 33), 64, 16),
-        slow_case((193,), 96, 12),
-        ((4,), 512, 64),
-        slow_case((3,), 768, 96),
-        slow_case((2,), 1024, 128),
-        *([] if GPU else [((5,), 1, 1)]),
-        slow_case((2100,), 16, 2),
+        (slow_case if number > 4 or number % 4 != 2 * residual + own_norm else pytest.param)(*shape, residual, own_norm)
+        for number, shape in enumerate(ADAPTER_SHAPES)
+        for residual, own_norm in itertools.product((False, True), repeat=2)
     ],
 )
 def test_adapter_shapes(rows, width, hidden, residual, own_norm):
@@ -615,6 +623,42 @@ def test_backend_rule(monkeypatch):
         upperson_kernels.backend.resolve(None, cpu.bfloat16())
     with pytest.raises(ValueError, match="backend must be None, 'triton' or 'torch', not 'cuda'"):
         upperson_kernels.backend.resolve("cuda", cpu)
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "has_triton", "problem"),
+    [
+        ((8, 0), None, True, None),
+        ((12, 0), None, True, None),
+        ((7, 5), None, True, "compute capability 8.0 or newer, and a T4 is none"),
+        ((9, 4), "6.2", True, "an NVIDIA GPU .* and a T4 is none"),
+        ((9, 0), None, False, "triton is not installed"),
+    ],
+)
+def test_gpus_that_the_kernels_do_not_take_run_pytorch_and_say_so_once(
+    monkeypatch, capability, hip, has_triton, problem
+):
+    backend = upperson_kernels.backend
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a T4")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(backend, "HAS_TRITON", has_triton)
+    monkeypatch.setattr(backend, "warned", set())
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.float16)
+    if problem is None:
+        assert backend.resolve(None, tensor) == backend.resolve("triton", tensor) == "triton"
+        return
+    with pytest.warns(
+        UserWarning, match=f"the fused kernels do not run here: .*{problem}.* Plain PyTorch runs instead"
+    ):
+        assert backend.resolve(None, tensor) == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.resolve(None, tensor) == "torch"
+    with pytest.raises(RuntimeError, match="use backend='torch'|runs without it"):
+        backend.resolve("triton", tensor)
+        backend.capability(tensor)
 
 
 @pytest.mark.parametrize(

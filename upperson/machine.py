@@ -27,6 +27,8 @@ from upperson.errors import RunError
 TIMEOUT = timedelta(minutes=30)
 # Matches PyTorch's errors after another process has ended or does not respond.
 LOST_CONTACT = re.compile(r"gloo|NCCL|TCPStore|Connection (closed|reset) by peer|Broken pipe")
+# Matches PyTorch's errors of allocations that are no OutOfMemoryError.
+NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -208,6 +210,18 @@ def contact(where: Callable[[], str]) -> Iterator[None]:
         message = str(error).split("\n")[0].split(". ")[0]
         reason = re.sub(r"^\[.*?\] ", "", message)  # without the source line of gloo
         raise RunError(f"lost contact with another process ({reason}) {where()}") from error
+
+
+@contextmanager
+def enough_memory(where: Callable[[], str]) -> Iterator[None]:
+    """A context that turns a failed allocation, on a GPU or not, into a RunError. `where` says where and what helps."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not NO_MEMORY.search(str(error)):
+            raise
+        message = (str(error).strip() or "no memory is left").split("\n")[0].split(". ")[0]
+        raise RunError(f"out of memory {where()} ({message})") from error
 
 
 class _Gather(torch.autograd.Function):

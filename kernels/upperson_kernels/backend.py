@@ -1,16 +1,18 @@
 """Which implementation of an operator runs where, and how a user forces one.
 
-    backend=None      Triton on a CUDA device, or anywhere under TRITON_INTERPRET=1; PyTorch elsewhere
+    backend=None      Triton on an NVIDIA GPU of compute capability 8.0 or newer, or anywhere under TRITON_INTERPRET=1;
+                      PyTorch elsewhere: on another GPU, or without Triton, with one warning
     backend="triton"  the fused kernels, or an error that says why they cannot run
     backend="torch"   plain PyTorch, on any device and in any dtype
 
-There is no silent fallback: inputs that the chosen backend does not support are an error.
+Nothing falls back in silence: inputs that the chosen backend does not support are an error.
 """
 
 import importlib.metadata
 import importlib.util
 import os
 import re
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -62,7 +64,7 @@ def resolve(backend: str | None, tensor: torch.Tensor) -> str:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be None, 'triton' or 'torch', not {backend!r}")
     if backend is None:
-        backend = "triton" if tensor.is_cuda or interpreting() else "torch"
+        backend = "triton" if interpreting() or (tensor.is_cuda and takes_kernels(tensor.device)) else "torch"
     if backend == "torch":
         return backend
 
@@ -86,6 +88,28 @@ def resolve(backend: str | None, tensor: torch.Tensor) -> str:
             f"{where}, not {str(tensor.dtype).removeprefix('torch.')}; use backend='torch'"
         )
     return backend
+
+
+def takes_kernels(device: torch.device) -> bool:
+    """Whether the kernels can run on a CUDA device. Warns once for a device where they cannot."""
+    problem = gpu_problem(device)
+    if problem is not None and not torch.compiler.is_compiling() and device not in warned:
+        warned.add(device)
+        warnings.warn(f"the fused kernels do not run here: {problem}. Plain PyTorch runs instead", stacklevel=4)
+    return problem is None
+
+
+def gpu_problem(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a CUDA device; None where they can."""
+    if not HAS_TRITON:
+        return "the package triton is not installed"
+    if torch.version.hip or torch.cuda.get_device_capability(device)[0] < 8:
+        name = torch.cuda.get_device_name(device)
+        return f"they need an NVIDIA GPU of compute capability 8.0 or newer, and {name} is none"
+    return None
+
+
+warned: set[torch.device] = set()
 
 
 def runs_plainly(tensors: Iterable[torch.Tensor | None]) -> bool:
@@ -124,12 +148,9 @@ def capability(tensor: torch.Tensor) -> int:
     """Compute capability of the tensor's GPU as a number: 80, 89, 90, 100; Hopper's, 90, in the interpreter."""
     if not tensor.is_cuda:
         return 90
+    if (problem := gpu_problem(tensor.device)) is not None:
+        raise RuntimeError(f"backend 'triton' cannot run: {problem}; use backend='torch'")
     major, minor = torch.cuda.get_device_capability(tensor.device)
-    if torch.version.hip or major < 8:
-        raise RuntimeError(
-            "backend 'triton' needs an NVIDIA GPU of compute capability 8.0 or newer, not "
-            f"{torch.cuda.get_device_name(tensor.device)}; use backend='torch'"
-        )
     return 10 * major + minor
 
 

@@ -209,7 +209,7 @@ def test_a_step_is_read_after_the_next_one_is_launched(config, whole, monkeypatc
     assert losses == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 5, 10])
+@pytest.mark.parametrize("step", [1, slow_case(3), 4, slow_case(5), slow_case(10)])
 def test_a_step_that_is_not_finite_is_found_before_anything_is_saved(config, monkeypatch, step, fused_adam):
     real = Training.launch
 
@@ -224,6 +224,38 @@ def test_a_step_that_is_not_finite_is_found_before_anything_is_saved(config, mon
     state = load_state(config.train.run_dir)
     assert all(tensor.isfinite().all() for tensor in state["parameters"].values())
     assert state["progress"]["step"] < step
+
+
+@pytest.mark.parametrize(
+    ("error", "step"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …"), 1),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you …"), 7),
+        (MemoryError(), 4),
+    ],
+    ids=["on a GPU", "on a CPU", "of Python"],
+)
+def test_without_memory_a_run_ends_in_one_line(config, monkeypatch, error, step):
+    real = Training.launch
+
+    def launch(run, batch, pairs):
+        if run.progress.step + 1 == step:
+            raise error
+        return real(run, batch, pairs)
+
+    monkeypatch.setattr(Training, "launch", launch)
+    with pytest.raises(RunError) as raised:
+        fit(config)
+    message = str(raised.value)
+    assert f"out of memory in epoch {1 + (step > 5)}, after step {step - 1}, with batches of 8 pairs" in message
+    assert "--batch-size" in message and "\n" not in message
+    assert load_state(config.train.run_dir)["progress"]["step"] < step
+
+
+def test_another_runtime_error_is_not_taken_for_lack_of_memory(config, monkeypatch):
+    monkeypatch.setattr(Training, "launch", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="^shapes do not match"):
+        fit(config)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from upperson.evaluate.pictures import curve, shown_queries, top_ten
 from upperson.evaluate.results import RESULTS, Results
 from upperson.evaluate.tables import short, text
 from upperson.files import write_atomically
-from upperson.machine import Group, contact, device_and_precision, process_group
+from upperson.machine import Group, contact, device_and_precision, enough_memory, process_group
 from upperson.methods import Stage
 from upperson.model import AdaptedCLIP
 from upperson.model.adapted_clip import nothing_to_train, require_backend
@@ -120,7 +120,7 @@ def train(config: Config, model: AdaptedCLIP, job: Job, folder: Path) -> Results
     if not config.model.method.trains:
         return evaluate_zero_shot(config, model, job, folder)
     training = Training(config, model, job, folder)
-    with contact(training.position):
+    with contact(training.position), enough_memory(training.memory):
         with job.interruption:
             if saved is None:
                 training.begin(start)

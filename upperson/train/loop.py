@@ -352,6 +352,15 @@ class Training:
             f"saved files in {self.folder} are intact, resume with --resume {self.job.run_dir}"
         )
 
+    def memory(self) -> str:
+        """The position of the run, its batch and what may help, for an allocation that failed."""
+        settings, progress = self.config.train, self.progress
+        return (
+            f"in epoch {progress.epoch}, after step {progress.step}, with batches of {settings.batch_size} pairs; a "
+            "smaller --batch-size or --precision bf16 may help, in evaluation an --evaluate-batch-size below "
+            f"{settings.evaluate_batch_size}; the saved files in {self.folder} are intact"
+        )
+
     def stop(self) -> None:
         self.save_state()
         self.log.close()
