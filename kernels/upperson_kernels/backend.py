@@ -14,6 +14,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -120,7 +121,8 @@ def runs_plainly(tensors: Iterable[torch.Tensor | None]) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    if torch._C._len_torch_dispatch_stack() or functorch.peek_interpreter_stack() is not None:
         return False
     return all(tensor is None or type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
 

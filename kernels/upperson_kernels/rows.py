@@ -1,5 +1,8 @@
 """Matrices of rows in memory, and tiles of them; the kernels over rows share these. Imports Triton."""
 
+# pyright: reportArgumentType=false
+# A kernel's constants are constexpr to Triton and plain values to its caller, which a type checker cannot see.
+
 import torch
 import triton
 import triton.language as tl

@@ -24,8 +24,9 @@ give the two products two layouts.
 Names in device code: as in device.py.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
-# A kernel's constants are constexpr to Triton and plain values to its caller, which a type checker cannot see.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# A kernel's constants are constexpr to Triton and plain values to its caller, which a type checker cannot see; nor that
+# Triton's ranges are iterated.
 
 import triton
 import triton.language as tl
