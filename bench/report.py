@@ -4,10 +4,11 @@
     python bench/report.py --fresh             measures everything again
     python bench/report.py --output DIR        reports to DIR instead of bench/results
 
-Each part is a program of its own with a time limit. The result of a part is kept at once in a folder below runs/, so
-that a report that was killed resumes with the next part. A folder belongs to one device, one state of the sources and
-one version of PyTorch and Triton. A part that fails or runs over its time does not stop the others. The report shows
-the end of its output, and the exit status is 1.
+Each part is a program of its own with a time limit. The result of a part is kept at once in a folder beside the reports,
+so that a report that was killed resumes with the next part, on another machine of the same kind too if the folder came
+along. A folder belongs to one kind of device, one state of the measured sources and one version of PyTorch and Triton. A
+part that fails or runs over its time does not stop the others. The report shows the end of its output, and the exit
+status is 1.
 """
 
 import argparse
@@ -136,9 +137,9 @@ def training(seconds: float, work: Path, *arguments: str) -> Part:
 
 
 def identity(found: dict[str, str | None]) -> str:
-    """The name of a state: device, versions, and every source file that a part runs."""
+    """The name of a state: kind of device, versions, and every source file that is measured."""
     digest = hashlib.sha256(repr([found[name] for name in ("device", "driver", "torch", "triton")]).encode())
-    sources = [path for folder in ("bench", "kernels", "upperson", "tests") for path in (ROOT / folder).rglob("*.py")]
+    sources = [path for folder in ("bench", "kernels", "upperson") for path in (ROOT / folder).rglob("*.py")]
     for path in sorted([*sources, ROOT / "train.py"]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
@@ -215,7 +216,7 @@ def publish(report: Report, work: Path, output: Path, slug: str) -> Path:
 # ---------------------------------------------------------------------------------------- the command
 
 
-def main(make_parts: Callable[[Path], list[Part]] | None = None, work_folder: Path = ROOT / "runs") -> int:
+def main(make_parts: Callable[[Path], list[Part]] | None = None) -> int:
     """`make_parts` gives the parts for a work folder; by default those that this machine can run."""
     device = device_at_hand()
     gpu = device.type == "cuda"
@@ -230,7 +231,7 @@ def main(make_parts: Callable[[Path], list[Part]] | None = None, work_folder: Pa
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     found, slug = environment(device), device_slug(device)
-    work = work_folder / f"report-{slug}-{identity(found)}"
+    work = arguments.output.resolve() / f"parts-{slug}-{identity(found)}"
     if arguments.fresh and work.exists():
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)

@@ -365,7 +365,7 @@ def python(name: str, code: str, seconds: float = 30, **options) -> "report.Part
 def run_report(parts, folder: Path, monkeypatch, *arguments) -> int:
     """`report.py` with other parts, reporting to folder/out."""
     monkeypatch.setattr(sys, "argv", ["report.py", "--output", str(folder / "out"), *arguments])
-    return report.main(lambda work: parts, folder / "work")
+    return report.main(lambda work: parts)
 
 
 def read_report(folder: Path) -> tuple[dict, str]:
@@ -399,7 +399,7 @@ if not flag.exists():
 '''
 parts = [report.Part(name, [sys.executable, "-c", code], 30) for name, code in (("one", COUNT), ("two", KILL))]
 sys.argv = ["report.py", "--output", str(FOLDER / "out"), *sys.argv[1:]]
-sys.exit(report.main(lambda work: parts, FOLDER / "work"))
+sys.exit(report.main(lambda work: parts))
 """)
     first = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert first.returncode == -9, first.stderr

@@ -178,6 +178,13 @@ def test_fewer_operations_and_half_the_memory(full_size):
     assert full_size["CSKT"]["trained_parameters"] == 12_117_888
 
 
+def test_calls_and_launches_of_a_step(full_size):
+    """Python and the launches are what a GPU would wait for."""
+    assert 500 < full_size["ours"]["calls"] <= 900
+    assert 500 < full_size["ours"]["launches"] <= 1000
+    assert full_size["plain"]["launches"] > 3 * full_size["ours"]["launches"]
+
+
 def test_every_switch_brings_something(full_size):
     for name in paths.WITHOUT:
         assert full_size[name]["flops"] > full_size["ours"]["flops"]

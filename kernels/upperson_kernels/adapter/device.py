@@ -35,6 +35,10 @@ weights come in the dtype of x.
 Names in device code: b_ value of a block, p_ pointer, o_ offsets, m_ mask. EVEN: nothing to be masked on that axis.
 """
 
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
+# A kernel's constants are constexpr to Triton and plain values to its caller, which a type checker cannot see; nor that
+# Triton's ranges are iterated.
+
 import triton
 import triton.language as tl
 

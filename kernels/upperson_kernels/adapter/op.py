@@ -146,7 +146,7 @@ def layernorm_adapter_differentiate(
     ctx: Any,
     dy: Tensor | None,
     dstream: Tensor | None,
-    *_: None,
+    *_: Tensor | None,
     backward: Callable[..., Any] = layernorm_adapter_backward,
 ) -> tuple[Tensor | None, ...]:
     need_x, need_residual, *need_parameters = ctx.needs_input_grad[:-1]

@@ -96,7 +96,7 @@ def prefix_attention_save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]
 
 
 def prefix_attention_differentiate(
-    ctx: Any, grad: Tensor | None, _grad_lse: None, backward: Callable[..., Any] = prefix_attention_backward
+    ctx: Any, grad: Tensor | None, _grad_lse: Tensor | None, backward: Callable[..., Any] = prefix_attention_backward
 ) -> tuple[Tensor | None, ...]:
     if grad is None:  # nothing depends on the output
         return (None,) * 8
