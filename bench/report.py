@@ -4,11 +4,11 @@
     python bench/report.py --fresh             measures everything again
     python bench/report.py --output DIR        reports to DIR instead of bench/results
 
-Each part is a program of its own with a time limit. The result of a part is kept at once in a folder beside the reports,
-so that a report that was killed resumes with the next part, on another machine of the same kind too if the folder came
-along. A folder belongs to one kind of device, one state of the measured sources and one version of PyTorch and Triton. A
-part that fails or runs over its time does not stop the others. The report shows the end of its output, and the exit
-status is 1.
+Each part is a program of its own with a time limit. The result of a part is kept at once in a folder beside the
+reports, so that a report that was killed resumes with the next part, on another machine of the same kind too if the
+folder came along. A folder belongs to one kind of device, one state of the measured sources and one version of PyTorch
+and Triton. A part that fails or runs over its time does not stop the others. The report shows the end of its output,
+and the exit status is 1.
 """
 
 import argparse

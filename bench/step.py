@@ -108,7 +108,8 @@ def count_apart(batch: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "counts.json"
         command = [sys.executable, __file__, "--count", "--batch", str(batch), "--json", str(path)]
-        run = subprocess.run(command, capture_output=True, text=True)
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        run = subprocess.run(command, capture_output=True, text=True, env=environment)
         if run.returncode:
             raise RuntimeError(f"step.py --count failed: {run.stderr.strip().splitlines()[-1:]}")
         return json.loads(path.read_text())["counts"]
@@ -184,7 +185,6 @@ def text(result: dict[str, Any]) -> str:
 
 
 def count_full_size(batch: int, with_activations: bool, file: Path | None) -> int:
-    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
     from harness import absent_gpu
 
     absent_gpu.install(90)
