@@ -26,10 +26,8 @@ def mask_of(
     EVEN_ROWS: tl.constexpr,  # whether the tile's rows all lie in the matrix
     EVEN_COLUMNS: tl.constexpr,  # whether its columns do
 ):
-    """Which elements of a tile lie in the matrix; None: all of them. A mask that is not needed costs instructions."""
-    if EVEN_ROWS and EVEN_COLUMNS:
-        return None
-    elif EVEN_COLUMNS:
+    """Which elements of a tile lie in the matrix. A comparison that is not needed would cost instructions."""
+    if EVEN_COLUMNS:
         return (o_row < rows)[:, None]
     elif EVEN_ROWS:
         return (o_column < columns)[None, :]
@@ -50,8 +48,11 @@ def load_tile(
 ):
     """A tile of a matrix, zero outside of it."""
     p_tile = p_base + o_row[:, None].to(tl.int64) * stride_row + o_column[None, :]
-    m_tile = mask_of(o_row, o_column, rows, columns, EVEN_ROWS=EVEN_ROWS, EVEN_COLUMNS=EVEN_COLUMNS)
-    return tl.load(p_tile) if m_tile is None else tl.load(p_tile, mask=m_tile, other=0.0)
+    if EVEN_ROWS and EVEN_COLUMNS:
+        return tl.load(p_tile)
+    else:
+        m_tile = mask_of(o_row, o_column, rows, columns, EVEN_ROWS=EVEN_ROWS, EVEN_COLUMNS=EVEN_COLUMNS)
+        return tl.load(p_tile, mask=m_tile, other=0.0)
 
 
 @triton.jit
@@ -68,5 +69,8 @@ def store_tile(
 ):
     """Writes a tile of a matrix, in the matrix's dtype; nothing outside of it."""
     p_tile = p_base + o_row[:, None].to(tl.int64) * stride_row + o_column[None, :]
-    m_tile = mask_of(o_row, o_column, rows, columns, EVEN_ROWS=EVEN_ROWS, EVEN_COLUMNS=EVEN_COLUMNS)
-    tl.store(p_tile, b_tile.to(p_base.dtype.element_ty), mask=m_tile)
+    if EVEN_ROWS and EVEN_COLUMNS:
+        tl.store(p_tile, b_tile.to(p_base.dtype.element_ty))
+    else:
+        m_tile = mask_of(o_row, o_column, rows, columns, EVEN_ROWS=EVEN_ROWS, EVEN_COLUMNS=EVEN_COLUMNS)
+        tl.store(p_tile, b_tile.to(p_base.dtype.element_ty), mask=m_tile)

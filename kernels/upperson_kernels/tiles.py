@@ -109,7 +109,7 @@ def adapter_parameters(hidden: int, element_size: int, capability: int) -> Tiles
         return dict(BLOCK_T=32, BLOCK_C=32, num_warps=8, num_stages=2)
     if operands_in_registers(capability):
         return dict(BLOCK_T=16, BLOCK_C=64, num_warps=8, num_stages=2)
-    return dict(BLOCK_T=64, BLOCK_C=128, num_warps=8, num_stages=3 if hidden <= 96 else 2)
+    return dict(BLOCK_T=32 if capability >= 100 else 64, BLOCK_C=128, num_warps=8, num_stages=2)
 
 
 SHIPPED = dict(

@@ -15,7 +15,7 @@ from upperson_kernels.backend import accumulator, capability, float32_precision,
 from upperson_kernels.rows import TRITON_DTYPES, as_rows
 
 FEW_ROWS = 64 * 132  # with fewer, programs of 64 rows would leave multiprocessors idle
-FINISH_BLOCKS = dict(BLOCK_C=8, num_warps=4)
+FINISH_BLOCKS = dict(BLOCK_C=8, num_warps=8)
 
 
 class Norm(NamedTuple):
@@ -271,7 +271,8 @@ def parameter_shares(
                 OWN_NORM=own_norm,
                 PRECISION=float32_precision(),
                 ACC=TRITON_DTYPES[acc_dtype],
-                STAGES=chosen["num_stages"],
+                # Triton 3.6 cannot pipeline an operand on Blackwell that is computed from what was loaded.
+                STAGES=1 if own_norm and capability(x) >= 100 else chosen["num_stages"],
                 **chosen,
             )
     return found
