@@ -21,14 +21,14 @@ STACK = 16
 ATTENTION = ("image", "image, λ on logits", "image L/14", "image L/14, λ on logits", "text", "text, packed")
 ADAPTERS = ("image, 768 → 96", "text, packed, 512 → 64", "image L/14, 1024 → 128")
 ACTIVATIONS = ("2048", "3072", "4096")
-# Thousands of warp instructions of a program on Hopper, with a margin of some 3 % for other versions of Triton.
+# Thousands of warp instructions of a program on Hopper, with a margin for other versions of Triton.
 INSTRUCTIONS = {
     ("attention.resident.forward_kernel", "image"): 16.0,
     ("attention.resident.backward_kernel", "image"): 30.0,
     ("attention.resident.backward_kernel", "image, λ on logits"): 31.0,
     ("attention.resident.forward_kernel", "image L/14"): 19.5,
     ("attention.resident.backward_kernel", "image L/14"): 34.0,
-    ("attention.resident.forward_kernel", "text"): 7.3,
+    ("attention.resident.forward_kernel", "text"): 7.8,
     ("attention.resident.backward_kernel", "text"): 9.2,
     ("adapter.device.forward_kernel", "image, 768 → 96, residual"): 46.0,
     ("adapter.device.input_gradient_kernel", "image, 768 → 96, residual"): 55.5,
