@@ -23,6 +23,7 @@ GOLDEN = Path(__file__).parent / "golden"
 # The files that take longest, in the order in which workers of pytest-xdist begin with them (--dist loadfile).
 FIRST = (
     "test_compile.py",
+    "test_launches.py",
     "test_kernels.py",
     "test_step.py",
     "test_training.py",
