@@ -8,13 +8,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-from harness import absent_gpu
-
-absent_gpu.install(int(sys.argv[1]))
-
 import torch
+from harness import absent_gpu
 from upperson_kernels import layernorm_adapter, prefix_attention, quick_gelu
 
+absent_gpu.install(int(sys.argv[1]))
 BF16 = torch.bfloat16
 
 

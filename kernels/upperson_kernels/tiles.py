@@ -1,9 +1,9 @@
 """Block sizes and launch options of every kernel, by GPU generation and shape.
 
 The values of this file were chosen by compiling ahead of time for compute capabilities 80, 89, 90 and 100 (A100, RTX
-40, H100 and H200, B200). Registers do not spill at the shapes of CLIP (except 8 bytes in two kernels with Triton 3.8),
-and every product of 64 rows runs on Hopper's wgmma; `python bench/resources.py` prints both. Nothing is tuned at run
-time: `python bench/tune.py` measures alternatives on a GPU and saves the fastest ones to a file. The entries of a file
+40, H100 and H200, B200). Registers do not spill at the shapes of CLIP, and every product of 64 rows runs on the large
+matrix units of Hopper and Blackwell; `python bench/resources.py` prints both. Nothing is tuned at run time:
+`python bench/tune.py` measures alternatives on a GPU and saves the fastest ones to a file. The entries of a file
 that `load` read, or that the environment variable UPPERSON_TILES names, take precedence over the values of this file.
 """
 

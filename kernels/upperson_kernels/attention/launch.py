@@ -41,6 +41,13 @@ class Needs(NamedTuple):
     scale: bool
 
 
+class Sums(NamedTuple):
+    """Of which gradients backward sums those of the sequences."""
+
+    key: bool
+    value: bool
+
+
 class Sizes(NamedTuple):
     """How many sequences and tokens there are."""
 
@@ -120,77 +127,108 @@ def backward(
     needs: Needs,
 ) -> list[Tensor | None]:
     """Gradients of qkv, prefix key, prefix value and λ; None for every gradient that is not needed."""
+    # λ's gradient follows from that of the values, or of the keys where λ acts on the logits.
+    sums = Sums(
+        key=needs.key or (needs.scale and scale_target == "logits"),
+        value=needs.value or (needs.scale and scale_target == "weights"),
+    )
+    options = (causal, scale_target, needs, sums)
+    dqkv, dkey, dvalue = sequence_gradients(grad, qkv, prefix, packing, out, lse, *options)
+    sequences = sizes_of(qkv, packing).sequences if out.numel() else 0
+    return [dqkv if needs.qkv else None, *prefix_gradients(sequences, dkey, dvalue, prefix, scale_target, needs, sums)]
+
+
+def sequence_gradients(
+    grad: Tensor,
+    qkv: Tensor,
+    prefix: Prefix,
+    packing: Packing,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale_target: str,
+    needs: Needs,
+    sums: Sums,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of qkv, and those of prefix keys and values for each sequence, (S, P, H, D), without the factor λ.
+
+    Empty for what is not needed; nothing is computed where there are no tokens.
+    """
     sizes = sizes_of(qkv, packing)
     heads, width = qkv.shape[-2:]
     prefix_length = prefix.key.shape[0]
     packed = packing.cu_seqlens is not None
     acc_dtype = accumulator(qkv.dtype)
-    # λ's gradient follows from that of the values, or of the keys where it acts on the logits.
-    sums = dict(
-        NEED_KEY=needs.key or (needs.scale and scale_target == "logits"),
-        NEED_VALUE=needs.value or (needs.scale and scale_target == "weights"),
-    )
-    flags = dict(SCALE_LOGITS=scale_target == "logits", ACC=TRITON_DTYPES[acc_dtype], **sums)
-
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format) if needs.qkv else qkv.new_empty(0)
     dkey, dvalue = (
         qkv.new_empty((sizes.sequences, prefix_length, heads, width) if needed else 0, dtype=acc_dtype)
-        for needed in sums.values()
+        for needed in sums
     )
-    if out.numel() and any(needs):
-        grad, qkv = addressable(grad, packed), addressable(qkv, packed)
-        target = capability(qkv)
-        tensors = (out, lse, grad, dqkv, dkey, dvalue)
-        call = (sizes.longest, prefix_length, heads, sizes.tokens)
-        flags |= dict(D=width, CAUSAL=causal, NEED_QKV=needs.qkv, PRECISION=float32_precision())
-        pieces = None
-        if choose.is_resident(sizes.longest, prefix_length, width, qkv.element_size(), target, packed):
-            pieces = choose.backward_pieces(sizes.longest, prefix_length)
-        with torch.cuda.device_of(qkv):
-            if pieces is not None:
-                rows = choose.PIECE * pieces["FULL"] + pieces["LAST"]
-                resident.backward_kernel[(sizes.sequences * heads,)](
-                    qkv,
-                    *columns_as(qkv.dtype, prefix),
-                    prefix.scale,
-                    *tensors,
-                    qkv.new_empty(sizes.sequences, heads, 2, rows, dtype=acc_dtype),
-                    *strides(qkv, packed),
-                    *strides(grad, packed),
-                    *call,
-                    **flags,
-                    **pieces,
-                )
-            else:
-                chosen = tiles.choose("attention_backward", width, qkv.element_size(), target)
-                query_blocks = triton.cdiv(sizes.longest, chosen["BLOCK_M"]) if needs.qkv else 0
-                column_blocks = triton.cdiv(sizes.longest + prefix_length, chosen["BLOCK_N"])
-                device.backward_kernel[(sizes.sequences * heads * (query_blocks + column_blocks),)](
-                    qkv,
-                    prefix.key.contiguous(),
-                    prefix.value.contiguous(),
-                    prefix.scale,
-                    packing.cu_seqlens,
-                    *tensors,
-                    *strides(qkv, packed),
-                    *strides(grad, packed),
-                    *call,
-                    PACKED=packed,
-                    **flags,
-                    **chosen,
-                    **last_tiles(sizes.longest, prefix_length, packed, chosen["BLOCK_M"], chosen["BLOCK_N"]),
-                )
+    if not (out.numel() and any(needs)):
+        return dqkv, dkey, dvalue
+    grad, qkv = addressable(grad, packed), addressable(qkv, packed)
+    target = capability(qkv)
+    tensors = (out, lse, grad, dqkv, dkey, dvalue)
+    shape = (*strides(qkv, packed), *strides(grad, packed), sizes.longest, prefix_length, heads, sizes.tokens)
+    flags = dict(
+        D=width,
+        CAUSAL=causal,
+        SCALE_LOGITS=scale_target == "logits",
+        NEED_QKV=needs.qkv,
+        NEED_KEY=sums.key,
+        NEED_VALUE=sums.value,
+        PRECISION=float32_precision(),
+        ACC=TRITON_DTYPES[acc_dtype],
+    )
+    pieces = None
+    if choose.is_resident(sizes.longest, prefix_length, width, qkv.element_size(), target, packed):
+        pieces = choose.backward_pieces(sizes.longest, prefix_length)
+    with torch.cuda.device_of(qkv):
+        if pieces is not None:
+            rows = choose.PIECE * pieces["FULL"] + pieces["LAST"]
+            resident.backward_kernel[(sizes.sequences * heads,)](
+                qkv,
+                *columns_as(qkv.dtype, prefix),
+                prefix.scale,
+                *tensors,
+                qkv.new_empty(sizes.sequences, heads, 2, rows, dtype=acc_dtype),
+                *shape,
+                **flags,
+                **pieces,
+            )
+        else:
+            chosen = tiles.choose("attention_backward", width, qkv.element_size(), target)
+            query_blocks = triton.cdiv(sizes.longest, chosen["BLOCK_M"]) if needs.qkv else 0
+            column_blocks = triton.cdiv(sizes.longest + prefix_length, chosen["BLOCK_N"])
+            device.backward_kernel[(sizes.sequences * heads * (query_blocks + column_blocks),)](
+                qkv,
+                prefix.key.contiguous(),
+                prefix.value.contiguous(),
+                prefix.scale,
+                packing.cu_seqlens,
+                *tensors,
+                *shape,
+                PACKED=packed,
+                **flags,
+                **chosen,
+                **last_tiles(sizes.longest, prefix_length, packed, chosen["BLOCK_M"], chosen["BLOCK_N"]),
+            )
+    return dqkv, dkey, dvalue
 
-    # The sums over the sequences; of none of them where there are no tokens.
+
+def prefix_gradients(
+    sequences: int, dkey: Tensor, dvalue: Tensor, prefix: Prefix, scale_target: str, needs: Needs, sums: Sums
+) -> list[Tensor | None]:
+    """Gradients of prefix key, prefix value and λ from those of each sequence; None for what is not needed."""
     size = prefix.key.numel()
     programs = triton.cdiv(size, PREFIX_BLOCKS["BLOCK"])
     key, value = (
-        torch.empty_like(columns, memory_format=torch.contiguous_format) if needed else dqkv
-        for columns, needed in zip((prefix.key, prefix.value), sums.values(), strict=True)
+        torch.empty_like(columns, memory_format=torch.contiguous_format) if needed else dkey
+        for columns, needed in zip((prefix.key, prefix.value), sums, strict=True)
     )
-    shares = qkv.new_empty(programs if needs.scale else 0, dtype=acc_dtype)
-    if programs and any(needs[1:]):
-        with torch.cuda.device_of(qkv):
+    shares = dkey.new_empty(programs if needs.scale else 0)
+    if programs and any(sums):
+        with torch.cuda.device_of(dkey):
             device.prefix_gradient_kernel[(programs,)](
                 dkey,
                 dvalue,
@@ -200,16 +238,20 @@ def backward(
                 key,
                 value,
                 shares,
-                sizes.sequences if out.numel() else 0,
+                sequences,
                 size,
-                SCALE_LOGITS=flags["SCALE_LOGITS"],
+                SCALE_LOGITS=scale_target == "logits",
+                NEED_KEY=sums.key,
+                NEED_VALUE=sums.value,
                 NEED_SCALE=needs.scale,
-                ACC=flags["ACC"],
-                **sums,
+                ACC=TRITON_DTYPES[dkey.dtype],
                 **PREFIX_BLOCKS,
             )
-    gradients = (dqkv, key, value, shares.sum().to(prefix.scale.dtype) if needs.scale else None)
-    return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+    return [
+        key if needs.key else None,
+        value if needs.value else None,
+        shares.sum().to(prefix.scale.dtype) if needs.scale else None,
+    ]
 
 
 def last_tiles(length: int, prefix_length: int, packed: bool, block_m: int, block_n: int) -> dict[str, Any]:
