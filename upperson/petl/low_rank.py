@@ -140,9 +140,8 @@ class MergedLinear(torch.autograd.Function):
             lowered = (rows @ down.t()).unflatten(1, (2, rank)).transpose(0, 1)  # (2, T, r)
             d_up = of_parts.transpose(1, 2) @ lowered
         if need_down:
-            raised = rows.new_empty(len(rows), 2, rank)
-            torch.bmm(of_parts, up, out=raised.transpose(0, 1))
-            d_down = raised.flatten(1).t() @ rows
+            raised = of_parts @ up  # (2, T, r)
+            d_down = torch.bmm(raised.transpose(1, 2), rows.expand(2, *rows.shape)).flatten(0, 1)
         return dx, None, None, d_down, d_up
 
 
