@@ -61,26 +61,11 @@ def _(x, residual, weight, bias, down_weight, down_bias, up_weight, up_bias, sca
     )
 
 
-def run_backward(
-    dy: Tensor,
-    dstream: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor,
-    scale: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    hidden: Tensor,
-    needs: list[bool],
-) -> list[Tensor | None]:
-    layers = Layers(down_weight, down_bias, up_weight, up_bias, scale)
+def run_backward(dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, *inputs: Any) -> list[Tensor | None]:
+    """The gradients for the arguments of layernorm_adapter_backward; None for those that are not needed."""
+    *layers, norm_weight, norm_bias, mean, rstd, hidden, needs = inputs
     own_norm, saved = own_norm_of(norm_weight, norm_bias), Saved(mean, rstd, hidden)
-    return launch.backward(dy, dstream, x, weight, layers, own_norm, saved, Needs(*needs))
+    return launch.backward(dy, dstream, x, weight, Layers(*layers), own_norm, saved, Needs(*needs))
 
 
 @torch.library.custom_op("upperson::layernorm_adapter_backward", mutates_args=())

@@ -41,22 +41,11 @@ def _(qkv, prefix_key, prefix_value, prefix_scale, cu_seqlens, max_seqlen, causa
     return out, qkv.new_empty(heads, out[..., 0, 0].numel(), dtype=accumulator(qkv.dtype))
 
 
-def run_backward(
-    grad: Tensor,
-    qkv: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    prefix_scale: Tensor,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale_target: str,
-    needs: list[bool],
-) -> list[Tensor | None]:
-    prefix, packing = Prefix(prefix_key, prefix_value, prefix_scale), Packing(cu_seqlens, max_seqlen)
-    return launch.backward(grad, qkv, prefix, packing, out, lse, causal, scale_target, Needs(*needs))
+def run_backward(grad: Tensor, *inputs: Any) -> list[Tensor | None]:
+    """The gradients for the arguments of prefix_attention_backward; None for those that are not needed."""
+    qkv, *prefix, cu_seqlens, max_seqlen, out, lse, causal, scale_target, needs = inputs
+    packing = Packing(cu_seqlens, max_seqlen)
+    return launch.backward(grad, qkv, Prefix(*prefix), packing, out, lse, causal, scale_target, Needs(*needs))
 
 
 @torch.library.custom_op("upperson::prefix_attention_backward", mutates_args=())
