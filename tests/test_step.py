@@ -63,7 +63,8 @@ def test_peak_of_a_network(network):
 def test_what_a_network_keeps(network):
     mode, model, x = network
     with mode:
-        (group,) = counting.saved(lambda: model(x), [*model.parameters(), x])
+        (group,), flops = counting.saved(lambda: model(x), [*model.parameters(), x])
+    assert flops == 2 * ROWS * (64 * 128 + 128 * 32)
     assert group == counting.Group((ROWS, 128), "float32", 1, ROWS * 128 * 4)  # ReLU's output, once
 
 
@@ -146,7 +147,7 @@ def test_what_is_plain(plain_operators):
     (batch,) = paths.random_batches(plain_operators, model.tokenizer, 77, 4, 1)
     ((_, captions, _),) = paths.prepare(model, [batch], CPU)
     assert captions.shape == (4, 77)
-    found = counting.saved(lambda: model.encode_image(batch.images), model.parameters())
+    found, _ = counting.saved(lambda: model.encode_image(batch.images), model.parameters())
     heads, tokens, prefix = 4, 49, plain_operators.model.method.prefix_length
     weights = [group for group in found if group.shape == (4, heads, tokens, tokens + prefix)]
     assert [group.number for group in weights] == [4]  # one of each block
@@ -219,7 +220,11 @@ def test_activations_list_what_lives(full_size):
 
 @pytest.fixture
 def quick(monkeypatch, plain_operators, full_size):
-    """Rates that need no measuring, and the full size counted once for all tests."""
+    """Small images, few steps, rates that need no measuring, and the full size counted once for all tests."""
+    config = plain_operators.replace(image_size=(64, 32))
+    monkeypatch.setattr(paths, "small", lambda: config)
+    monkeypatch.setattr(step, "BATCHES", step.COMPARED)
+    monkeypatch.setattr(profiling, "STEPS", 1)
     monkeypatch.setattr(step, "measure_rates", lambda *_: device.Rates("a device", 1e9, 1e9))
     monkeypatch.setattr(step, "count_apart", lambda batch: list(full_size.values()))
 

@@ -132,11 +132,14 @@ class Operators(TorchDispatchMode):
         self.touched = self.live = self.peak = 0
         self.allocations: dict[int, Allocation] = {}
         self.at_peak: list[Allocation] = []
-        self.calls = self.launches = 0
+        self.calls = self.launches = self.flops = 0
         self.own: Counter[OwnCall] = Counter()  # of this project's operators
+        self.formulas = flop_counter().flop_registry
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if formula := self.formulas.get(func.overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
         given, made = tensors((args, kwargs)), tensors(result)
         storages = {id(t.untyped_storage()) for t in given}
         fresh = [t for t in made if id(t.untyped_storage()) not in storages]
@@ -185,14 +188,12 @@ def groups(allocations: Iterable[Allocation]) -> tuple[Group, ...]:
 
 
 def cost(call: Callable[[], Any]) -> Cost:
-    """The cost of a call. The call runs twice, as torch's counter of operations holds on to tensors."""
+    """The cost of a call."""
     gc.collect()
     with Operators() as operators:
-        result = call()
-    del result
-    gc.collect()
+        call()
     return Cost(
-        flops=flops(call),
+        flops=operators.flops,
         touched=operators.touched,
         peak=operators.peak,
         at_peak=groups(operators.at_peak),
@@ -202,14 +203,9 @@ def cost(call: Callable[[], Any]) -> Cost:
     )
 
 
-def flops(call: Callable[[], Any]) -> int:
-    with flop_counter() as counter:
-        call()
-    return counter.get_total_flops()
-
-
-def saved(call: Callable[[], Any], others: Iterable[Tensor]) -> tuple[Group, ...]:
-    """The tensors that autograd keeps of a forward pass, each storage once; without the storages of `others`."""
+def saved(call: Callable[[], Any], others: Iterable[Tensor]) -> tuple[tuple[Group, ...], int]:
+    """The tensors that autograd keeps of a forward pass, each storage once, without the storages of `others`; and the
+    FLOPs of the pass."""
     own = {id(t.untyped_storage()) for t in others}
     kept: dict[int, tuple[Tensor, Allocation]] = {}
 
@@ -219,10 +215,9 @@ def saved(call: Callable[[], Any], others: Iterable[Tensor]) -> tuple[Group, ...
             kept.setdefault(key, (tensor, Allocation.of(tensor)))  # the tensor is held so that its id stays taken
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()
-    del result
-    return groups(allocation for _, allocation in kept.values())
+    with saved_tensors_hooks(pack, lambda tensor: tensor), Operators() as operators:
+        call()
+    return groups(allocation for _, allocation in kept.values()), operators.flops
 
 
 def without_memory(*things: nn.Module | Tensor) -> tuple[FakeTensorMode, list[Any]]:
@@ -236,7 +231,7 @@ def without_memory(*things: nn.Module | Tensor) -> tuple[FakeTensorMode, list[An
 
 
 def count(name: str, path: paths.Path, config: Config, batch: int) -> dict[str, Any]:
-    """The cost of the second step of a path; the first also allocates the optimizer's state.
+    """The cost of a step of a path whose optimizer has its state.
 
     FLOPs of a tower are those of its forward pass. `image_row` and `text_row` are the bytes of one row of the tower's
     width for every token and block.
@@ -248,17 +243,15 @@ def count(name: str, path: paths.Path, config: Config, batch: int) -> dict[str, 
     mode, (model,) = without_memory(real)
     with mode:
         step = paths.Step(model, prepared, "bf16", path.configuration(config).train)
-        step()
+        step.take_gradients_of_zero()
         own = [*model.parameters(), *model.buffers()]
         towers = {"image": step.image_features, "text": step.text_features}
         found = cost(step)
-        row = (
-            dict(path=name, **figures(found))
-            | dict(trained_parameters=sum(parameter.numel() for parameter in model.trained_parameters().values()))
-            | {f"{tower}_flops": flops(forward) for tower, forward in towers.items()}
-            | {f"{tower}_saved": list(map(asdict, saved(forward, own))) for tower, forward in towers.items()}
-            | rows_of_width(model, prepared[0])
-        )
+        row = dict(path=name, **figures(found)) | rows_of_width(model, prepared[0])
+        row |= dict(trained_parameters=sum(parameter.numel() for parameter in model.trained_parameters().values()))
+        for tower, forward in towers.items():
+            kept, flops = saved(forward, own)
+            row |= {f"{tower}_flops": flops, f"{tower}_saved": list(map(asdict, kept))}
     own_launches = sum(number * call.launches() for call, number in found.own_calls.items())
     return row | dict(launches=found.other_launches + own_launches)
 

@@ -183,6 +183,12 @@ class Step:
     def batch(self) -> tuple[Any, ...]:
         return self.batches[self.taken % len(self.batches)]
 
+    def take_gradients_of_zero(self) -> None:
+        """An optimizer step that allocates the optimizer's state and changes no parameter."""
+        for parameter in self.model.trained_parameters().values():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+
     def __call__(self) -> Tensor:
         loss = self.loss()
         self.optimizer.zero_grad()

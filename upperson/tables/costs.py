@@ -4,6 +4,7 @@ The costs are measured with random images and captions of full length. Each row 
 process, so that memory and caches of other measurements have no influence.
 """
 
+import importlib
 import multiprocessing
 import sys
 import time
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import (
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
+from upperson_kernels.backend import HAS_TRITON
 
 from upperson.config import PRESETS, Config
 from upperson.evaluate.embed import autocast
@@ -157,7 +159,14 @@ def flops(call: Callable[[], Any]) -> float:
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's FLOP counter, with formulas for the CPU attention, which PyTorch lacks before version 2.15."""
+    """PyTorch's FLOP counter, with formulas for the CPU attention, which PyTorch lacks before version 2.15.
+
+    A counter reads the registered formulas when it is made, so the formulas of the fused operators are registered here,
+    before an operator is called.
+    """
+    if HAS_TRITON:
+        for operator in ("attention", "adapter", "quick_gelu"):
+            importlib.import_module(f"upperson_kernels.{operator}.op")
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     formulas = {
