@@ -538,6 +538,7 @@ class TestTrainLoader:
                 assert all(torch.equal(plain[name], batch[name]) for name in plain)
                 masked, labels = batch["masked_captions"], batch["mask_labels"]
                 assert torch.equal(masked, batch["captions"]) is masks
+                assert torch.equal(batch["mask_positions"], (labels != NOT_MASKED).nonzero())
                 assert (masked == MASK_ID).any() and ((masked == MASK_ID) <= (labels != NOT_MASKED)).all()
 
     @pytest.mark.parametrize("mask_captions", [True, False])
