@@ -111,7 +111,7 @@ def step_of(name: str, frozen_weights: str) -> dict:
     move(model)
     with mode:
         step = paths.Step(model, prepared, "bf16", path.configuration(config).train)
-        frozen = [tensor for tensor in (*model.clip.parameters(), *model.clip.buffers()) if not tensor.requires_grad]
+        frozen = [parameter for parameter in model.clip_parameters().values() if not parameter.requires_grad]
         with Operators(frozen) as operators:
             features = step.image_features(), step.text_features()
             differentiate(step.loss())
