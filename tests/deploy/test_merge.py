@@ -1,11 +1,14 @@
 """Merging: a plain open_clip model computes what the adapted one does; what does not fold is kept or refused."""
 
+import functools
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -193,7 +196,8 @@ def test_a_model_by_name_and_its_normalisation(tiny, tmp_path, monkeypatch):
     (tmp_path / "configs" / "tiny-for-merge.json").write_text(json.dumps(TINY_CLIP))
     open_clip.add_model_config(tmp_path / "configs")
     backbone = tmp_path / "backbone.safetensors"
-    backbone.write_bytes(command.weights_as_bytes(plain(32).state_dict(), Preprocess((32, 32), (0.5,) * 3, (0.2,) * 3)))
+    preprocess = Preprocess((32, 32), (0.5,) * 3, (0.2,) * 3)
+    backbone.write_bytes(command.weights_as_bytes(plain(32).state_dict(), preprocess, True))
     path = written(
         tmp_path, tiny.replace(model="tiny-for-merge", pretrained=str(backbone), prefix="salable", lora="lora")
     )
@@ -223,8 +227,25 @@ def test_a_checkpoint_is_read_once(tiny, tmp_path, monkeypatch, also_rest):
     assert opened.count(path) == 1 and len(opened) == 1 + also_rest  # what was written is read to be compared
 
 
-@pytest.mark.parametrize("also_rest", [False, True])
-@pytest.mark.parametrize("wrong", ["weights", "nan"])
+def spoiled(state, wrong):
+    """A merged state with an error in one tower, in one caption alone (the longest, which has the last position), or
+    without meaning."""
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    if wrong == "image":
+        state["visual.transformer.resblocks.1.attn.in_proj_weight"] *= 1.001
+    elif wrong == "text":
+        state["transformer.resblocks.1.attn.in_proj_weight"] *= 1.001
+    elif wrong == "one caption":
+        state["positional_embedding"][-1] *= 1.01
+    else:
+        state["transformer.resblocks.1.attn.in_proj_weight"][0, 0] = torch.nan
+    return state
+
+
+@pytest.mark.parametrize(
+    ("wrong", "also_rest"),
+    [("image", False), ("image", True), ("text", False), ("one caption", True), ("nan", False), ("nan", True)],
+)
 def test_a_wrong_result_is_not_written(tiny, tmp_path, monkeypatch, capsys, also_rest, wrong):
     """The earlier files are kept, and no other file is left."""
     path = written(tmp_path, tiny.replace(lora="lora", prefix="salable" if also_rest else "none"))
@@ -232,23 +253,35 @@ def test_a_wrong_result_is_not_written(tiny, tmp_path, monkeypatch, capsys, also
     output.write_bytes(b"earlier")
     rest.write_bytes(b"earlier too")
     fold = command.merged_state
-
-    def slightly_wrong(model):
-        state = fold(model)
-        name = "transformer.resblocks.1.attn.in_proj_weight"
-        return state | {name: state[name] * (1.001 if wrong == "weights" else torch.nan)}
-
-    monkeypatch.setattr(command, "merged_state", slightly_wrong)
+    monkeypatch.setattr(command, "merged_state", lambda model: spoiled(fold(model), wrong))
     names = sorted(entry.name for entry in tmp_path.iterdir())
     assert run(path, output, *(["--rest", rest] if also_rest else [])) == 1
     error = capsys.readouterr().err
-    assert (
-        error.startswith(f"error: {path}: the merged features have a relative difference of ")
-        and error.count("\n") == 1
-    )
-    assert "expected at most 1e-05; no file was written" in error
+    if wrong == "nan":
+        message = "after merging, the tensor 'transformer.resblocks.1.attn.in_proj_weight' has 1 of 3072 elements that"
+    else:
+        message = "the merged features have a relative difference of "
+        assert "expected at most 1e-05" in error
+    assert error.startswith(f"error: {path}: {message}") and error.count("\n") == 1
+    assert "; no file was written" in error
     assert output.read_bytes() == b"earlier" and rest.read_bytes() == b"earlier too"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == names
+
+
+def test_one_wrong_sample_of_one_tower_is_found(tiny):
+    model = build(tiny)
+
+    def encode(kind, tower, sample, wrong, x):
+        features = getattr(model, f"encode_{kind}")(x)
+        if kind == tower:
+            features[sample] += wrong * features[sample].norm() / features[sample].numel() ** 0.5
+        return features
+
+    for error in itertools.product(("image", "text"), range(4), (1e-3, torch.nan)):
+        wrong = {f"encode_{kind}": functools.partial(encode, kind, *error) for kind in ("image", "text")}
+        found = command.largest_difference(model, SimpleNamespace(**wrong))
+        assert 0.9e-3 < found < 1.1e-3 if error[-1] == 1e-3 else math.isnan(found), error
+    assert command.largest_difference(model, model) == 0
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stop"])

@@ -4,16 +4,20 @@ import errno
 import os
 import resource
 
+import open_clip
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import tiny_config
+from tiny import TINY_CLIP, tiny_config
 
 from upperson.config import Config
+from upperson.deploy.switching import Adaptations
 from upperson.errors import CheckpointError
 from upperson.files import write_atomically
 from upperson.model import AdaptedCLIP
-from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
+from upperson.model.checkpoint import load_checkpoint, load_model, parameters_to_start_from, save_checkpoint
+from upperson.model.weights import fingerprint
 from upperson.train.resume import load_state, save_state
 
 
@@ -192,11 +196,98 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.half(), "is float16; expected float32"),
+        (lambda tensor: tensor.bfloat16(), "is bfloat16; expected float32"),
+        (lambda tensor: tensor.double(), "is float64; expected float32"),
+        (lambda tensor: tensor.to(torch.complex64), "is complex64; expected float32"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "is float8_e4m3fn; expected float32"),
+        (lambda tensor: tensor.int(), "is int32; expected float32"),
+        (lambda tensor: tensor.view(torch.int32), "is int32; expected float32"),  # a header that lies
+        (lambda tensor: tensor > 0, "is bool; expected float32"),
+        (lambda tensor: tensor.clone().index_fill_(0, torch.tensor([1]), torch.nan), "elements that are NaN or infin"),
+        (lambda tensor: tensor.clone().index_fill_(0, torch.tensor([0]), -torch.inf), "elements that are NaN or infin"),
+    ],
+)
+def test_parameters_of_another_dtype_or_without_meaning_are_named(path, config, model, change, message):
+    """By whatever reads the file."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    name = "text.blocks.1.lora.key_down"
+    parameters = {key: tensor.detach() for key, tensor in model.trained_parameters().items()}
+    save_file(parameters | {name: change(parameters[name])}, path, metadata)
+    for read in (load_model, lambda path: parameters_to_start_from(path, config, model)):
+        with pytest.raises(CheckpointError) as error:
+            read(path)
+        assert str(error.value).startswith(f"{path}: the tensor {name!r} ") and message in str(error.value)
+
+
+def test_another_backbone_of_the_same_shape_is_noticed(tmp_path, config, model):
+    """By load_model, by a training that starts from the checkpoint, and by Adaptations."""
+    backbones = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        backbones.append(tmp_path / f"{seed}.safetensors")
+        save_file(open_clip.CLIP(**TINY_CLIP).state_dict(), backbones[-1])
+    own, other = (config.replace(pretrained=str(path)) for path in backbones)
+    path, trained = tmp_path / "best.safetensors", AdaptedCLIP(own.model)
+    save_checkpoint(path, trained.trained_parameters(), own, {}, trained.fingerprint)
+    assert load_model(path).fingerprint == trained.fingerprint and len(trained.fingerprint) == 64
+    message = f"{path}: the backbone, .*{backbones[1].name}, has other weights than the backbone of the training"
+    with pytest.raises(CheckpointError, match=message):
+        load_model(path, pretrained=str(backbones[1]))
+    backbones[1].replace(backbones[0])  # the same name with other weights
+    with pytest.raises(CheckpointError, match="has other weights"):
+        load_model(path)
+    with pytest.raises(CheckpointError, match="has other weights"):
+        parameters_to_start_from(path, own, AdaptedCLIP(own.model))
+    with pytest.raises(CheckpointError, match="has other weights"):
+        Adaptations(AdaptedCLIP(own.model)).add("best", path)
+    save_checkpoint(path, trained.trained_parameters(), own, {})  # an earlier version wrote no fingerprint
+    load_model(path)
+
+
+def test_the_fingerprint_is_of_the_published_weights(tmp_path, tiny):
+    """It does not depend on the image size, the method, the precision, or the temperature of CLIP's loss."""
+    torch.manual_seed(3)
+    state = open_clip.CLIP(**TINY_CLIP).half().float().state_dict()
+    half = {name: tensor.half() for name, tensor in state.items()}
+    warm = state | {"logit_scale": torch.tensor(3.0)}
+    found = []
+    for kind, tensors in enumerate((state, half, warm)):
+        save_file(tensors, tmp_path / f"{kind}.safetensors")
+        for changes in (dict(), dict(image_size=(64, 16), method="zero-shot")):
+            model = AdaptedCLIP(tiny.replace(pretrained=str(tmp_path / f"{kind}.safetensors")).replace(**changes))
+            model.keep_frozen_weights(torch.bfloat16)
+            found.append(model.fingerprint)
+    assert len(set(found)) == 1
+    for name in ("visual.positional_embedding", "ln_final.bias"):
+        changed = state | {name: state[name].clone()}
+        changed[name].view(-1)[0] += 1e-3
+        assert fingerprint(changed) != found[0]
+
+
+def test_full_fine_tuning_keeps_all_weights_in_the_checkpoint(tmp_path, config):
+    config = config.replace(method="full")
+    trained = AdaptedCLIP(config.model)
+    path = tmp_path / "full.safetensors"
+    save_checkpoint(path, trained.trained_parameters(), config, {}, trained.fingerprint)
+    again = load_model(path, seed=config.train.seed + 1)
+    assert again.fingerprint != trained.fingerprint
+    images = torch.randn(2, 3, 48, 16)
+    assert torch.equal(again.encode_image(images), trained.encode_image(images))
+
+
+@pytest.mark.parametrize(
     ("metadata", "message"),
     [
         ({"results": "{}"}, "the configuration in the file does not fit"),
         ({"config": None}, "expected an object in the metadata 'results'"),
-        ({"config": None, "results": "[]"}, "expected an object in the metadata 'results'"),
+        ({"config": None, "results": "[]"}, "expected an object in the metadata 'results', found a list"),
+        ({"config": None, "results": '{"R@1": NaN}'}, "the metadata 'results': NaN is not a number that JSON allows"),
+        ({"config": None, "results": "["}, "the metadata 'results': invalid or truncated JSON"),
+        ({"config": None, "results": "[" * 100_000}, "the metadata 'results': the JSON is nested too deeply"),
     ],
 )
 def test_a_checkpoint_without_all_its_metadata_is_refused(path, config, metadata, message):

@@ -30,10 +30,10 @@ from upperson.files import write_atomically
 from upperson.methods import Place
 from upperson.model import AdaptedCLIP, load_model
 from upperson.model.adapted_clip import parameters_of
-from upperson.model.backbone import CLIP_VOCABULARY, configuration_file, random_clip
+from upperson.model.backbone import CLIP_VOCABULARY, configuration_file, random_clip, uses_quick_gelu
 from upperson.model.block import KINDS, Block
 from upperson.model.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
-from upperson.model.weights import weights_as_bytes
+from upperson.model.weights import fingerprint, not_finite, weights_as_bytes
 from upperson.petl import LayerNormTuning, LoRA
 
 TOLERANCE = 1e-5  # relative error of features in float32
@@ -172,13 +172,15 @@ def merge_checkpoint(checkpoint: Checkpoint, output: Path, rest: Path | None = N
         method = method.without([kind for kind in KINDS if kind in kinds - kept])
         state = merged_state(model)
 
-    content = weights_as_bytes(state, model.preprocess)
+    if problem := not_finite(state):
+        raise MergeError(f"{path}: after merging, {problem}; no file was written")
+    content = weights_as_bytes(state, model.preprocess, bool(uses_quick_gelu(model.clip)))
     with staged([output] if rest is None else [output, rest]) as (staged_output, *staged_rest):
         write_atomically(staged_output, content)
         if staged_rest:
             backbone = replace(config.model, method=method, pretrained=str(output))
             others = replace(config, model=backbone)
-            save_checkpoint(staged_rest[0], parameters_of(remaining), others, checkpoint.results)
+            save_checkpoint(staged_rest[0], parameters_of(remaining), others, checkpoint.results, fingerprint(state))
             written = load_model(staged_rest[0], pretrained=str(staged_output), backend="torch")
         else:
             written: Any = random_clip(config.model.model, config.model.image_size).eval()

@@ -15,7 +15,7 @@ import torch
 from upperson.errors import CheckpointError
 from upperson.model import AdaptedCLIP
 from upperson.model.adapted_clip import parameters_of
-from upperson.model.checkpoint import copy_parameters, load_checkpoint, other_backbone
+from upperson.model.checkpoint import copy_parameters, load_checkpoint, other_backbone, require_backbone
 
 ORIGINAL = "original"
 COMPUTED = ("backend", "skip_unread", "pack_captions", "low_rank_gradients")  # fields that do not change results
@@ -67,6 +67,7 @@ class Adaptations:
             raise CheckpointError(
                 f"{path}: a checkpoint with pretrained 'none'; its random weights may differ from the model's"
             )
+        require_backbone(checkpoint, config, self.model.fingerprint)
         with torch.random.fork_rng(devices=[]):  # copy_parameters replaces the initial values
             modules = self.model.new_modules(config)
         copy_parameters(checkpoint.parameters, parameters_of(modules), str(path))

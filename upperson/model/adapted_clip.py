@@ -19,6 +19,7 @@ from upperson.model.block import KINDS, Block, Sequences, Stream, rows_of
 from upperson.model.captions import CaptionPacker, PackedCaptions
 from upperson.model.prepared import keep_frozen_weights, prepare
 from upperson.model.prompts import run_captions, run_images
+from upperson.model.weights import fingerprint
 
 GRAPHS = 64  # limit of compiled graphs of a block, one for each kind of input; a training needs about 20
 
@@ -43,6 +44,7 @@ class AdaptedCLIP(nn.Module):
         self.clip: Clip = build_clip(config) if clip is None else clip
         require_transformers(config.model, self.clip)
         self.clip.eval().requires_grad_(False)
+        self.fingerprint = fingerprint(self.clip.state_dict())  # of the published weights, before they are adapted
         fit_image_size(self.clip.visual, config.image_size)
         self.clip.visual.patch_dropout = nn.Identity()
         text = text_tower(self.clip)

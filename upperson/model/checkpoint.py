@@ -1,7 +1,8 @@
 """A checkpoint: the trained parameters by name, their configuration, and their results.
 
 The parameters are a few MB in float32, named as in AdaptedCLIP.adaptation. The file does not contain the frozen CLIP,
-which the configuration names, or the heads of the id and mlm losses.
+which the configuration names, or the heads of the id and mlm losses. A fingerprint of the frozen CLIP tells a backbone
+of the same shape from that of the training.
 """
 
 import json
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from upperson.config import Config, ModelConfig
 from upperson.errors import CheckpointError
+from upperson.files import parse_json
 from upperson.model.adapted_clip import AdaptedCLIP
 from upperson.model.tensor_files import CHECKPOINT, plain, read_tensors, write_tensors
-from upperson.model.weights import mismatch
+from upperson.model.weights import mismatch, not_finite, unusable
 
 BACKBONE = ("model", "pretrained", "image_size")  # the fields of a ModelConfig that define the backbone
 
@@ -30,6 +32,7 @@ class Checkpoint:
     config: Config
     parameters: dict[str, Tensor]  # float32, on the CPU
     results: dict[str, Any]  # results of the saved epoch, with the fields of upperson.evaluate.results.Results
+    fingerprint: str | None  # of the backbone, as AdaptedCLIP.fingerprint; None in files of earlier versions
 
     @property
     def epoch(self) -> int | None:
@@ -41,23 +44,41 @@ class Checkpoint:
         return self.results.get("selection")
 
 
-def save_checkpoint(path: Path, parameters: Mapping[str, Tensor], config: Config, results: dict[str, Any]) -> None:
-    """Writes a checkpoint file. Raises OSError (full disk)."""
+def save_checkpoint(
+    path: Path,
+    parameters: Mapping[str, Tensor],
+    config: Config,
+    results: dict[str, Any],
+    fingerprint: str | None = None,
+) -> None:
+    """Writes a checkpoint file. Raises OSError (full disk).
+
+    `fingerprint`: that of the backbone, AdaptedCLIP.fingerprint; None: the backbone is not compared when it is loaded.
+    """
     tensors = {name: plain(tensor).float() for name, tensor in parameters.items()}
-    write_tensors(path, CHECKPOINT, tensors, config, {"results": json.dumps(results)})
+    metadata = {"results": json.dumps(results)} | ({} if fingerprint is None else {"backbone": fingerprint})
+    write_tensors(path, CHECKPOINT, tensors, config, metadata)
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
-    """Reads a checkpoint file. Raises CheckpointError for a file that save_checkpoint did not write."""
+    """Reads a checkpoint file.
+
+    Raises CheckpointError for a file that save_checkpoint did not write, and for a parameter that is not in float32 or
+    not finite.
+    """
     path = Path(path)
     tensors, config, metadata = read_tensors(path, CHECKPOINT)
+    problem = unusable(tensors, [torch.float32]) or not_finite(tensors)
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
     try:
-        results = json.loads(metadata.get("results", ""))
-    except json.JSONDecodeError:
-        results = None
+        results = parse_json(metadata["results"]) if "results" in metadata else None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the metadata 'results': {error}") from None
     if not isinstance(results, dict):
-        raise CheckpointError(f"{path}: expected an object in the metadata 'results', found none")
-    return Checkpoint(path, config, tensors, results)
+        found = "none" if results is None else f"a {type(results).__name__}"
+        raise CheckpointError(f"{path}: expected an object in the metadata 'results', found {found}")
+    return Checkpoint(path, config, tensors, results, metadata.get("backbone"))
 
 
 def load_model(path: Path | str, **changes: Any) -> AdaptedCLIP:
@@ -72,14 +93,31 @@ def build_model(checkpoint: Checkpoint, **changes: Any) -> AdaptedCLIP:
     """The adapted model of a checkpoint, on the CPU.
 
     `changes` replace fields of the configuration, such as `pretrained="…"` if the backbone's file has moved, or
-    `backend="torch"`. Raises CheckpointError if the parameters do not fit the model.
+    `backend="torch"`. Raises CheckpointError if the parameters do not fit the model, or if the backbone's weights are
+    not those of the training.
     """
     config = checkpoint.config.replace(**changes)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.train.seed)  # a random backbone has the same weights as in training
         model = AdaptedCLIP(config.model)
+    require_backbone(checkpoint, config.model, model.fingerprint)
     copy_parameters(checkpoint.parameters, model.adaptation(), str(checkpoint.path))
     return model
+
+
+def require_backbone(checkpoint: Checkpoint, config: ModelConfig, fingerprint: str | None) -> None:
+    """Raises CheckpointError if a model of `config` with this fingerprint has other weights than in the training.
+
+    A method that trains CLIP keeps all weights in the checkpoint. Files of earlier versions have no fingerprint.
+    """
+    if checkpoint.config.model.method.trains_clip or None in (checkpoint.fingerprint, fingerprint):
+        return
+    if checkpoint.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.path}: the backbone, {config.model} with pretrained {config.pretrained}, has other weights "
+            "than the backbone of the training, although their shapes agree; expected the file with which this "
+            "checkpoint was trained (--pretrained)"
+        )
 
 
 def other_backbone(found: ModelConfig, wanted: ModelConfig) -> str:
@@ -106,6 +144,7 @@ def parameters_to_start_from(path: Path | str, config: Config, model: AdaptedCLI
         raise CheckpointError(
             f"{path}: start_from is a checkpoint of another backbone, {differences} as in this training"
         )
+    require_backbone(checkpoint, config.model, model.fingerprint)
     found, adaptation = checkpoint.parameters, model.adaptation()
     if not found:
         raise CheckpointError(f"{path}: start_from is a checkpoint without parameters")

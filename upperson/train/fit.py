@@ -257,7 +257,7 @@ def evaluate_zero_shot(config: Config, model: AdaptedCLIP, job: Job, folder: Pat
     if job.group.is_main:
         queries = shown_queries(test, SHOWN_QUERIES)
         picture = top_ten(test, queries, {results.method: retrieval.top[queries].tolist()})
-        save_checkpoint(folder / BEST, {}, config, results.to_dict())
+        save_checkpoint(folder / BEST, {}, config, results.to_dict(), model.fingerprint)
         write_atomically(folder / TOP_TEN, picture)
         conclude(folder, results)
     job.group.wait()

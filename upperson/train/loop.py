@@ -293,7 +293,7 @@ class Training:
                 tops = {"zero-shot CLIP": progress.zero_shot_top} | tops
             picture = top_ten(test, queries, tops)
             self.log.conclude(progress.step, self.config.values(), retrieval.metrics, picture)
-            save_checkpoint(self.folder / BEST, self.best, self.config, results.to_dict())
+            save_checkpoint(self.folder / BEST, self.best, self.config, results.to_dict(), self.model.fingerprint)
             write_atomically(self.folder / TOP_TEN, picture)
             write_atomically(self.folder / CURVE, curve([progress.history], self.watched, results))
             conclude(self.folder, results)
@@ -407,9 +407,9 @@ class Training:
         if not self.group.is_main:
             return
         best = self.results_so_far(self.progress.best_epoch)
-        save_checkpoint(self.folder / BEST, self.best, self.config, best.to_dict())
+        save_checkpoint(self.folder / BEST, self.best, self.config, best.to_dict(), self.model.fingerprint)
         last = self.results_so_far(self.progress.epoch - 1).replace(selection="last")
-        save_checkpoint(self.folder / LAST, self.adaptation, self.config, last.to_dict())
+        save_checkpoint(self.folder / LAST, self.adaptation, self.config, last.to_dict(), self.model.fingerprint)
 
     def results_so_far(self, epoch: int) -> Results:
         """The results of an epoch on the watched split."""
