@@ -53,13 +53,28 @@ def test_it_is_open_clips():
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_far_out_it_neither_overflows_nor_loses_its_gradient(backend):
-    limit = torch.finfo(torch.float16).max if backend == "triton" else 38_000.0
-    (x,) = require_grad([torch.tensor([[-limit, -200.0, 0.0, 200.0, limit]], dtype=torch.float16, device=DEVICE)])
-    y = quick_gelu(x, backend=backend)
-    y.backward(torch.ones_like(y))
-    assert y.detach()[0, :2].abs().max() == 0 and y[0, 3].item() == pytest.approx(200, rel=2e-3)
-    assert x.grad.tolist() == [[0, 0, 0.5, 1, 1]]
+@pytest.mark.parametrize("bias", [None, 0.0, 300.0])
+def test_far_out_it_neither_overflows_nor_loses_its_gradient(backend, bias):
+    """Beyond 38,000, 1.702 u leaves the range of float16; with the bias, u does so too."""
+    limit = torch.finfo(torch.float16).max
+    values = torch.tensor([[-limit, -45000, -38500, -200, 0, 200, 38500, 45000, 60000]], dtype=torch.float16)
+    (x,) = require_grad([values.to(DEVICE)])
+    shift = None if bias is None else torch.full((9,), bias * -1.0, dtype=torch.float16, device=DEVICE)
+    y = quick_gelu(x, shift, backend=backend)
+    u = x.detach().double() + (0 if bias is None else -bias)
+    torch.testing.assert_close(y.detach(), (u * (1.702 * u).sigmoid()).half(), rtol=2e-3, atol=0)
+    for factor in (1, 3):  # of the gradient
+        (gradient,) = torch.autograd.grad(y, x, torch.full_like(y, factor), retain_graph=True)
+        exact = u.clone().requires_grad_()
+        (expected,) = torch.autograd.grad((exact * (1.702 * exact).sigmoid()).sum() * factor, exact)
+        torch.testing.assert_close(gradient, expected.half(), rtol=2e-3, atol=0)
+
+
+def test_other_dtypes_of_the_pytorch_backend_keep_their_bits():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x, bias = randn(5, 9, scale=9.0).to(dtype), randn(9, seed=2).to(dtype)
+        u = x + bias
+        assert torch.equal(quick_gelu(x, bias, backend="torch"), torch.nn.functional.silu(1.702 * u) / 1.702)
 
 
 def test_strides_and_misalignment():

@@ -13,10 +13,11 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("triton", "torch")
 COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -121,10 +122,44 @@ def runs_plainly(tensors: Iterable[torch.Tensor | None]) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    if torch._C._len_torch_dispatch_stack() or functorch.peek_interpreter_stack() is not None:
+    if torch._C._len_torch_dispatch_stack() or in_transform():
         return False
     return all(tensor is None or type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func (grad, vmap, …) or forward-mode differentiation is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def for_transforms(
+    name: str,
+    operator: Callable[..., Any],
+    save: Callable[..., None] = lambda *_: None,
+    differentiate: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """An operator for the transforms of torch.func, which take no registered operator with a derivative.
+
+    save, differentiate: what register_autograd takes; None: the derivative of `operator` is refused.
+    """
+
+    def refuse(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            f"{name}: backend 'triton' is differentiable once, in reverse mode; use backend='torch' for second "
+            "derivatives and forward mode (hessian, jvp, jacfwd)"
+        )
+
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+        forward = staticmethod(operator)
+        setup_context = staticmethod(save)
+        backward = staticmethod(differentiate or refuse)
+        jvp = staticmethod(refuse)
+
+    return Transformed.apply
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

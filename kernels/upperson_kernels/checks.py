@@ -55,5 +55,6 @@ def refuse_forward_mode(operator: str, tensors: Iterable[Tensor]) -> None:
     """Raises NotImplementedError for forward-mode inputs: a custom operator ignores tangents and would return zero."""
     if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(
-            f"{operator}: backend 'triton' has no forward-mode derivative (jvp, jacfwd); use reverse mode"
+            f"{operator}: backend 'triton' has no forward-mode derivative (jvp, jacfwd); use reverse mode, or "
+            "backend='torch'"
         )

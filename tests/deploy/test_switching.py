@@ -1,6 +1,10 @@
 """Several adaptations of one backbone: each computes what its checkpoint does alone, and none disturbs another."""
 
+import copy
+import pickle
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import open_clip
 import pytest
@@ -10,7 +14,7 @@ from tiny import TINY_CLIP, build, inputs, stirred, tiny_config
 
 from upperson.config import Config
 from upperson.deploy.switching import Adaptations
-from upperson.errors import CheckpointError
+from upperson.errors import CheckpointError, RunError
 from upperson.model import AdaptedCLIP
 from upperson.model.checkpoint import load_model, save_checkpoint
 
@@ -186,3 +190,106 @@ def test_refused(tmp_path, tiny, files, adaptations):
         Adaptations(AdaptedCLIP(full))
     with pytest.raises(CheckpointError, match="a checkpoint with pretrained 'none'; its random weights may differ"):
         Adaptations(AdaptedCLIP(random)).add("new", checkpoint(tmp_path / "random.safetensors", random))
+
+
+def test_no_features_are_mixed_between_threads(adaptations, files):
+    """What a thread computes is that of one adaptation, its own if it has chosen one, or an error."""
+    model = adaptations.model
+    expected = {}
+    for name in ("cuhk", "rstp"):
+        adaptations.use(name)
+        expected[name] = features(model)
+    outcomes = {name: [] for name in ("cuhk", "rstp", "neither")}
+
+    def work(name):
+        for _ in range(25):
+            try:
+                if name != "neither":
+                    adaptations.use(name)
+                found = features(model)
+                own = [kind for kind, each in expected.items() if torch.equal(found, each)]
+                outcomes[name].append(own[0] if own else "mixed")
+            except RunError:
+                outcomes[name].append("refused")
+
+    threads = [threading.Thread(target=work, args=[name]) for name in outcomes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(outcomes["cuhk"]) <= {"cuhk", "refused"} and set(outcomes["rstp"]) <= {"rstp", "refused"}
+    assert all(len(each) == 25 for each in outcomes.values())
+    adaptations.use("cuhk")  # no thread is left that computes
+    assert torch.equal(features(model), expected["cuhk"])
+
+
+class Elsewhere:
+    """Another thread, which runs one function after the other."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(1)
+
+    def __call__(self, work, *arguments):
+        return self.pool.submit(work, *arguments).result(10)
+
+
+def test_a_switch_is_refused_while_another_thread_computes(adaptations, monkeypatch):
+    model, elsewhere, said = adaptations.model, Elsewhere(), []
+    adaptations.use("cuhk")
+    stream = AdaptedCLIP.image_stream
+
+    def interrupted(*arguments):
+        for work in (adaptations.use, lambda _: model.zero_shot().__enter__()):
+            with pytest.raises(RunError, match="while another thread computes with the model, would mix features"):
+                elsewhere(work, "rstp")
+            said.append(work)
+        with model.zero_shot():  # this thread knows what it does
+            pass
+        elsewhere(features, alone)  # and other models are none of its business
+        return stream(*arguments)
+
+    alone = build(model.config)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "image_stream", lambda *arguments: interrupted(model, *arguments))
+        found = features(model)
+    assert len(said) == 2 and torch.equal(found, features(model)) and adaptations.active == "cuhk"
+    elsewhere(adaptations.use, "rstp")
+    with pytest.raises(RunError, match="another thread has switched the adaptation since this thread chose one"):
+        features(model)
+    adaptations.use("rstp")
+    assert torch.equal(features(model), Elsewhere()(features, model))  # a thread that has chosen none
+
+
+def test_zero_shot_applies_to_the_thread_that_entered_it(adaptations):
+    model, elsewhere = adaptations.model, Elsewhere()
+    adaptations.use("cuhk")
+    adapted = features(model)
+    with model.zero_shot():
+        with model.zero_shot():
+            original = features(model)
+        assert torch.equal(features(model), original) and not torch.equal(original, adapted)
+        for work in (features, model_tokens):
+            with pytest.raises(RunError, match="zero_shot.. is active in another thread"):
+                elsewhere(work, model)
+        for work in (lambda: adaptations.use("rstp"), lambda: model.zero_shot().__enter__()):
+            with pytest.raises(RunError, match="would mix features"):
+                elsewhere(work)
+    assert torch.equal(features(model), adapted)
+    assert torch.equal(elsewhere(features, model), adapted)
+    with pytest.raises(KeyError), model.zero_shot():
+        raise KeyError
+    assert torch.equal(features(model), adapted)
+
+
+def model_tokens(model):
+    images, tokens = inputs()
+    return model.encode_image_tokens(images), model.encode_text_tokens(tokens)
+
+
+def test_a_copy_is_a_model_of_its_own(adaptations):
+    adaptations.use("cuhk")
+    copies = [copy.deepcopy(adaptations.model), pickle.loads(pickle.dumps(adaptations.model))]
+    expected = features(adaptations.model)
+    with adaptations.model.zero_shot():
+        for each in copies:
+            assert torch.equal(Elsewhere()(features, each), expected)

@@ -280,9 +280,15 @@ def test_checkpoints_that_are_none(checkpoint, capsys):
 
 
 def test_features_that_are_not_finite(checkpoint, config, parameters, capsys):
-    broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in parameters.items()}
-    save_checkpoint(checkpoint, broken, config, RESULTS)
-    assert "rows contain NaN or infinity" in refused(capsys, 1, checkpoint)
+    for value, message in (torch.nan, "elements that are NaN or infinite"), (1e38, "rows contain NaN or infinity"):
+        broken = {name: torch.full_like(tensor, value) for name, tensor in parameters.items()}
+        save_checkpoint(checkpoint, broken, config, RESULTS)
+        assert message in refused(capsys, 1, checkpoint)
+
+
+def test_another_backbone_than_that_of_the_training(checkpoint, config, parameters, capsys):
+    save_checkpoint(checkpoint, parameters, config, RESULTS, "0" * 64)
+    assert "has other weights than the backbone of the training" in refused(capsys, 1, checkpoint)
 
 
 def test_arguments_that_cannot_be(checkpoint, tmp_path, capsys):

@@ -26,7 +26,9 @@ class Adaptations:
 
     Adaptations may differ in method, kinds of modules, sizes and depths, but not in the backbone. A switch exchanges
     references to modules in the model's blocks, and the model's `config`; encode_image, encode_text and
-    trained_parameters then use the active adaptation. Do not switch while another thread computes.
+    trained_parameters then use the active adaptation. No call mixes two adaptations: a switch while another thread
+    computes is an error, and so is computing after another thread has switched away from this thread's own choice. A
+    thread that never calls `use` computes with the last choice of any thread.
 
     Raises CheckpointError for a model whose method trains CLIP, since this changes the backbone of other adaptations.
     """
@@ -74,12 +76,16 @@ class Adaptations:
         self._adaptations[name] = replace(config, **{field: getattr(own, field) for field in COMPUTED}), modules
 
     def use(self, name: str) -> None:
-        """Activates an adaptation. Raises CheckpointError with the known names for an unknown name."""
+        """Activates an adaptation for all threads.
+
+        Raises CheckpointError with the known names for an unknown name, and RunError if another thread is computing.
+        """
         if name not in self._adaptations:
             raise CheckpointError(f"unknown adaptation {name!r}; expected one of {', '.join(self.names)}")
         config, modules = self._adaptations[name]
         weight = self.model.image_blocks[0].attn.in_proj_weight
-        for module in modules.values():
-            module.to(weight.device, weight.dtype)  # the model may have moved to another device
-        self.model.set_modules(config, modules)
-        self.active = name
+        with self.model.turns.switch():
+            for module in modules.values():
+                module.to(weight.device, weight.dtype)  # the model may have moved to another device
+            self.model.set_modules(config, modules)
+            self.active = name

@@ -9,6 +9,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 from upperson_kernels import TilesError, resolve_backend, tiles, unpack_sequences
+from upperson_kernels.backend import in_transform
 
 from upperson.config import ModelConfig
 from upperson.data import Preprocess
@@ -19,6 +20,7 @@ from upperson.model.block import KINDS, Block, Sequences, Stream, rows_of
 from upperson.model.captions import CaptionPacker, PackedCaptions
 from upperson.model.prepared import keep_frozen_weights, prepare
 from upperson.model.prompts import run_captions, run_images
+from upperson.model.turns import Turns, takes_turns
 from upperson.model.weights import fingerprint
 
 GRAPHS = 64  # limit of compiled graphs of a block, one for each kind of input; a training needs about 20
@@ -58,7 +60,8 @@ class AdaptedCLIP(nn.Module):
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
         self.frozen_dtype: torch.dtype | None = None
         self.projections: dict[str, Tensor | None] = {}  # packed, of all blocks of a tower; see keep_frozen_weights
-        self.set_modules(config, self.new_modules(config))
+        self.turns = Turns()
+        self.put_modules(self.new_modules(config))
         if config.method.trains_clip:
             for parameter in self.clip_parameters().values():
                 parameter.requires_grad_()
@@ -71,16 +74,18 @@ class AdaptedCLIP(nn.Module):
 
     # -------------------------------------------------------------------------------- images
 
+    @takes_turns
     def encode_image(self, images: Tensor) -> Tensor:
         """Embeddings (B, E), not normalised, of images (B, 3, H, W), preprocessed by `preprocess`."""
         visual = self.clip.visual
         if self.config.skip_unread and visual.attn_pool is None and visual.pool_type == "tok":
-            class_token = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+            class_token = torch.zeros(images.shape[0], dtype=torch.int64, device=images.device)
             pooled = visual.ln_post(self.image_stream(images, class_token))
         else:
             pooled, _ = visual._pool(self.image_stream(images))
         return pooled if visual.proj is None else pooled @ visual.proj
 
+    @takes_turns
     def encode_image_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The result of encode_image, and all tokens of the image, normalised and projected alike, (B, N, E)."""
         visual = self.clip.visual
@@ -97,6 +102,7 @@ class AdaptedCLIP(nn.Module):
 
     # -------------------------------------------------------------------------------- captions
 
+    @takes_turns
     def encode_text(self, captions: Tensor | PackedCaptions) -> Tensor:
         """Embeddings (B, E), not normalised, of token ids (B, L) int64 or of packed captions.
 
@@ -112,6 +118,7 @@ class AdaptedCLIP(nn.Module):
             return self.project_text(self.text_stream(captions, read)[0])
         return self.project_text(rows_of(self.text_stream(captions)[0], read))
 
+    @takes_turns
     def encode_text_tokens(self, captions: Tensor | PackedCaptions) -> tuple[Tensor, Tensor, Tensor]:
         """The result of encode_text; all tokens, projected alike, (B, L, E), where L is at least the longest caption's
         length; and the position of each caption's end token among them, (B,) int64.
@@ -126,15 +133,15 @@ class AdaptedCLIP(nn.Module):
         else:
             read, end = self.pooled_positions(captions), captions.argmax(1)
         if start is not None:
-            x, read, end = torch.cat([start.expand(len(x), 1, -1), x], 1), read + 1, end + 1
+            x, read, end = torch.cat([start.expand(x.shape[0], 1, -1), x], 1), read + 1, end + 1
         x = self.project_text(x)
         return rows_of(x, read), x, end
 
     def pack_captions(self, captions: Tensor | PackedCaptions) -> Tensor | PackedCaptions:
         """Packs token ids (B, L) for the text tower, unless padding affects its result or the option is off.
 
-        Under torch.compile token ids stay padded, since a graph cannot depend on their values. The padding is then also
-        computed, which does not change the result.
+        Under torch.compile, torch.export, torch.jit.trace and torch.func token ids stay padded, since neither a graph
+        nor vmap can depend on their values. The padding is then also computed, which does not change the result.
         """
         if isinstance(captions, PackedCaptions):
             if captions.first_position != self.first_position:
@@ -143,7 +150,8 @@ class AdaptedCLIP(nn.Module):
                     f"{self.first_position} with the model's current prompts"
                 )
             return captions
-        return captions if torch.compiler.is_compiling() else self.caption_packer()(captions)
+        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or in_transform()
+        return captions if traced else self.caption_packer()(captions)
 
     def caption_packer(self) -> CaptionPacker:
         """The object with which a loader packs captions for the current state of this model."""
@@ -295,8 +303,16 @@ class AdaptedCLIP(nn.Module):
             raise RunError(nothing_to_train(config, freeze))
 
     def set_modules(self, config: ModelConfig, modules: dict[Place, Any]) -> None:
-        """Replaces the trained modules by `modules`, those of `config`. The backbone must be that of `config`."""
-        self.config = config
+        """Replaces the trained modules by `modules`, those of `config`. The backbone must be that of `config`.
+
+        Raises RunError if another thread is computing. A thread that has called this method may only compute until
+        another thread does; a thread that has not computes with the modules of the last call.
+        """
+        with self.turns.switch():
+            self.config = config
+            self.put_modules(modules)
+
+    def put_modules(self, modules: dict[Place, Any]) -> None:
         for tower, blocks in self.towers.items():
             for i, block in enumerate(blocks):
                 block.set_modules(**{kind: modules.get(Place(tower, i, kind)) for kind in KINDS})
@@ -366,14 +382,20 @@ class AdaptedCLIP(nn.Module):
 
     @contextmanager
     def zero_shot(self) -> Iterator[None]:
-        """A context in which the model computes only the backbone, with its current weights."""
-        for block in self.blocks():
-            block.adapted = False
-        try:
-            yield
-        finally:
+        """A context in which the model computes only the backbone, with its current weights.
+
+        It applies to all threads. Raises RunError if another thread is computing; within the context, the methods that
+        compute raise RunError in other threads.
+        """
+        with self.turns.change("zero_shot()"):
+            before = [block.adapted for block in self.blocks()]
             for block in self.blocks():
-                block.adapted = True
+                block.adapted = False
+            try:
+                yield
+            finally:
+                for block, adapted in zip(self.blocks(), before, strict=True):
+                    block.adapted = adapted
 
 
 def replace_blocks(transformer: Any, **options: Any) -> list[Block]:

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from upperson_kernels.attention.reference import plain_attention
 
 
 def attend_once(
@@ -34,9 +35,9 @@ def attend_once(
     else:
         prefix_key = prefix_scale * prefix_key
     key, value = (
-        torch.cat([prefix.to(query.dtype).expand(len(query), -1, -1, -1), tokens], dim=1).transpose(1, 2)
+        torch.cat([prefix.to(query.dtype).expand(query.shape[0], -1, -1, -1), tokens], dim=1).transpose(1, 2)
         for prefix, tokens in ((prefix_key, key), (prefix_value, value))
     )  # (S, H, P + N, D) each
     if visible is not None:
-        visible = F.pad(visible, (len(prefix_key), 0), value=True)[:, None, None]  # (S, 1, 1, P + N)
-    return F.scaled_dot_product_attention(query.unsqueeze(2), key, value, attn_mask=visible).squeeze(2)
+        visible = F.pad(visible, (prefix_key.shape[0], 0), value=True)[:, None, None]  # (S, 1, 1, P + N)
+    return plain_attention(query.unsqueeze(2), key, value, visible).squeeze(2)

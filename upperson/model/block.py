@@ -207,9 +207,11 @@ class Block(nn.Module):
             return self.mlp(y)
         first: Any = self.mlp.c_fc
         second: Any = self.mlp.c_proj
+        if type(first) is not nn.Linear:  # quantised, or replaced by another library
+            return second(self.activation(first(y), backend=self.backend))
         return second(self.activation(F.linear(y, first.weight), first.bias, backend=self.backend))
 
 
 def rows_of(x: Tensor, read: Tensor) -> Tensor:
     """The token at `read` of each sequence, (B, C), from (B, N, C) or packed (T, C)."""
-    return x[read] if x.dim() == 2 else x[torch.arange(len(x), device=x.device), read]
+    return x[read] if x.dim() == 2 else x[torch.arange(x.shape[0], device=x.device), read]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from upperson_kernels.backend import in_transform
 
 from upperson.model.block import NOTHING, Block, Prepared
 from upperson.petl import LoRA
@@ -49,7 +50,8 @@ def prepare(blocks: Sequence[Block], projections: Tensor | None, dtype: torch.dt
 
     with torch.autocast(blocks[0].ln_1.weight.device.type, enabled=False):
         row, loras = modules_of("lora")
-        if loras and projections is not None and type(loras[0]) is LoRA and blocks[0].low_rank_gradients:
+        low_rank = blocks[0].low_rank_gradients and not in_transform()
+        if loras and projections is not None and type(loras[0]) is LoRA and low_rank:
             for i, merged in zip(row, LoRA.merge(loras, projections[row.start : row.stop]), strict=True):
                 found[i]["projection"] = merged
         row, prefixes = modules_of("prefix")

@@ -32,7 +32,7 @@ def run_images(
     for i, block in enumerate(blocks):
         if i == tokens_from:
             x = stream.total()
-            stream = Stream(torch.cat([x, rows[i].to(x.dtype).expand(len(x), -1, -1)], 1))
+            stream = Stream(torch.cat([x, rows[i].to(x.dtype).expand(x.shape[0], -1, -1)], 1))
         last = i == len(blocks) - 1
         stream = block(stream, read=read if last else None, shared=rows[i] if i < tokens_from else None)
     return stream.total() if read is not None else stream.total()[:, :length]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from upperson_kernels.backend import in_transform
 
 from upperson.petl.initial import scalar, uniform_fan_in
 
@@ -54,8 +55,11 @@ class LoRA(nn.Module):
         return weight + scale * up @ down
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor, low_rank_gradients: bool) -> Tensor:
-        """F.linear of x (…, C) with the updated weight and `bias` (rows,): (…, rows of weight)."""
-        if not low_rank_gradients or weight.requires_grad or bias.requires_grad:
+        """F.linear of x (…, C) with the updated weight and `bias` (rows,): (…, rows of weight).
+
+        The transforms of torch.func differentiate the plain formula, as they take no MergedLinear.
+        """
+        if not low_rank_gradients or weight.requires_grad or bias.requires_grad or in_transform():
             return F.linear(x, self(weight), bias)
         with torch.autocast(x.device.type, enabled=False):
             with torch.no_grad():

@@ -3,6 +3,7 @@
 Tensors are flat arguments here, as torch.library wants them; launch.py takes them as NamedTuples.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from upperson_kernels.adapter import launch
 from upperson_kernels.adapter.launch import Layers, Needs, Norm, Saved
-from upperson_kernels.backend import accumulator, runs_plainly
+from upperson_kernels.backend import accumulator, for_transforms, in_transform, runs_plainly
 
 
 def run_forward(
@@ -168,9 +169,22 @@ class PlainLayerNormAdapter(torch.autograd.Function):
         return layernorm_adapter_differentiate(ctx, *grads, backward=run_backward)
 
 
+layernorm_adapter_in_transforms = for_transforms(
+    "layernorm_adapter",
+    layernorm_adapter_forward,
+    layernorm_adapter_save,
+    functools.partial(
+        layernorm_adapter_differentiate, backward=for_transforms("layernorm_adapter", layernorm_adapter_backward)
+    ),
+)
+
+
 def layernorm_adapter(*inputs: Any) -> tuple[Tensor, Tensor]:
     """y and the stream, by the way that costs Python least."""
-    apply = PlainLayerNormAdapter.apply if runs_plainly(inputs[:-1]) else layernorm_adapter_forward
+    if runs_plainly(inputs[:-1]):
+        apply = PlainLayerNormAdapter.apply
+    else:
+        apply = layernorm_adapter_in_transforms if in_transform() else layernorm_adapter_forward
     y, stream, *_ = apply(*inputs)
     return y, stream
 

@@ -3,6 +3,7 @@
 Tensors are flat arguments here, as torch.library wants them; launch.py takes them as NamedTuples.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from upperson_kernels.attention import launch
 from upperson_kernels.attention.launch import Needs, Packing, Prefix
-from upperson_kernels.backend import accumulator, runs_plainly
+from upperson_kernels.backend import accumulator, for_transforms, in_transform, runs_plainly
 
 
 def run_forward(
@@ -113,10 +114,21 @@ class PlainPrefixAttention(torch.autograd.Function):
         return prefix_attention_differentiate(ctx, *grads, backward=run_backward)
 
 
+prefix_attention_in_transforms = for_transforms(
+    "prefix_attention",
+    prefix_attention_forward,
+    prefix_attention_save,
+    functools.partial(
+        prefix_attention_differentiate, backward=for_transforms("prefix_attention", prefix_attention_backward)
+    ),
+)
+
+
 def prefix_attention(*inputs: Any) -> Tensor:
     """The output, by the way that costs Python least."""
-    apply = PlainPrefixAttention.apply if runs_plainly(inputs[:5]) else prefix_attention_forward
-    return apply(*inputs)[0]
+    if runs_plainly(inputs[:5]):
+        return PlainPrefixAttention.apply(*inputs)[0]
+    return (prefix_attention_in_transforms if in_transform() else prefix_attention_forward)(*inputs)[0]
 
 
 # ---------------------------------------------------------------------------------------- for torch's flop counter

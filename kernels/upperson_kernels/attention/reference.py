@@ -5,10 +5,14 @@ function as plain attention over one longer list of keys, which scaled_dot_produ
 weights in memory. `packed` is the PyTorch backend for sequences of unequal length. Autograd differentiates all three.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from upperson_kernels.backend import in_transform
 from upperson_kernels.packing import unpack_sequences
 
 
@@ -67,10 +71,17 @@ def folded(
             present = torch.arange(length, device=qkv.device) < lengths[:, None].clamp_min(1)  # no row sees nothing
             mask = (mask & present[:, None, :])[:, None]  # (B, 1, N, N)
         mask = F.pad(mask, (prefix_key.shape[2], 0), value=True)  # every query sees the prefix
-    out = F.scaled_dot_product_attention(
-        query, torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2), attn_mask=mask
-    )
+    out = plain_attention(query, torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2), mask)
     return out.transpose(1, 2)
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """F.scaled_dot_product_attention, by its formula under torch.func.
+
+    PyTorch's fused kernels have neither second nor forward-mode derivatives, and run one sample at a time under vmap.
+    """
+    with sdpa_kernel(SDPBackend.MATH) if in_transform() else nullcontext():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def packed(

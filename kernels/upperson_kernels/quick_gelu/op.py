@@ -1,5 +1,6 @@
 """quick_gelu as PyTorch operators: what runs, what is returned without running, and the derivative."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from upperson_kernels.backend import runs_plainly
+from upperson_kernels.backend import for_transforms, in_transform, runs_plainly
 from upperson_kernels.quick_gelu import launch
 
 
@@ -66,6 +67,16 @@ class PlainQuickGELU(torch.autograd.Function):
         return quick_gelu_differentiate(ctx, dy, backward=run_backward)
 
 
+quick_gelu_in_transforms = for_transforms(
+    "quick_gelu",
+    quick_gelu_forward,
+    quick_gelu_save,
+    functools.partial(quick_gelu_differentiate, backward=for_transforms("quick_gelu", quick_gelu_backward)),
+)
+
+
 def quick_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     """The output, by the way that costs Python least."""
-    return (PlainQuickGELU.apply if runs_plainly((x, bias)) else quick_gelu_forward)(x, bias)
+    if runs_plainly((x, bias)):
+        return PlainQuickGELU.apply(x, bias)
+    return (quick_gelu_in_transforms if in_transform() else quick_gelu_forward)(x, bias)
