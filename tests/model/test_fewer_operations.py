@@ -241,6 +241,27 @@ def test_low_rank_gradients_leave_trained_weights_theirs():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("frozen", [["key_down", "key_up", "key_scale"], ["value_down"], ["key_up"], ["value_scale"]])
+def test_frozen_factors_leave_the_others_their_gradients(tiny, frozen, kept):
+    """Keys and values are computed together, and each factor is trained on its own."""
+    images, tokens = inputs()
+    gradients = []
+    for freezes in (False, True):
+        model = stirred(build(tiny.replace(**NOTHING | dict(lora="lora"))))
+        for name, parameter in model.trained_parameters().items():
+            parameter.requires_grad_(not (freezes and name.split(".")[-1] in frozen))
+        if kept:
+            model.keep_frozen_weights(torch.float32)
+        (model.encode_image(images).sin().sum() + model.encode_text(tokens).sin().sum()).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.adaptation().items()})
+    for name, gradient in gradients[1].items():
+        if name.split(".")[-1] in frozen:
+            assert gradient is None
+        else:
+            torch.testing.assert_close(gradient, gradients[0][name])
+
+
 def test_low_rank_gradients_with_a_backbone_in_half_precision():
     lora, weight, bias = random_lora(24)
     lora, weight, bias, x = lora.float(), weight.bfloat16(), bias.bfloat16(), torch.randn(4, 8)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,25 @@ def test_compiled_blocks_take_the_same_step(config):
     assert parameters.keys() == expected.keys()
     for name, values in expected.items():
         torch.testing.assert_close(parameters[name], values, rtol=1e-5, atol=1e-5)
+
+
+def test_the_scale_of_fp16_gradients_is_resumed(config):
+    """The scale, and the number of steps since it last changed."""
+    job = replace(training_of(config, AdaptedCLIP(config.model), read_splits(config.data)).job, precision="fp16")
+    first, second = (Training(config, AdaptedCLIP(config.model), job, config.train.run_dir) for _ in range(2))
+    first.log.start(after=0)
+    first.scaler.scale(torch.ones(()))  # it makes its tensors at the first use
+    first.scaler.update(new_scale=64.0)
+    batches = iter(first.batches)
+    for _ in range(2):
+        first.step(next(batches))
+    expected = first.scaler.state_dict()
+    assert expected["scale"] == 64.0 and expected["_growth_tracker"] == 2
+    first.save_state()
+    second.load_state(load_state(config.train.run_dir))
+    assert second.scaler.state_dict() == expected
+    second.scaler.scale(torch.ones(()))
+    assert second.scaler.get_scale() == 64.0
 
 
 def test_a_state_from_another_device_continues_with_this_ones_optimizer(config):
