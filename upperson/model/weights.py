@@ -139,8 +139,9 @@ def unusable(tensors: Mapping[str, Any], dtypes: Sequence[torch.dtype]) -> str:
 def not_finite(tensors: Mapping[str, Tensor]) -> str:
     """The first tensor with NaN or infinity in float32, and how many elements; "" if all are finite."""
     for name, tensor in tensors.items():
-        wrong = int((~tensor.float().isfinite()).sum())
-        if wrong:
+        finite = tensor.float().isfinite()
+        if not finite.all():
+            wrong = int((~finite).sum())
             return f"the tensor {name!r} has {wrong} of {tensor.numel()} elements that are NaN or infinite in float32"
     return ""
 
