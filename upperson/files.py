@@ -10,15 +10,16 @@ from typing import Any
 MAX_DIGITS = 400  # of a number in JSON; Python's own limit of 4,300 digits is an error without a position
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file completely or not at all: to a temporary file beside `path`, which is synced and renamed.
+def write_atomically(path: Path, *content: bytes | memoryview) -> None:
+    """Writes a file, from its parts, completely or not at all: to `temporary_of(path)`, which is synced and renamed.
 
     Raises OSError, which names the path. An earlier version of the file is then unchanged.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            for part in content:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -32,6 +33,11 @@ def write_atomically(path: Path, content: bytes) -> None:
                 f"{path} could not be written ({error.strerror}); an earlier version of the file is unchanged",
             ) from error
         raise
+
+
+def temporary_of(path: Path) -> Path:
+    """The file in which `write_atomically` collects the content of `path`. A killed process leaves it behind."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:

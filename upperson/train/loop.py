@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from upperson.config import Config
 from upperson.data import DeviceBatches, ImageCache, Sample, batches_per_epoch, train_loader
+from upperson.data.fingerprint import Fingerprint, fingerprint
 from upperson.data.loaders import EpochBatches
-from upperson.errors import Diverged, RunInterrupted
+from upperson.errors import CheckpointError, Diverged, RunError, RunInterrupted
 from upperson.evaluate.embed import evaluate
 from upperson.evaluate.evaluation import name_of
 from upperson.evaluate.metrics import Retrieval
@@ -48,6 +49,11 @@ class Job:
     splits: dict[str, list[Sample]]
     cache: ImageCache | None
     interruption: Interruption
+
+    @functools.cached_property
+    def fingerprint(self) -> Fingerprint:
+        """The fingerprint of the data, for the saved states."""
+        return fingerprint(self.splits)
 
     def evaluation(self, config: Config) -> dict[str, Any]:
         """The options of upperson.evaluate.embed.evaluate."""
@@ -88,7 +94,8 @@ class Training:
     """
 
     def __init__(self, config: Config, model: AdaptedCLIP, job: Job, folder: Path):
-        self.config, self.model, self.job, self.folder = config, model, job, folder
+        self.config = config.replace(resume=False)  # so that a resumed run writes the same files
+        self.model, self.job, self.folder = model, job, folder
         self.group, self.interruption = job.group, job.interruption
         self.objective = build_objective(config, model, job.splits["train"], job.group).to(job.device)
         if (dtype := frozen_dtype(config.train.frozen_weights, job.device, job.precision)) is not None:
@@ -387,9 +394,24 @@ class Training:
             "scaler": self.scaler.state_dict(),
             "random": random_states(),
         }
-        save_state(self.folder, state, self.config)
+        save_state(self.folder, state, self.config, self.job.fingerprint)
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Continues from a saved state. Raises CheckpointError for the state of something else."""
+        try:
+            self._load_state(state)
+        except (CheckpointError, RunError):
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            path = self.folder / RESUME
+            raise CheckpointError(
+                f"{path}: expected the state of a training of this configuration ({error!r})"
+            ) from error
+        self.group.print(f"resuming in epoch {self.progress.epoch} after step {self.progress.step}")
+        if self.progress.epoch > 1 and self.progress.batch == 0:
+            self.save_checkpoints()  # the run may have been killed between this state and the checkpoints
+
+    def _load_state(self, state: dict[str, Any]) -> None:
         self.progress = Progress(**state["progress"])
         self.log.start(self.progress.log_bytes, self.progress.step)
         copy_parameters(state["parameters"], self.state, str(self.folder / RESUME))
@@ -400,7 +422,6 @@ class Training:
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         set_random_states(state["random"])
-        self.group.print(f"resuming in epoch {self.progress.epoch} after step {self.progress.step}")
 
     def save_checkpoints(self) -> None:
         """Writes the checkpoints of the last and of the best epoch so far."""
