@@ -1,10 +1,13 @@
 """The command `upperson`."""
 
+import pickle
+import signal
+
 import pytest
 
 import upperson
 from upperson.__main__ import COMMANDS, main
-from upperson.errors import RunError, exit_status
+from upperson.errors import RunError, RunInterrupted, exit_status
 
 
 def test_version(capsys):
@@ -38,6 +41,61 @@ def test_names_of_the_package():
         _ = upperson.search
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory (no memory is left); a smaller batch"),
+        (
+            MemoryError("Unable to allocate 4.00 TiB for an array with shape (1, 2)"),
+            "out of memory (Unable to allocate",
+        ),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:1] err == 0. DefaultCPUAllocator: can't allocate memory: you …"
+            ),
+            "out of memory ([enforce fail",
+        ),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …"),
+            "out of memory (CUDA out of memory);",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "a loader process has ended, perhaps by the system for lack of memory (DataLoader worker (pid 7) is killed",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"),
+            "a loader process has ended, perhaps by the system for lack of memory (DataLoader worker (pid(s) 7, 8)",
+        ),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
+                "are out of shared memory. Please try to raise your shared memory limit."
+            ),
+            "out of shared memory, which loader processes need (DataLoader worker",
+        ),
+        (RuntimeError("can't start new thread"), "the system allows no more processes, threads or open files (can't"),
+    ],
+)
+def test_missing_memory_and_processes_are_one_line(error, message, capsys):
+    def command():
+        raise error
+
+    assert exit_status(command) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {message}") and shown.count("\n") == 1 and " may help" in shown
+
+
+def test_the_status_names_the_signal(capsys):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+
+        def command(number=number):
+            raise pickle.loads(pickle.dumps(RunInterrupted("stopped in epoch 1", number)))
+
+        assert exit_status(command) == 128 + number
+        assert capsys.readouterr().err == "stopped in epoch 1\n"
+
+
 def test_errors_that_a_user_can_mend_are_one_line(capsys, monkeypatch):
     def raises(error):
         def command():
@@ -51,6 +109,8 @@ def test_errors_that_a_user_can_mend_are_one_line(capsys, monkeypatch):
     assert exit_status(raises(KeyboardInterrupt())) == 130 and capsys.readouterr().err == "stopped\n"
     with pytest.raises(ZeroDivisionError):
         exit_status(raises(ZeroDivisionError()))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        exit_status(raises(RuntimeError("shapes do not match")))
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert exit_status(raises(RunError("x"))) == 1

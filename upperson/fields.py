@@ -7,6 +7,9 @@ import typing
 from dataclasses import field
 from typing import Any, Literal
 
+MOST_EPOCHS = 100_000
+MOST_RATE = 100  # of learning
+
 
 def option(
     default: Any,
@@ -57,7 +60,8 @@ def _is_a(value: Any, hint: Any) -> bool:
     if arguments:
         return any(_is_a(value, kind) for kind in arguments)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        # An integer is finite, and may be too large for math.isfinite.
+        return type(value) is int or (isinstance(value, float) and math.isfinite(value))
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import typing
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from upperson.config import Config, DataConfig, ModelConfig, TrainConfig
 from upperson.config.command_line import parse_arguments
 from upperson.config.presets import PRESETS, preset
+from upperson.fields import fields_of
 from upperson.methods import METHODS
 from upperson.methods.up_person import UPPerson
 
@@ -215,6 +217,24 @@ def test_values_out_of_range(section, values, message):
         section(**values)
 
 
+SECTIONS_AND_METHODS = (ModelConfig, DataConfig, TrainConfig, *METHODS.values())
+
+
+@pytest.mark.parametrize("number", [10**30, 10**400, -(10**30), 1e300, -1e300, float("inf")])
+def test_no_field_takes_a_number_beyond_reason(number):
+    """Such a number would end a run much later: for lack of memory, in an overflow, or never."""
+    checked = set()
+    for section in SECTIONS_AND_METHODS:
+        for spec, hint in fields_of(section):
+            kinds = {hint, *typing.get_args(hint)}
+            if kinds & {int, float}:
+                value = (number,) * len(spec.default) if isinstance(spec.default, tuple) else number
+                with pytest.raises(ValueError, match=rf"^{spec.name}: .* is not allowed; "):
+                    section(**{spec.name: value})
+                checked.add(spec.name)
+    assert {"epochs", "learning_rate", "workers", "image_size", "lora_rank", "prompt_length"} < checked
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -223,6 +243,12 @@ def test_values_out_of_range(section, values, message):
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["--epochs", "-3"], "epochs: -3 is not allowed; it must be at least 1"),
+        (["--learning-rate", "1e300"], "learning_rate: 1e+300 is not allowed; it must be at most 100"),
+        (["--learning-rate", "1e999"], "learning_rate: inf is not allowed; expected a finite number"),
+        (["--workers", "100000"], "workers: 100000 is not allowed; it must be at most 256"),
+        (["--embedded-identities", "1000000000", "1", "1"], "is not allowed; it must be at most 20000"),
+        (["--seed", "9" * 5000], "argument --seed: invalid int value"),
+        (["--losses", f"{'9' * 400}*itc"], "the weight of itc must be above 0 and at most 1e+06"),
         (["--image-size", "192"], "argument --image-size: expected 2 arguments"),
         (["--scale-target", "keys"], "argument --scale-target: invalid choice: 'keys'"),
         (["--depth-lora", "deep"], "argument --depth-lora: invalid int or none value: 'deep'"),

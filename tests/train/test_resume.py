@@ -2,7 +2,10 @@
 
 import csv
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -13,11 +16,13 @@ from upperson.config import Config
 from upperson.config.configuration import SECTIONS
 from upperson.data.fingerprint import data_differences, fingerprint
 from upperson.data.samples import Sample
-from upperson.errors import CheckpointError, RunError
+from upperson.errors import CheckpointError, RunError, RunInterrupted
 from upperson.fields import fields_of
 from upperson.model.tensor_files import RESUME_STATE, read_tensors, write_tensors
 from upperson.train.fit import fit
+from upperson.train.interruption import Interruption
 from upperson.train.log import history_of
+from upperson.train.resume import load_state
 from upperson.train.run_folder import locked
 
 EDITS = dict(
@@ -231,6 +236,44 @@ def test_a_lock_is_of_one_process_and_leaves_nothing(tmp_path, monkeypatch):
     with locked(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, slow_case(signal.SIGTERM)])
+def test_a_signal_saves_and_is_named(run_dir, monkeypatch, number):
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 1, lambda value: os.kill(os.getpid(), number) or value)
+        with pytest.raises(RunInterrupted, match="after step 4, the state is saved") as raised:
+            resumed(run_dir)
+    assert raised.value.signal == number and signal.getsignal(number) is before
+    assert load_state(run_dir)["progress"]["step"] == 4
+
+
+def test_under_nohup_a_hangup_has_no_effect():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and not interruption.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_killed_loader_process_is_one_line(run_dir, monkeypatch):
+    edit(run_dir, "workers", 1)
+
+    def kill(value):
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+        return value
+
+    with monkeypatch.context() as patch:
+        fail_at(patch, 1, kill)
+        with pytest.raises(
+            RunError, match="a loader process has ended, .* in epoch [12], after step .* 1 loader processes"
+        ) as raised:
+            resumed(run_dir)
+    assert "\n" not in str(raised.value) and f"resume with --resume {run_dir}" in str(raised.value)
 
 
 def test_leftovers_of_a_killed_run_are_removed(run_dir):

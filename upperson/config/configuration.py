@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from upperson.fields import Checked, fields_of, option
+from upperson.fields import MOST_EPOCHS, MOST_RATE, Checked, fields_of, option
 from upperson.losses.names import parse_losses
 from upperson.methods import DEFAULT, METHODS, Method, Stage
 
@@ -23,6 +23,10 @@ SELECTIONS = {
     "best-on-test": "best R@1 on the TEST split, as in the released code; optimistic",
     "none": "nothing was trained, so no epoch was selected",
 }
+
+# Limits that nobody needs to exceed. Beyond them a run would end much later, for lack of memory or by divergence.
+MOST_AT_ONCE = 2**17  # images or captions
+MOST_STEPS = 10**9
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class ModelConfig(Checked):
         "embedded", "open_clip tag, path of a local checkpoint, 'none' (random weights), or 'embedded'"
     )
     image_size: tuple[int, int] = option(
-        (192, 64), "height and width in pixels", at_least=1, metavar=("HEIGHT", "WIDTH")
+        (192, 64), "height and width in pixels", at_least=1, at_most=2048, metavar=("HEIGHT", "WIDTH")
     )
     method: Method = option(METHODS[DEFAULT](), "the method, with its own options", added=True)
     backend: Literal["auto", "triton", "torch"] = option(
@@ -99,10 +103,11 @@ class DataConfig(Checked):
     )
     embedded_identities: tuple[int, int, int] = option(
         (600, 100, 200), "number of people, or scenes, in each split of an embedded data set", at_least=1,
+        at_most=20_000,
         metavar=("TRAIN", "VAL", "TEST"),
     )  # fmt: skip
-    embedded_views: int = option(4, "images of each synthetic person, each with two captions", at_least=1)
-    embedded_seed: int = option(0, "seed of an embedded data set", at_least=0)
+    embedded_views: int = option(4, "images of each synthetic person, each with two captions", at_least=1, at_most=100)
+    embedded_seed: int = option(0, "seed of an embedded data set", at_least=0, below=2**63)
     mask_captions: bool = option(True, "mask 15 % of the caption tokens during training")
     check_images: bool = option(True, "open every image once before training", changes_results=False)
     image_cache: Path | None = option(
@@ -112,7 +117,7 @@ class DataConfig(Checked):
         added=True,
     )
     workers: int = option(
-        4, "processes that load images; 0: the main process loads them", at_least=0, changes_results=False
+        4, "processes that load images; 0: the main process loads them", at_least=0, at_most=256, changes_results=False
     )
 
     @property
@@ -125,21 +130,23 @@ class DataConfig(Checked):
 class TrainConfig(Checked):
     """Optimisation, evaluation, and the run folder."""
 
-    epochs: int = option(60, "passes over the training split", at_least=1)
-    batch_size: int = option(128, "pairs in a batch, at least two", at_least=2)
-    learning_rate: float = option(1e-3, "Adam's learning rate after the warm-up", above=0)
-    bias_learning_rate: float | None = option(None, "learning rate of biases; none: learning_rate", above=0, added=True)
-    prefix_learning_rate: float | None = option(
-        None, "learning rate of the prefix parameters; none: learning_rate", above=0
+    epochs: int = option(60, "passes over the training split", at_least=1, at_most=MOST_EPOCHS)
+    batch_size: int = option(128, "pairs in a batch, at least two", at_least=2, at_most=MOST_AT_ONCE)
+    learning_rate: float = option(1e-3, "Adam's learning rate after the warm-up", above=0, at_most=MOST_RATE)
+    bias_learning_rate: float | None = option(
+        None, "learning rate of biases; none: learning_rate", above=0, at_most=MOST_RATE, added=True
     )
-    weight_decay: float = option(4e-5, "coupled L2 decay, without biases", at_least=0)
-    adam_epsilon: float = option(1e-3, "Adam's epsilon", above=0)
+    prefix_learning_rate: float | None = option(
+        None, "learning rate of the prefix parameters; none: learning_rate", above=0, at_most=MOST_RATE
+    )
+    weight_decay: float = option(4e-5, "coupled L2 decay, without biases", at_least=0, at_most=1000)
+    adam_epsilon: float = option(1e-3, "Adam's epsilon", above=0, at_most=1000)
     warmup_epochs: int = option(5, "epochs of linear warm-up before the cosine; must be below epochs", at_least=0)
     warmup_factor: float = option(
         0.1, "learning rate at the start of the warm-up, as a share of learning_rate", above=0, at_most=1
     )
     losses: str = option("sdm", "sdm, itc, cmpm, id, mlm, or a weighted sum of them such as sdm+0.5*itc", added=True)
-    temperature: float = option(0.02, "temperature of the SDM and ITC losses", above=0)
+    temperature: float = option(0.02, "temperature of the SDM and ITC losses", above=0, at_most=1000)
     freeze: str | None = option(
         None, "kinds of parameters that are not trained, joined by +: prefix, lora, adapter_attn, adapter_mlp, prompt, "
         "clip, as far as the method has them; none: train all", added=True
@@ -168,7 +175,11 @@ class TrainConfig(Checked):
         "on the test split",
     )
     evaluate_batch_size: int = option(
-        256, "images or captions embedded at once in evaluation", at_least=1, changes_results=False
+        256,
+        "images or captions embedded at once in evaluation",
+        at_least=1,
+        at_most=MOST_AT_ONCE,
+        changes_results=False,
     )
     run_dir: Path | None = option(
         None, "folder for everything the run writes; none: the next free runs/DATASET-NUMBER", changes_results=False
@@ -177,9 +188,10 @@ class TrainConfig(Checked):
         500,
         "steps between two saved states within an epoch; 0: the state is saved only at the end of an epoch",
         at_least=0,
+        at_most=MOST_STEPS,
         changes_results=False,
     )
-    log_every: int = option(10, "steps between two lines of the loss in metrics.jsonl", at_least=1)
+    log_every: int = option(10, "steps between two lines of the loss in metrics.jsonl", at_least=1, at_most=MOST_STEPS)
     tensorboard: bool = option(False, "also log to TensorBoard (needs the extra 'tensorboard')", changes_results=False)
     resume: bool = option(False, "resume the run in RUN_DIR, or in --run-dir", changes_results=False)
 

@@ -60,8 +60,8 @@ def fit(config: Config) -> Run:
     writes. All processes need access to the run folder.
 
     Raises DataError, BackboneError, MethodError, CheckpointError or RunError for errors that the user can correct,
-    OSError for a file that cannot be written, and RunInterrupted after Ctrl-C. A run interrupted in any way, also by
-    SIGKILL, is resumed with `resume=True`; its results are those of an uninterrupted run.
+    OSError for a file that cannot be written, and RunInterrupted after Ctrl-C, SIGTERM or SIGHUP. A run interrupted in
+    any way, also by SIGKILL, is resumed with `resume=True`; its results are those of an uninterrupted run.
     """
     config = config.settled()
     group = Group.from_environment()
@@ -95,7 +95,9 @@ def fit(config: Config) -> Run:
                 group.print(f"{title}, is finished; test {short(results.text_to_image)}")
             else:
                 if job.interruption.agreed:
-                    raise RunInterrupted(f"stopped before {title}; resume with --resume {run_dir}")
+                    raise RunInterrupted(
+                        f"stopped before {title}; resume with --resume {run_dir}", job.interruption.agreed
+                    )
                 if len(stages) > 1:
                     group.print(f"\n{title}")
                     start_from = run_dir / stages[number - 2][0].name / BEST if number > 1 else config.train.start_from

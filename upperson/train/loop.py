@@ -2,6 +2,7 @@
 
 import functools
 import math
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -248,7 +249,7 @@ class Training:
         Raises Diverged for a loss or a gradient that is not finite.
         """
         values = measured.read()
-        self.interruption.agreed = values.pop("stop") > 0
+        self.interruption.agreed = int(values.pop("stop"))
         checked = {"loss": "loss"}
         if not self.scaler.is_enabled():  # fp16 gradients may overflow; the scaler then skips the step
             checked["gradient_norm"] = "gradient's norm"
@@ -281,7 +282,7 @@ class Training:
         progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
         self.save_state()
         self.save_checkpoints()
-        self.interruption.agreed = self.interruption.any_requested(self.job.device).item() > 0
+        self.interruption.agreed = int(self.interruption.any_requested(self.job.device).item())
         if self.interruption.agreed and progress.epoch <= epochs:
             self.stop()
 
@@ -363,9 +364,10 @@ class Training:
         """The position of the run, its batch and what may help, for an allocation that failed."""
         settings, progress = self.config.train, self.progress
         return (
-            f"in epoch {progress.epoch}, after step {progress.step}, with batches of {settings.batch_size} pairs; a "
-            "smaller --batch-size or --precision bf16 may help, in evaluation an --evaluate-batch-size below "
-            f"{settings.evaluate_batch_size}; the saved files in {self.folder} are intact"
+            f"in epoch {progress.epoch}, after step {progress.step}, with batches of {settings.batch_size} pairs and "
+            f"{self.config.data.workers} loader processes; a smaller --batch-size, --workers or --precision bf16 may "
+            f"help, in evaluation an --evaluate-batch-size below {settings.evaluate_batch_size}; the saved files in "
+            f"{self.folder} are intact, resume with --resume {self.job.run_dir}"
         )
 
     def stop(self) -> None:
@@ -374,7 +376,8 @@ class Training:
         self.group.wait()
         raise RunInterrupted(
             f"stopped in epoch {self.progress.epoch} after step {self.progress.step}, the state is saved; "
-            f"resume with --resume {self.job.run_dir}"
+            f"resume with --resume {self.job.run_dir}",
+            self.interruption.agreed or signal.SIGINT,
         )
 
     def save_state(self) -> None:
