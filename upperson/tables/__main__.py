@@ -64,6 +64,8 @@ def make_tables(options: argparse.Namespace) -> int:
     setting = options.setting
     dataset = options.dataset or next(iter(setting.people))
     runs = Runs(options.output / "runs", {"device": options.device, "workers": options.workers}, options.jobs)
+    if not options.list:
+        options.output.mkdir(parents=True, exist_ok=True)  # fails before any work
     seeds = range(1, options.seeds + 1)
     requested = [name for table in options.tables for name in (ALL if table == "all" else (table,))]
     numbers = tuple(dict.fromkeys(requested))
@@ -136,9 +138,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="list the runs without training, and exit")
     options = parser.parse_args(argv)
-    for name in ("seeds", "jobs"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: expected at least 1, found {getattr(options, name)}")
+    for name, most in (("seeds", 1000), ("jobs", 256)):
+        if not 1 <= getattr(options, name) <= most:
+            parser.error(f"--{name}: expected 1 to {most}, found {getattr(options, name)}")
     varied = [name for name, method in METHODS.items() if method.sweeps(synthetic=not options.data_root)]
     if "sweeps" in options.tables and options.method not in varied:
         parser.error(
