@@ -1,5 +1,6 @@
 """All errors that a user can correct. Each message names the file, field or shape, and the expected value."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -60,9 +61,14 @@ USER_ERRORS = (
 def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:
     """Runs a command and returns its exit status. A user error is printed as one line, and the status is 1.
 
+    Characters that the encoding of the standard output lacks are printed as "?", since a console or a pipe may have
+    another encoding than UTF-8, and a command must not end because of its output.
     After Ctrl-C the status is 130. `stopped` is printed if the interruption has no message. With several processes of
     torchrun, an error message names the process, and only the first process prints the interruption.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
     rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     several = rank.isdecimal() and world_size.isdecimal() and int(world_size) > 1
     try:

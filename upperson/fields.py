@@ -1,10 +1,11 @@
 """Fields of the configuration: each has a default, a help text, a type and bounds, checked on construction."""
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from dataclasses import field
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -57,7 +58,7 @@ def _is_a(value: Any, hint: Any) -> bool:
     if arguments:
         return any(_is_a(value, kind) for kind in arguments)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
@@ -71,6 +72,11 @@ def _in_words(hint: Any) -> str:
         return f"{len(arguments)} values of type {arguments[0].__name__}"
     words: dict[Any, str] = {float: "a finite number", int: "a whole number", types.NoneType: "none"}
     return " or ".join(str(words.get(kind, kind.__name__)) for kind in arguments or (hint,))
+
+
+def _is_writable(text: str) -> bool:
+    """Whether files and paths can hold the text. Half of a surrogate pair stands for a byte that is not UTF-8."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _within(number: float, name: str, bound: float) -> bool:
@@ -89,7 +95,9 @@ class Checked:
             value = getattr(self, spec.name)
             if not _is_a(value, hint):
                 raise ValueError(f"{spec.name}: {value!r} is not allowed; expected {_in_words(hint)}")
-            numbers = value if isinstance(value, tuple) else (value,)
+            if isinstance(value, str | Path) and not _is_writable(str(value)):
+                raise ValueError(f"{spec.name}: {value!r} is not allowed; expected Unicode text without NUL")
+            numbers: Any = value if isinstance(value, tuple) else (value,)
             for name, bound in spec.metadata["bounds"].items():
                 if any(number is not None and not _within(number, name, bound) for number in numbers):
                     raise ValueError(f"{spec.name}: {value!r} is not allowed; it must be {name} {bound:g}")

@@ -67,7 +67,7 @@ def test_a_method_on_the_command_line_takes_the_place_of_the_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", "{", "a.json: not JSON"),
+        ("a.json", "{", "a.json: invalid or truncated JSON at column 2"),
         ("a.toml", "[train", "a.toml: not TOML"),
         ("a.yaml", "train: 1", "a.yaml: expected a file whose name ends in .json or .toml"),
         ("a.json", [1], "a.json: configuration: expected an object"),

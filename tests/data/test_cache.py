@@ -72,7 +72,7 @@ class TestContent:
         assert cache[images[0]].dtype == torch.uint8 and cache[images[0]].shape == (3, *SIZE)
         pixels, index = np.load(cache.file), json.loads(cache.file.with_suffix(".json").read_text())
         assert pixels.shape == (7, 3, *SIZE) and pixels.dtype == np.uint8
-        assert index["format"] == 1 and index["image_size"] == list(SIZE)
+        assert index["format"] == 2 and index["image_size"] == list(SIZE)
         status = images[3].stat()
         assert list(index["images"].items())[3] == (str(images[3]), [status.st_size, status.st_mtime_ns])
 
@@ -170,9 +170,11 @@ class TestReuse:
         assert is_right(opened(images, folder), images) and len(decoded) == 7
         assert is_right(opened(images, folder), images) and len(decoded) == 7
 
-    def test_a_later_format_is_not_read(self, images, folder, decoded, monkeypatch):
-        opened(images, folder)
-        monkeypatch.setattr("upperson.data.cache.FORMAT", 2)
+    @pytest.mark.parametrize("other", [1, 3])  # 1: before load_image turned images upright
+    def test_another_format_is_not_read(self, images, folder, decoded, monkeypatch, other):
+        with monkeypatch.context() as patch:
+            patch.setattr("upperson.data.cache.FORMAT", other)
+            opened(images, folder)
         assert is_right(opened(images, folder), images) and len(decoded) == 14
 
     def test_progress_bar(self, images, folder, capsys):

@@ -419,7 +419,7 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ('{"image": "a.jpg", ', ", line 6: invalid or truncated JSON at column 20: "),
+            ('{"image": "a.jpg", ', ", line 6: invalid or truncated JSON at column 20 (character 19 of 19): "),
             ("[1]", ", line 6: expected an object, found a list, [1]"),
         ],
     )

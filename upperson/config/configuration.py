@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from upperson.fields import Checked, fields_of, option
+from upperson.files import parse_json
 from upperson.losses.names import parse_losses
 from upperson.methods import DEFAULT, METHODS, Method, Stage
 
@@ -259,10 +260,7 @@ class Config:
     @staticmethod
     def from_json(text: str) -> "Config":
         """The inverse of to_json. Raises ValueError for invalid JSON and unknown, missing or out-of-range fields."""
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON: {error}") from None
+        content = parse_json(text)
         _same_keys(content, SECTIONS, "configuration")
         model = _with_method(content["model"])
         parts = {name: _section(section, content[name], name) for name, section in SECTIONS.items() if name != "model"}

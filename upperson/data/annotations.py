@@ -11,6 +11,7 @@ from reprlib import repr as short
 from typing import Any
 
 from upperson.errors import DataError
+from upperson.files import parse_json, read_text
 
 SPLITS = ("train", "val", "test")
 
@@ -63,7 +64,15 @@ class Entry:
         path = self.get(key, str)
         if not path.strip():
             raise self.error(key, "expected a path, found an empty string")
+        if "\0" in path:
+            raise self.error(key, f"expected a path, found a NUL character in {short(path)}")
         return path
+
+    def person_id(self, key: str) -> int:
+        person_id = self.get(key, int)
+        if not -(2**63) <= person_id < 2**63:
+            raise self.error(key, f"expected an integer of at most 64 bits, found {short(person_id)}")
+        return person_id
 
     def caption(self, key: str) -> str:
         caption = self.get(key, str)
@@ -111,19 +120,22 @@ def find_folder(title: str, root: Path, names: Sequence[str]) -> Path:
 
 
 def load_json(file: Path) -> Any:
+    return json_of(load_text(file), str(file))
+
+
+def json_of(text: str, where: str) -> Any:
     try:
-        return json.loads(load_text(file))
-    except json.JSONDecodeError as error:
-        position = f"line {error.lineno}, column {error.colno} (character {error.pos} of {len(error.doc)})"
-        raise DataError(f"{file}: invalid or truncated JSON at {position}: {error.msg}") from error
+        return parse_json(text)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def load_text(file: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark."""
+    """The text of a regular UTF-8 file, with or without a byte order mark."""
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: expected UTF-8 text; byte {error.start} is invalid") from error
+        return read_text(file)
+    except ValueError as error:
+        raise DataError(f"{file}: {error}") from error
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
 
@@ -139,6 +151,8 @@ def _caption_problem(caption: Any) -> str | None:
         return f"expected a string, found {_named(caption)}"
     if not caption.strip():
         return f"expected text, found {'only white space' if caption else 'an empty string'}"
+    if "\0" in caption:
+        return f"expected plain text, found a NUL character in {short(caption)}"
     if len(caption) > MAX_CAPTION_CHARACTERS:
         return f"expected at most {MAX_CAPTION_CHARACTERS} characters, found {len(caption)}"
     # The tokenizer also unescapes HTML twice and normalises full-width letters before it looks for control tokens.

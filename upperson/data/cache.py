@@ -28,8 +28,9 @@ from tqdm import tqdm
 from upperson.data.images import load_pixels
 from upperson.embedded.drawing import Drawing
 from upperson.errors import DataError
+from upperson.files import parse_json, read_text, require_regular
 
-FORMAT = 1  # version of the index; other versions are ignored
+FORMAT = 2  # version of the index and of load_image; caches of other versions are ignored
 CHUNK = 256  # images decoded at once, which bounds the memory of unwritten images
 OWN_FILE = re.compile(r"\.?(?P<name>\d+x\d+-[0-9a-f]{16})\.(npy|json)(?P<temporary>\.[0-9a-f]{8}\.tmp)?")
 
@@ -104,7 +105,7 @@ def _stamps(files: dict[str, Path]) -> dict[str, Stamp]:
     def stamp(image: Path) -> Stamp:
         try:
             status = image.stat()
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{image}: image is missing") from error
         return status.st_size, status.st_mtime_ns
 
@@ -133,9 +134,10 @@ def _stored(folder: Path, image_size: tuple[int, int]) -> list[Stored]:
     found = []
     for index in sorted(folder.glob(f"{height}x{width}-*.json")):
         with suppress(OSError, EOFError, ValueError, LookupError, TypeError):
-            content = json.loads(index.read_text())
+            content = parse_json(read_text(index))
             if content["format"] == FORMAT:
                 file = index.with_suffix(".npy")
+                require_regular(file)
                 stamps = {path: tuple(stamp) for path, stamp in content["images"].items()}
                 pixels = np.load(file, mmap_mode="r")
                 if pixels.shape == (len(stamps), 3, height, width):

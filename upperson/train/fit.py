@@ -288,7 +288,7 @@ def write_combined(job: Job, stages: Sequence[Stage], results: Results) -> None:
         | stage.text_to_image
         for number, stage in enumerate(results.stages, 1)
     ]
-    write_atomically(run_dir / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    write_atomically(run_dir / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
     for name in (BEST, TOP_TEN):
         write_atomically(run_dir / name, (run_dir / stages[-1].name / name).read_bytes())
     conclude(run_dir, results)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from upperson.errors import RunError
+from upperson.files import parse_json, read_text
 
 try:
     import fcntl
@@ -97,15 +98,20 @@ class MetricsLog:
 
 
 def history_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The results of all epochs, read from the log of a run: epoch, loss and metrics. Epoch 0 has no loss."""
-    with open(run_dir / METRICS_FILE, encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    losses = {line["epoch"]: line["loss"] for line in lines if line["kind"] == "epoch"}
-    evaluations = [line for line in lines if line["kind"] == "evaluation"]
-    before = [
-        line for line in lines if line["kind"] in ("zero_shot", "start") and line["split"] == evaluations[0]["split"]
-    ]
-    return [before[-1] | {"epoch": 0}, *(line | {"loss": losses[line["epoch"]]} for line in evaluations)]
+    """The results of all epochs, read from the log of a run: epoch, loss and metrics. Epoch 0 has no loss.
+
+    Raises RunError for a damaged log.
+    """
+    path = run_dir / METRICS_FILE
+    try:
+        lines = [parse_json(line) for line in read_text(path).splitlines()]
+        losses = {line["epoch"]: line["loss"] for line in lines if line["kind"] == "epoch"}
+        evaluations = [line for line in lines if line["kind"] == "evaluation"]
+        watched = evaluations[0]["split"]
+        before = [line for line in lines if line["kind"] in ("zero_shot", "start") and line["split"] == watched]
+        return [before[-1] | {"epoch": 0}, *(line | {"loss": losses[line["epoch"]]} for line in evaluations)]
+    except (ValueError, LookupError, TypeError) as error:
+        raise RunError(f"{path}: expected the log of a whole run ({type(error).__name__}: {error})") from error
 
 
 def _lock(file: IO[bytes], run_dir: Path) -> None:

@@ -434,7 +434,7 @@ def build_objective(
 
 def conclude(run_dir: Path, results: Results) -> None:
     """Writes and prints the table. The results file is written last, and marks the run as complete."""
-    write_atomically(run_dir / TABLE, markdown(results).encode())
+    write_atomically(run_dir / TABLE, markdown(results))
     results.write(run_dir / RESULTS)
     written = [name for name in SHOWN if (run_dir / name).exists()]
     print(f"\n{text(results)}\n\nin {run_dir}: {', '.join(written)}", flush=True)
