@@ -124,9 +124,7 @@ def parse_json(text: str | bytes) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"invalid or truncated JSON at {_place(error.doc, error.pos)}: {error.msg}") from None
     except _BadLiteral as error:
-        literal, problem = error.args
-        position = next(found.start() for found in TOKEN.finditer(str(text)) if found.group() == literal)
-        raise ValueError(f"{problem}; found at {_place(str(text), position)}") from None
+        raise ValueError(_found_at(str(text), *error.args)) from None
     except RecursionError:
         raise ValueError("the JSON is nested too deeply") from None
 
@@ -155,6 +153,17 @@ def _finite(digits: str) -> float:
     if not math.isfinite(number):
         raise _BadLiteral(digits, f"the number {digits[:40]} exceeds the range of float64")
     return number
+
+
+def _found_at(text: str, literal: str, problem: str) -> str:
+    """The problem of a literal, with the place of its first occurrence outside of strings, and the key before it."""
+    key = ""
+    for token in TOKEN.finditer(text):
+        if token.group() == literal:
+            return f"{f'field {key}: ' if key else ''}{problem}; found at {_place(text, token.start())}"
+        if token.group().startswith('"') and text[token.end() : token.end() + 9].lstrip().startswith(":"):
+            key = short(token.group()[1:-1])
+    return problem
 
 
 def _place(text: str, position: int) -> str:
