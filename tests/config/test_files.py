@@ -79,6 +79,26 @@ def test_a_method_on_the_command_line_takes_the_place_of_the_files(tmp_path):
         ("a.json", '{"data": {"data_root": "a\\u0000"}}', "is not allowed; expected Unicode text without NUL"),
         ("a.toml", '[model]\nmodel = "a\\u0000"', "model: 'a\\x00' is not allowed; expected Unicode text without NUL"),
         ("a.json", '{"train": {"run_dir": "\\udcff"}}', "a.json: the string at field 'train'.run_dir holds half of a"),
+        (
+            "a.toml",
+            "[train]\nepochs = 0x" + 5000 * "f",
+            "epochs: a number of thousands of digits is not allowed; expected a",
+        ),
+        (
+            "a.json",
+            {"train": {"epochs": 2**63}},
+            "epochs: 9223372036854775808 is not allowed; expected a whole number of",
+        ),
+        (
+            "a.json",
+            {"train": {"a\nb" + 5000 * "a": 3}},
+            "a.json: train: unknown keys: 'a\\nbaaaaaaaa...aaaaaaaaaaaaa'\n",
+        ),
+        (
+            "a.json",
+            {"train": {"seed": 5000 * "a"}},
+            "aaa… is not allowed; expected a whole number of at most 64 bits\n",
+        ),
         ("a.json", [1], "a.json: configuration: expected an object"),
         ("a.json", {"training": {}}, "a.json: configuration: unknown keys: training"),
         ("a.json", {"train": {"epoch": 3}}, "a.json: train: unknown keys: epoch"),

@@ -8,9 +8,10 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal
 
 from upperson.fields import Checked, fields_of, option
@@ -60,7 +61,7 @@ class ModelConfig(Checked):
         super().__post_init__()
         if self.pretrained == "embedded" and self.model != "embedded":
             raise ValueError(
-                f"pretrained: 'embedded' belongs to model 'embedded' only, not to {self.model!r}; "
+                f"pretrained: 'embedded' belongs to model 'embedded' only, not to {self.model[:200]!r}; "
                 "expected an open_clip tag, the path of a checkpoint, or 'none'"
             )
 
@@ -80,7 +81,7 @@ class ModelConfig(Checked):
 def method_named(name: Any) -> Method:
     """The method with its default options. Raises ValueError with the known names for an unknown method."""
     if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method: {name!r} is not allowed; expected one of {', '.join(METHODS)}")
+        raise ValueError(f"method: {short(name)} is not allowed; expected one of {', '.join(METHODS)}")
     return METHODS[name]()
 
 
@@ -162,7 +163,7 @@ class TrainConfig(Checked):
         "auto, cpu, cuda, cuda:N or mps; auto: a CUDA GPU if available, else the CPU",
         changes_results=False,
     )
-    seed: int = option(1, "seed of initial values, data order, augmentation", at_least=0, below=2**63)
+    seed: int = option(1, "seed of initial values, data order, augmentation", at_least=0)
     selection: Literal["val", "best-on-test"] = option(
         "val",
         "the reported epoch: the best on the validation split (the last epoch if there is no such split), or the best "
@@ -344,11 +345,15 @@ def _from_plain(value: Any, hint: Any) -> Any:
     return value
 
 
+def _listed(keys: Iterable[str]) -> str:
+    return ", ".join(key if key.isidentifier() and len(key) < 40 else short(key) for key in keys)
+
+
 def _known_keys(content: Any, known: Container[str], where: str) -> None:
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected an object, or a table in TOML")
-    if unknown := [str(key) for key in content if key not in known]:
-        raise ValueError(f"{where}: unknown keys: {', '.join(unknown)}")
+    if unknown := [key for key in content if key not in known]:
+        raise ValueError(f"{where}: unknown keys: {_listed(unknown)}")
 
 
 def _same_keys(content: Any, expected: dict, where: str, optional: Container[str] = ()) -> None:
@@ -360,8 +365,6 @@ def _same_keys(content: Any, expected: dict, where: str, optional: Container[str
         raise ValueError(
             f"{where}: "
             + "; ".join(
-                f"{kind} keys: {', '.join(map(str, keys))}"
-                for kind, keys in (("missing", missing), ("unknown", unknown))
-                if keys
+                f"{kind} keys: {_listed(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys
             )
         )

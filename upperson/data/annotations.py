@@ -4,7 +4,7 @@ import html
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -21,6 +21,8 @@ MAX_CAPTION_CHARACTERS = 5000
 
 # The tokenizer would turn these texts, in OpenAI's or open_clip's spelling, into control tokens that end the caption.
 CONTROL_TOKEN = re.compile(r"<\|(startoftext|endoftext|mask)\|>|<(start|end)_of_text>", re.IGNORECASE)
+
+MOST_NAMES = 20  # limit of fields listed in an error
 
 TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", list: "a list", dict: "an object"}
 
@@ -47,8 +49,9 @@ class Entry:
     def get(self, key: str, *kinds: type) -> Any:
         """The value of `key`, which must have one of these types."""
         if key not in self.values:
-            found = ", ".join(map(repr, self.values)) or "none"
-            raise DataError(f"{self.where}: expected a {self.noun} {key!r}, found the {self.noun}s {found}")
+            raise DataError(
+                f"{self.where}: expected a {self.noun} {key!r}, found the {self.noun}s {listed(self.values)}"
+            )
         value = self.values[key]
         if not isinstance(value, kinds) or isinstance(value, bool):  # a bool is an int to isinstance
             raise self.error(key, f"expected {' or '.join(TYPE_NAMES[kind] for kind in kinds)}, found {_named(value)}")
@@ -106,6 +109,12 @@ def as_entry(value: Any, where: str) -> Entry:
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected an object, found {_named(value)}")
     return Entry(value, where)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names in an error."""
+    shown = [short(name) for name in names]
+    return ", ".join(shown[:MOST_NAMES] + ["…"] * (len(shown) > MOST_NAMES)) or "none"
 
 
 def find_folder(title: str, root: Path, names: Sequence[str]) -> Path:

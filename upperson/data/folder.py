@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as short
 
-from upperson.data.annotations import Annotation, Entry, as_entry, json_of, load_text
+from upperson.data.annotations import Annotation, Entry, as_entry, json_of, listed, load_text
 from upperson.errors import DataError
 
 NAMES = ("captions.csv", "captions.jsonl")
@@ -84,7 +84,7 @@ def _csv_lines(file: Path) -> Iterator[Entry]:
 
 def _checked_header(row: list[str], where: str) -> list[str]:
     header = [name.strip() for name in row]
-    found = ", ".join(map(repr, header)) or "none"
+    found = listed(header)
     for name in COLUMNS:
         if name not in header:
             other = next((words for mark, words in SEPARATORS.items() if mark in "".join(header)), None)
