@@ -233,6 +233,10 @@ class TestBadAnnotations:
             ({"id": 2**63}, ", field 'id': expected an integer of at most 64 bits, found 9223372036854775808"),
             ({"id": -(10**20)}, ", field 'id': expected an integer of at most 64 bits, found -1"),
             ({"file_path": "a\0"}, ", field 'file_path': expected a path, found a NUL character in 'a\\x00'"),
+            (
+                {"file_path": "a/" + 256 * "b"},
+                ", field 'file_path': expected names of at most 255 bytes in a path, found",
+            ),
             ({"captions": ["a\0"]}, ", field 'captions', caption 0: expected plain text, found a NUL character in "),
             ({"file_path": 1}, ", field 'file_path': expected a string, found an integer, 1"),
             ({"file_path": " "}, ", field 'file_path': expected a path, found an empty string"),

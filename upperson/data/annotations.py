@@ -22,6 +22,7 @@ MAX_CAPTION_CHARACTERS = 5000
 # The tokenizer would turn these texts, in OpenAI's or open_clip's spelling, into control tokens that end the caption.
 CONTROL_TOKEN = re.compile(r"<\|(startoftext|endoftext|mask)\|>|<(start|end)_of_text>", re.IGNORECASE)
 
+MAX_NAME = 255  # bytes; file systems have no longer names of files and folders
 MOST_NAMES = 20  # limit of fields listed in an error
 
 TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", list: "a list", dict: "an object"}
@@ -69,6 +70,8 @@ class Entry:
             raise self.error(key, "expected a path, found an empty string")
         if "\0" in path:
             raise self.error(key, f"expected a path, found a NUL character in {short(path)}")
+        if len(path) > MAX_NAME and any(len(name.encode()) > MAX_NAME for name in path.split("/")):
+            raise self.error(key, f"expected names of at most {MAX_NAME} bytes in a path, found {short(path)}")
         return path
 
     def person_id(self, key: str) -> int:
