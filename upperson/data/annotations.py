@@ -70,7 +70,7 @@ class Entry:
             raise self.error(key, "expected a path, found an empty string")
         if "\0" in path:
             raise self.error(key, f"expected a path, found a NUL character in {short(path)}")
-        if len(path) > MAX_NAME and any(len(name.encode()) > MAX_NAME for name in path.split("/")):
+        if 4 * len(path) > MAX_NAME and any(len(name.encode()) > MAX_NAME for name in path.split("/")):
             raise self.error(key, f"expected names of at most {MAX_NAME} bytes in a path, found {short(path)}")
         return path
 
