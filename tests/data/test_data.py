@@ -691,6 +691,8 @@ class TestShares:
         assert {len(share) for share in shares} == {len(whole)}
         for batch, *parts in zip(whole, *shares, strict=True):
             size = len(batch["person_ids"])
+            for share in (batch, *parts):  # the positions count within a share
+                assert torch.equal(share.pop("mask_positions"), (share["mask_labels"] != NOT_MASKED).nonzero())
             own = [part for rank, part in enumerate(parts) if share_of(size, rank, world_size)]
             assert same([{name: torch.cat([part[name] for part in own]) for name in batch}], [batch])
             for part in parts[len(own) :]:  # those without a share
