@@ -13,7 +13,8 @@
 harness/paths.py describes the paths, harness/counting.py the counts. Weights, images and captions are random, captions
 as long as those of CUHK-PEDES. The paths of one training start alike and must agree on their first losses, before and
 after optimizer steps. A compiled path that disagrees is named and not timed; if plain and ours disagree, nothing is
-timed. Times are those of steps in a row, Python included: what a training waits for.
+timed. Times are those of steps in a row, Python included: what a training waits for. The paths are timed one after the
+other, compiled ones last, and the files are written after each.
 
 Counting uses tensors without memory on the CPU. Their sizes are those that the operators declare, so they are a GPU's.
 """
@@ -44,6 +45,7 @@ from upperson.files import write_atomically
 AGREEMENT = {"bf16": 3e-2, "fp32": 1e-4}
 COMPARED = 3  # losses, an optimizer step between them
 BATCHES = 4  # take turns, so that lengths change
+CPU = torch.device("cpu")
 CONTEXT = 77  # tokens of every CLIP here
 
 
@@ -60,24 +62,15 @@ def build_steps(
         prepared = paths.prepare(model, batches, device)
         steps[name] = paths.Step(model, prepared, precision, path.configuration(config).train)
         if path.compiled:
+            torch.compiler.reset()  # another path may have compiled the same functions
             model.compile_blocks()
     return steps
 
 
-def first_losses(steps: dict[str, paths.Step]) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """The losses of each path, once through all batches, which compiles the path too; and why a compiled path cannot
-    run."""
+def first_losses(step: paths.Step) -> list[float]:
+    """The losses of a path, once through all batches, which compiles the path too."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than run uncompiled in silence
-    torch._dynamo.config.recompile_limit *= 2  # two paths compile the same functions
-    losses, left_out = {}, {}
-    for name, step in steps.items():
-        try:
-            losses[name] = [step().item() for _ in range(BATCHES)]
-        except Exception as error:  # a compiler may raise any
-            if not paths.TIMED[name].compiled:
-                raise
-            left_out[name] = cannot_run(error)
-    return losses, left_out
+    return [step().item() for _ in range(BATCHES)]
 
 
 def disagreements(losses: dict[str, list[float]], tolerance: float) -> dict[str, str]:
@@ -177,6 +170,7 @@ def text(result: dict[str, Any]) -> str:
         "compiled code does not do. The peak is above weights and optimizer state, "
         f"{'measured' if result['gpu'] else 'counted'}.",
         *(f"Left out: {name}, {reason}." for name, reason in result["left_out"].items()),
+        *(f"Not timed yet: {name}." for name in result["pending"]),
         f"## Counted at full size, batch {result['full_batch']}",
         "CLIP ViT-B/16 at 384×128, 16 bits, the CUHK-PEDES preset, on fused kernels, without running it "
         "(`bench/step.py --count`).",
@@ -238,56 +232,66 @@ def main() -> int:
     device = device_at_hand()
     gpu = device.type == "cuda"
     precision = "bf16" if gpu else "fp32"
-    rates = measure_rates(device, torch.bfloat16 if gpu else torch.float32)
+    full_size, full_batch = gpu or arguments.full_size, arguments.batch if gpu else 128
     names = [name for name, path in paths.TIMED.items() if arguments.compiled or not path.compiled]
     why_not = "compiles for minutes; --compiled times it"
     if arguments.full_size and not gpu:
         names, why_not = ["plain", "ours"], "not timed at full size on a CPU"
-    steps = build_steps(names, arguments.batch, device, precision, gpu or arguments.full_size)
-    losses, left_out = first_losses(steps)
-    left_out |= {name: why_not for name in paths.TIMED if name not in names}
-    wrong = disagreements(losses, AGREEMENT[precision])
-    for name, reason in wrong.items():
-        print(f"error: {name}: {reason}", file=sys.stderr)
-    if not all(paths.TIMED[name].compiled for name in wrong):
+    names.sort(key=lambda name: paths.TIMED[name].compiled)  # what takes minutes to compile comes last
+
+    def steps_of(names: list[str]) -> dict[str, paths.Step]:
+        return build_steps(names, arguments.batch, device, precision, full_size)
+
+    steps = steps_of([name for name in names if not paths.TIMED[name].compiled])
+    losses = {name: first_losses(step) for name, step in steps.items()}
+    if wrong := disagreements(losses, AGREEMENT[precision]):
+        for name, reason in wrong.items():
+            print(f"error: {name}: {reason}", file=sys.stderr)
         print("error: plain and ours disagree, so nothing is timed", file=sys.stderr)
         return 1
-    left_out |= wrong
 
-    able = {name: steps[name] for name in losses if name not in wrong}
-    calls = {name: [all_batches(step)] for name, step in able.items()}
-    timings = time_in_turns(calls, torch.device("cpu"), arguments.seconds)  # by the wall clock, Python included
-    full_batch = arguments.batch if gpu else 128
     full_counts = count_apart(full_batch)
-    counts = {count["path"]: count for count in (full_counts if gpu else small_counts(able))}
-    rows = [
-        row_of(name, step, losses[name], timings[name], counts[name.removesuffix(", compiled")], rates)
-        for name, step in able.items()
-    ]
-    profiles = {}
-    for name in ("plain", "ours") if arguments.profile else ():
-        profiles[name] = profile(able[name], device, arguments.profile / f"step-{name}.json.gz").splitlines()
+    counts = {count["path"]: count for count in (full_counts if gpu else small_counts(steps))}
     lengths = paths.random_batches(paths.full_size(), steps["ours"].model.tokenizer, CONTEXT, full_batch, 1)
-    result = dict(
-        environment=environment(device),
-        gpu=gpu,
-        rates=asdict(rates),
-        rows=rows,
-        left_out=left_out,
-        fill=paths.fill(lengths),
-        full_batch=full_batch,
-        full_counts=full_counts,
-        profile=profiles,
-    )
-    result["text"] = text(result)
+    rates = measure_rates(device, torch.bfloat16 if gpu else torch.float32)
+    result: dict[str, Any] = dict(environment=environment(device), gpu=gpu, rates=asdict(rates), rows=[])
+    result |= dict(left_out={name: why_not for name in paths.TIMED if name not in names}, profile={})
+    result |= dict(fill=paths.fill(lengths), full_batch=full_batch, full_counts=full_counts)
+    for number, name in enumerate(names, 1):
+        result["pending"] = names[number:]
+        try:
+            step = steps.pop(name, None) or steps_of([name])[name]
+            losses[name] = losses.get(name) or first_losses(step)
+        except Exception as error:  # a compiler may raise any
+            if not paths.TIMED[name].compiled:
+                raise
+            result["left_out"][name] = cannot_run(error)
+            save(result, arguments, device)
+            continue
+        if name in (disagreeing := disagreements(losses, AGREEMENT[precision])):
+            print(f"error: {name}: {disagreeing[name]}", file=sys.stderr)
+            result["left_out"][name] = wrong[name] = disagreeing[name]
+        else:
+            timing = time_in_turns({name: [all_batches(step)]}, CPU, arguments.seconds / len(names))[name]
+            count = counts[name.removesuffix(", compiled")]
+            result["rows"].append(row_of(name, step, losses[name], timing, count, rates))
+            if arguments.profile and name in ("plain", "ours"):
+                trace = arguments.profile / f"step-{name}.json.gz"
+                result["profile"][name] = profile(step, device, trace).splitlines()
+        save(result, arguments, device)
     print(result["text"])
+    return int(bool(wrong))
+
+
+def save(result: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> None:
+    """Writes what there is so far, so that a run that is stopped leaves the paths that it has timed."""
+    result["text"] = text(result)
     if arguments.json:
         save_json(arguments.json, result)
     if arguments.output:
         path = arguments.output / f"step-{device_slug(device)}.md"
         write_atomically(path, result["text"].encode())
         save_json(path.with_suffix(".json"), result)
-    return int(bool(wrong))
 
 
 if __name__ == "__main__":

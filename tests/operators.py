@@ -2,7 +2,8 @@
 
 On a GPU the compiled kernels are tested in float32, float16 and bfloat16; without one, Triton's interpreter
 runs the same kernels in float64, float32 and float16. The oracle is the definition in float64 everywhere, and
-the budget of a low-precision kernel is twice the error of PyTorch's own computation in that dtype.
+the budget of a low-precision kernel is twice the error of PyTorch's own computation in that dtype. PyTorch's own
+computation is held to the oracle in float64.
 """
 
 import itertools
@@ -62,9 +63,13 @@ def run(function, tensors, grads, dtype=None):
 def assert_within_budget(fused, plain, oracle, tensors, grads, cancellation=10):
     """`fused` errs at most twice as much as `plain` in the tensors' dtype, against `oracle` in float64.
 
+    In float64 `plain` is the oracle up to rounding.
+
     A scalar result is a sum over everything, whose terms may nearly cancel: its slack is `cancellation` times larger.
     """
     exact = run(oracle, tensors, grads, torch.float64)
+    for i, (value, expected) in enumerate(zip(run(plain, tensors, grads, torch.float64), exact, strict=True)):
+        assert_near_exact(f"result {i} of PyTorch in float64", value, expected)
     theirs = run(plain, tensors, grads)
     ours = run(fused, tensors, grads)
     dtype = tensors[0].dtype
@@ -77,6 +82,14 @@ def assert_within_budget(fused, plain, oracle, tensors, grads, cancellation=10):
         if c.norm() < 1e-10:  # exactly zero up to rounding, as dλ may be
             error, allowed = float(a.detach().double().norm()), 1e-6
         assert error <= allowed, f"result {i}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def assert_near_exact(name, value, expected):
+    """Equal in float64 up to rounding, relative to the largest element, or to 1 where the terms of a sum cancel."""
+    assert value.dtype == torch.float64 and value.shape == expected.shape
+    if value.numel():
+        off = float((value - expected).abs().max() / expected.abs().max().clamp_min(1))
+        assert off <= 1e-9, f"{name}: off by {off:.1e}"
 
 
 def attention_inputs(batch=2, length=7, prefix=3, heads=2, width=16, scale=1.5, dtype=None, seed=0):

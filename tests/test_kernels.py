@@ -170,14 +170,14 @@ def test_attention_of_anything(data, monkeypatch):
         chosen = dict(BLOCK_M=draw(32, 64), BLOCK_N=draw(16, 32, 64), num_warps=4, num_stages=2)
         for kernel in ("attention_forward", "attention_backward"):
             monkeypatch.setitem(tiles.SHIPPED, kernel, lambda *_: chosen)
-    heads, prefix = draw(1, 2, 3), data.draw(st.integers(0, 40))
+    heads, prefix = draw(1, 2), data.draw(st.integers(0, 40))
     width = 16 if GPU else draw(8, 16, 20, 32)  # every width would compile the kernels anew
     causal, target, scale = draw(False, True), draw("weights", "logits"), draw(0.0, 1.0, -0.5, 1e-4, 10.0)
     if draw(False, True):
-        lengths = data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=4))
+        lengths = data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=3))
         tensors, cu_seqlens = packed_inputs(lengths, prefix, heads, width, scale)
     else:
-        tensors = attention_inputs(draw(1, 2), data.draw(st.integers(1, 140)), prefix, heads, width, scale)
+        tensors = attention_inputs(draw(1, 2), data.draw(st.integers(1, 100)), prefix, heads, width, scale)
         cu_seqlens = None
     tensors[:3] = (rearranged(t, data) for t in tensors[:3])
     check_attention(tensors, causal, target, cu_seqlens)
@@ -363,7 +363,7 @@ def test_adapter_shapes(rows, width, hidden, residual, own_norm):
 @drawn
 @given(data=st.data())
 def test_adapter_of_anything(data):
-    rows = data.draw(st.lists(st.integers(0, 12), min_size=0, max_size=3))
+    rows = data.draw(st.lists(st.integers(0, 7), min_size=0, max_size=3))
     least = 2 if GPU else 1  # rows of one element are constant: all rounding, times 316
     width, hidden = data.draw(st.integers(least, 130)), data.draw(st.integers(1, 40))
     residual, own_norm = data.draw(st.booleans()), data.draw(st.booleans())
@@ -379,8 +379,8 @@ def test_adapter_dtypes(dtype, residual, own_norm):
 
 
 @pytest.mark.slow
-def test_adapter_of_a_whole_batch_of_images():
-    check_adapter(adapter_inputs((128, 193), 8, 2, dtype=torch.float16))
+def test_adapter_of_a_batch_of_images():
+    check_adapter(adapter_inputs((64, 193), 8, 2, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("own_norm", [False, True])

@@ -253,6 +253,24 @@ def test_one_table_of_all_paths(quick, tmp_path, monkeypatch, capsys):
 
 
 @needs_no_gpu
+def test_each_path_is_written_before_the_next_is_timed(quick, tmp_path, monkeypatch):
+    row_of, timed = step.row_of, []
+
+    def stops_at_the_third(name, *rest):
+        if len(timed) == 2:
+            raise KeyboardInterrupt
+        timed.append(name)
+        return row_of(name, *rest)
+
+    monkeypatch.setattr(step, "row_of", stops_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(monkeypatch, "--batch", "2", "--seconds", "0.01", "--json", tmp_path / "step.json")
+    result = json.loads((tmp_path / "step.json").read_text())
+    assert [row["path"] for row in result["rows"]] == timed == ["plain", "full fine-tuning"]
+    assert result["pending"][0] == "ours" and "Not timed yet: ours." in result["text"]
+
+
+@needs_no_gpu
 def test_paths_that_disagree_are_not_timed(quick, monkeypatch, capsys):
     explicit = paths.explicit_attention
     monkeypatch.setattr(paths, "explicit_attention", lambda qkv, *rest, **others: explicit(1.5 * qkv, *rest, **others))

@@ -1,5 +1,6 @@
 """All errors that a user can correct. Each message names the file, field or shape, and the expected value."""
 
+import io
 import os
 import re
 import signal
@@ -112,8 +113,12 @@ def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:
 
     After Ctrl-C the status is 130, after another signal 128 + its number. `stopped` is printed if the interruption has
     no message. With several processes of torchrun, an error message names the process, and only the first process
-    prints the interruption.
+    prints the interruption. Characters that the encoding of the standard output lacks are printed as "?", since a
+    console or a pipe may have another encoding than UTF-8, and a command must not end because of its output.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
     rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     several = rank.isdecimal() and world_size.isdecimal() and int(world_size) > 1
     prefix = f"error: process {rank} of {world_size}:" if several else "error:"

@@ -207,9 +207,11 @@ class TestReuse:
         with pytest.raises(DataError, match=re.escape(f"{cache.file}: the pixels of row 2 are cut off; delete")):
             list(batches)
 
-    def test_a_later_format_is_not_read(self, images, folder, decoded, monkeypatch):
-        opened(images, folder)
-        monkeypatch.setattr("upperson.data.cache.FORMAT", 3)
+    @pytest.mark.parametrize("other", [1, 3])  # 1: before load_image turned images upright, and without checksums
+    def test_another_format_is_not_read(self, images, folder, decoded, monkeypatch, other):
+        with monkeypatch.context() as patch:
+            patch.setattr("upperson.data.cache.FORMAT", other)
+            opened(images, folder)
         assert is_right(opened(images, folder), images) and len(decoded) == 14
 
     def test_progress_bar(self, images, folder, capsys):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tiny import build, inputs, stirred
 
 from upperson import PRESETS, AdaptedCLIP
+from upperson.data.masking import masked_positions
 from upperson.losses.names import NOT_MASKED
 from upperson.losses.objective import IdentityClassifier, MaskedLanguageModel, Objective
 from upperson.losses.pairs import PAIR_LOSSES
@@ -31,7 +32,12 @@ def batch():
         labels[row, column] = captions[row, column]
         masked[row, column] = 49405
     return dict(
-        images=images, captions=captions, person_ids=torch.tensor(PEOPLE), masked_captions=masked, mask_labels=labels
+        images=images,
+        captions=captions,
+        person_ids=torch.tensor(PEOPLE),
+        masked_captions=masked,
+        mask_labels=labels,
+        mask_positions=masked_positions(labels),
     )
 
 
@@ -156,13 +162,18 @@ def test_mlm_from_its_parts():
     dense, _, norm, words = model.head
     logits = words(norm(quick_gelu(dense(model.ln_post(x)))))
     expected = F.cross_entropy(logits[[2, 4]], torch.tensor([11, 7]))
-    torch.testing.assert_close(model(image, text, torch.tensor([5]), labels), expected, rtol=1e-10, atol=1e-10)
+    found = model(image, text, torch.tensor([5]), labels, masked_positions(labels))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     assert len(model.transformer.layers) == 4
 
 
 def test_mlm_of_a_caption_does_not_depend_on_its_batch():
     torch.manual_seed(0)
-    model = MaskedLanguageModel(64, 20).double()
+    head = MaskedLanguageModel(64, 20).double()
+
+    def model(image, text, ends, labels):
+        return head(image, text, ends, labels, masked_positions(labels))
+
     ids = tokens_of([3, 9])
     image = torch.randn(2, 5, 64, dtype=torch.float64)
     text = torch.randn(2, 11, 64, dtype=torch.float64)
@@ -187,7 +198,7 @@ def test_mlm_learns_a_word_that_only_the_image_tells():
     labels[:, 1] = torch.arange(8) + 1
     losses = []
     for _ in range(60):
-        losses.append(model(image, text, ids.argmax(1), labels))
+        losses.append(model(image, text, ids.argmax(1), labels, masked_positions(labels)))
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()

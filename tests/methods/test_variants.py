@@ -180,7 +180,8 @@ def test_fused_against_plain(tiny, variant):
 def test_autocast_keeps_parameters_and_gradients_in_float32(tiny, variant):
     """With the heads of id and mlm as well."""
     images, tokens = inputs()
-    batch = dict(images=images, captions=tokens, masked_captions=tokens, mask_labels=tokens, person_ids=torch.arange(4))
+    batch = dict(images=images, captions=tokens, masked_captions=tokens, person_ids=torch.arange(4))
+    batch |= dict(mask_labels=tokens, mask_positions=(tokens > 0).nonzero())
     torch.manual_seed(0)
     model = stirred(build(tiny.replace(**variant)), scale=0.05)
     goal = Objective("sdm+id+mlm", 0.02, 16, 49408, range(4))

@@ -10,6 +10,7 @@ import torch
 
 from upperson.config import ModelConfig
 from upperson.data import Sample
+from upperson.data.masking import masked_positions
 from upperson.evaluate.embed import embed
 from upperson.losses.objective import LossesOfModel, Objective
 from upperson.machine import Group, data_parallel, process_group
@@ -36,6 +37,7 @@ def losses_and_gradients(
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     pairs = len(batch["person_ids"])
     own = {name: group.own(tensor) if len(group.share_of(pairs)) else tensor[:1] for name, tensor in batch.items()}
+    own["mask_positions"] = masked_positions(own["mask_labels"])
     loss, parts = module(own, pairs)
     loss.backward()
     return {

@@ -194,7 +194,7 @@ def test_a_damaged_structure_or_fingerprint_is_named(run_dir):
     path = run_dir / "resume.safetensors"
     tensors, config, metadata = read_tensors(path, RESUME_STATE)
     for name, value, message in (
-        ("structure", '{"dict": [["a", NaN]]}', "structure of the state is damaged .NaN is not a number"),
+        ("structure", '{"dict": [["a", NaN]]}', "structure of the state is damaged .*NaN is not a number"),
         ("structure", '{"tensor": "none"}', "structure of the state is damaged"),
         ("structure", '{"tensor": "0", "dict": []}', "structure of the state is damaged"),
         ("structure", '{"dict": 3}', "structure of the state is damaged"),
@@ -214,8 +214,8 @@ LINE = b'{"kind": "evaluation", "step": 1, "epoch": 1, "split": "val", "R@1": 5.
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (LINE + LINE[:30], "line 2: invalid or truncated JSON at line 1, column 31"),
-        (LINE + b'{"kind": "epoch", "loss": NaN}', "line 2: NaN is not a number"),
+        (LINE + LINE[:30], "line 2: invalid or truncated JSON at column 31"),
+        (LINE + b'{"kind": "epoch", "loss": NaN}', "line 2: field .loss.: NaN is not a number"),
         (LINE + b"[1]", "line 2: expected an object with the key 'kind'"),
         (LINE + b"\xff", "line 2: expected UTF-8"),
         (LINE, "has been changed: expected the lines of a finished training"),

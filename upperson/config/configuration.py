@@ -8,12 +8,14 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal
 
 from upperson.fields import MOST_EPOCHS, MOST_RATE, Checked, fields_of, option
+from upperson.files import parse_json
 from upperson.losses.names import parse_losses
 from upperson.methods import DEFAULT, METHODS, Method, Stage
 
@@ -63,7 +65,7 @@ class ModelConfig(Checked):
         super().__post_init__()
         if self.pretrained == "embedded" and self.model != "embedded":
             raise ValueError(
-                f"pretrained: 'embedded' belongs to model 'embedded' only, not to {self.model!r}; "
+                f"pretrained: 'embedded' belongs to model 'embedded' only, not to {self.model[:200]!r}; "
                 "expected an open_clip tag, the path of a checkpoint, or 'none'"
             )
 
@@ -83,7 +85,7 @@ class ModelConfig(Checked):
 def method_named(name: Any) -> Method:
     """The method with its default options. Raises ValueError with the known names for an unknown method."""
     if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method: {name!r} is not allowed; expected one of {', '.join(METHODS)}")
+        raise ValueError(f"method: {short(name)} is not allowed; expected one of {', '.join(METHODS)}")
     return METHODS[name]()
 
 
@@ -107,7 +109,7 @@ class DataConfig(Checked):
         metavar=("TRAIN", "VAL", "TEST"),
     )  # fmt: skip
     embedded_views: int = option(4, "images of each synthetic person, each with two captions", at_least=1, at_most=100)
-    embedded_seed: int = option(0, "seed of an embedded data set", at_least=0, below=2**63)
+    embedded_seed: int = option(0, "seed of an embedded data set", at_least=0)
     mask_captions: bool = option(True, "mask 15 % of the caption tokens during training")
     check_images: bool = option(True, "open every image once before training", changes_results=False)
     image_cache: Path | None = option(
@@ -168,7 +170,7 @@ class TrainConfig(Checked):
         "auto, cpu, cuda, cuda:N or mps; auto: a CUDA GPU if available, else the CPU",
         changes_results=False,
     )
-    seed: int = option(1, "seed of initial values, data order, augmentation", at_least=0, below=2**63)
+    seed: int = option(1, "seed of initial values, data order, augmentation", at_least=0)
     selection: Literal["val", "best-on-test"] = option(
         "val",
         "the reported epoch: the best on the validation split (the last epoch if there is no such split), or the best "
@@ -271,10 +273,7 @@ class Config:
     @staticmethod
     def from_json(text: str) -> "Config":
         """The inverse of to_json. Raises ValueError for invalid JSON and unknown, missing or out-of-range fields."""
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON: {error}") from None
+        content = parse_json(text)
         _same_keys(content, SECTIONS, "configuration")
         model = _with_method(content["model"])
         parts = {name: _section(section, content[name], name) for name, section in SECTIONS.items() if name != "model"}
@@ -358,11 +357,15 @@ def _from_plain(value: Any, hint: Any) -> Any:
     return value
 
 
+def _listed(keys: Iterable[str]) -> str:
+    return ", ".join(key if key.isidentifier() and len(key) < 40 else short(key) for key in keys)
+
+
 def _known_keys(content: Any, known: Container[str], where: str) -> None:
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected an object, or a table in TOML")
-    if unknown := [str(key) for key in content if key not in known]:
-        raise ValueError(f"{where}: unknown keys: {', '.join(unknown)}")
+    if unknown := [key for key in content if key not in known]:
+        raise ValueError(f"{where}: unknown keys: {_listed(unknown)}")
 
 
 def _same_keys(content: Any, expected: dict, where: str, optional: Container[str] = ()) -> None:
@@ -374,8 +377,6 @@ def _same_keys(content: Any, expected: dict, where: str, optional: Container[str
         raise ValueError(
             f"{where}: "
             + "; ".join(
-                f"{kind} keys: {', '.join(map(str, keys))}"
-                for kind, keys in (("missing", missing), ("unknown", unknown))
-                if keys
+                f"{kind} keys: {_listed(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys
             )
         )

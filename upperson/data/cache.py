@@ -34,8 +34,9 @@ from tqdm import tqdm
 from upperson.data.images import load_pixels
 from upperson.embedded.drawing import Drawing
 from upperson.errors import DataError
+from upperson.files import parse_json, read_text, require_regular
 
-FORMAT = 2  # version of the index; other versions are ignored
+FORMAT = 2  # version of the index and of load_image; caches of other versions are ignored
 CHUNK = 256  # images decoded at once, which bounds the memory of unwritten images
 OWN_FILE = re.compile(r"\.?(?P<name>\d+x\d+-[0-9a-f]{16})\.(npy|json)(?P<temporary>\.[0-9a-f]{8}\.tmp)?")
 
@@ -104,6 +105,7 @@ class Pixels:
     def __init__(self, file: Path, image_size: tuple[int, int], checksums: list[int]):
         self.file, self.shape, self.checksums = file, (3, *image_size), checksums
         self.descriptor: int | None = None
+        require_regular(file)
         with open(file, "rb") as opened:
             np.lib.format.read_magic(opened)
             shape, _, dtype = np.lib.format.read_array_header_1_0(opened)
@@ -152,7 +154,7 @@ def _stamps(files: dict[str, Path]) -> dict[str, Stamp]:
     def stamp(image: Path) -> Stamp:
         try:
             status = image.stat()
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"{image}: image is missing") from error
         return status.st_size, status.st_mtime_ns
 
@@ -181,7 +183,7 @@ def _stored(folder: Path, image_size: tuple[int, int]) -> list[Stored]:
     found = []
     for index in sorted(folder.glob(f"{height}x{width}-*.json")):
         with suppress(OSError, EOFError, ValueError, LookupError, TypeError):
-            content = json.loads(index.read_text())
+            content = parse_json(read_text(index))
             if content["format"] == FORMAT:
                 stamps = {path: tuple(stamp) for path, stamp in content["images"].items()}
                 file = folder / _name(image_size, stamps)

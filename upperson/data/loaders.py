@@ -19,7 +19,7 @@ from tqdm import tqdm
 from upperson.data.augmentation import RandomAugmentation
 from upperson.data.cache import ImageCache
 from upperson.data.images import load_pixels
-from upperson.data.masking import mask_caption
+from upperson.data.masking import mask_caption, masked_positions
 from upperson.data.preprocess import Preprocess
 from upperson.data.samples import Sample
 from upperson.embedded.drawing import Drawing
@@ -59,7 +59,8 @@ def train_loader(
         `upperson.data.augmentation.COLUMNS`; "captions": [B, L] int64; "person_ids": [B] int64
 
     With `mask_captions` the captions are masked, see `mask_caption`. With `mask_labels` a batch also has
-    "masked_captions" (equal to "captions" if those are masked) and "mask_labels", both [B, L] int64.
+    "masked_captions" (equal to "captions" if those are masked) and "mask_labels", both [B, L] int64, and
+    "mask_positions" [M, 2] int64, caption and place of each of the M tokens that have a label.
 
     `image_size` is (height, width). Each epoch contains every sample once, in a new random order. Batches before
     `first_batch` are skipped without being loaded. `loader.batch_sampler.set_epoch(epoch)` starts another epoch with
@@ -87,7 +88,7 @@ def train_loader(
         workers,
         batch_sampler=batches,
         persistent_workers=workers > 0,
-        collate_fn=default_collate if pack is None else partial(_collate, pack=pack),
+        collate_fn=partial(_collate, pack=pack),
     )
 
 
@@ -121,9 +122,13 @@ def caption_loader(
     return _loader(captions, workers=0, batch_size=batch_size, collate_fn=collate)
 
 
-def _collate(pairs: list[dict[str, Any]], pack: Packer) -> dict[str, Any]:
+def _collate(pairs: list[dict[str, Any]], pack: Packer | None) -> dict[str, Any]:
     batch = default_collate(pairs)
-    return batch | {name: pack(batch[name]) for name in ("captions", "masked_captions") if name in batch}
+    if "mask_labels" in batch:
+        batch["mask_positions"] = masked_positions(batch["mask_labels"])
+    if pack is not None:
+        batch |= {name: pack(batch[name]) for name in ("captions", "masked_captions") if name in batch}
+    return batch
 
 
 def _leave_process_group(_: int) -> None:

@@ -41,3 +41,8 @@ def mask_caption(token_ids: torch.Tensor, generator: torch.Generator) -> tuple[t
     content[selected & (action < MASKED)] = MASK_ID
     content[replaced] = random_ids[replaced]
     return masked, labels
+
+
+def masked_positions(labels: torch.Tensor) -> torch.Tensor:
+    """The caption and the place of each of the M tokens with a label: (B, L) int64 -> (M, 2) int64."""
+    return (labels != NOT_MASKED).nonzero()

@@ -92,7 +92,9 @@ class MaskedLanguageModel(nn.Module):
         nn.init.normal_(hidden.weight, std=wide)
         nn.init.normal_(logits.weight, std=outer)
 
-    def forward(self, image_tokens: Tensor, text_tokens: Tensor, ends: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self, image_tokens: Tensor, text_tokens: Tensor, ends: Tensor, labels: Tensor, positions: Tensor
+    ) -> Tensor:
         """The mean cross entropy over the masked tokens of all processes, a scalar in float32 or wider.
 
         The loss is 0 if no token is masked.
@@ -102,16 +104,22 @@ class MaskedLanguageModel(nn.Module):
             text_tokens: (B, L, E), of the masked captions.
             ends: (B,) int64, the position of the end token of each caption.
             labels: (B, ≥ L) int64, NOT_MASKED for tokens that are not predicted.
+            positions: (M, 2) int64, caption and place of each token that may be predicted; found on the CPU, because
+                their number would have to be read back from a GPU.
         """
         length = text_tokens.shape[1]
         padding = torch.arange(length, device=ends.device) > ends[:, None]
         image = self.ln_image(image_tokens)
         x, _ = self.attention(self.ln_text(text_tokens), image, image, need_weights=False)
         x = self.ln_post(self.transformer(x, src_key_padding_mask=padding))
-        masked = labels[:, :length] != NOT_MASKED
-        logits = self.head(x[masked])
+        captions, places = positions.unbind(1)
+        logits, labels = self.head(x[captions, places]), labels[captions, places]
         loss = F.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[:, :length][masked], reduction="sum"
+            logits.to(torch.promote_types(logits.dtype, torch.float32)),
+            labels,
+            ignore_index=NOT_MASKED,
+            reduction="sum",
         )
-        loss, count = self.group.total(torch.stack([loss, masked.sum().to(loss.dtype)])).unbind()
+        count = (labels != NOT_MASKED).sum().to(loss.dtype)
+        loss, count = self.group.total(torch.stack([loss, count])).unbind()
         return loss / count.clamp(min=1)

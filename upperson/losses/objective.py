@@ -81,7 +81,7 @@ class Objective(nn.Module):
             text_features, text_tokens, ends = model.encode_text_tokens(masked)
             counted = torch.arange(len(labels), device=labels.device) < len(self.group.share_of(pairs))
             labels = labels.where(counted[:, None], NOT_MASKED)
-            losses["mlm"] = self.mlm(image_tokens, text_tokens, ends, labels)
+            losses["mlm"] = self.mlm(image_tokens, text_tokens, ends, labels, batch["mask_positions"])
             if self.weights.keys() != {"mlm"} and not self.mask_captions:  # the other losses need unmasked captions
                 text_features = model.encode_text(captions)
         image_features, text_features, person_ids = (

@@ -315,12 +315,14 @@ class AdaptedCLIP(nn.Module):
         """Keeps the frozen weights of products in `dtype`, that of later passes under autocast, instead of casting them
         in every pass. What the blocks compute from their trained modules is then computed for a tower at once.
 
-        Weights that are trained, and all LayerNorms and embeddings, stay in float32.
+        Weights that are trained, all LayerNorms and the embeddings of captions stay in float32. The embeddings of the
+        class token and of image positions do not: open_clip casts them to the dtype of the first product.
         """
         self.frozen_dtype = dtype
         self.projections = {tower: keep_frozen_weights(blocks, dtype) for tower, blocks in self.towers.items()}
-        others = [self.clip.visual.conv1.weight, self.clip.visual.proj, text_tower(self.clip).text_projection]
-        for parameter in others:
+        visual = self.clip.visual
+        others = [visual.conv1.weight, visual.class_embedding, visual.positional_embedding, visual.proj]
+        for parameter in (*others, text_tower(self.clip).text_projection):
             if isinstance(parameter, nn.Parameter) and not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
 

@@ -12,7 +12,7 @@ Each run is cached and shared by all tables; an interrupted run is resumed.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -56,8 +56,7 @@ ALL = (*PAPER, "methods")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 1 after an error of one line. Wrong arguments exit with 2, as in argparse."""
-    options = parse(argv)
-    return exit_status(lambda: make_tables(options), stopped="stopped; the same command resumes the runs")
+    return exit_status(lambda: make_tables(parse(argv)), stopped="stopped; the same command resumes the runs")
 
 
 def make_tables(options: argparse.Namespace) -> int:
@@ -237,9 +236,12 @@ def write(
             f"{how_measured(table.rows[0].config, options.device)}\n\n{costs_markdown(others)}"
         )
     print(f"\n{text}", flush=True)
-    files = {f"{name}.md": text.encode(), f"{name}.csv": comma_separated(number, rows, directions, seeds).encode()}
+    files: dict[str, bytes | str] = {
+        f"{name}.md": text,
+        f"{name}.csv": comma_separated(number, rows, directions, seeds),
+    }
     if costs:
-        files[f"{name}-costs.csv"] = costs_csv(costs).encode()
+        files[f"{name}-costs.csv"] = costs_csv(costs)
     points = [(*row.point, measured) for row, measured in zip(table.rows, rows, strict=True) if row.point]
     if points:
         files[f"{name}.png"] = sweep_plot(points, title)
@@ -275,7 +277,7 @@ def write_costs(base: Config, options: argparse.Namespace) -> None:
     ])  # fmt: skip
     print(f"\n{text}", flush=True)
     name = f"IV-{base.data.dataset}"
-    save(options.output, {f"{name}.md": text.encode(), f"{name}.csv": costs_csv(costs).encode()})
+    save(options.output, {f"{name}.md": text, f"{name}.csv": costs_csv(costs)})
 
 
 def described(config: Config) -> str:
@@ -287,7 +289,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def save(folder: Path, files: dict[str, bytes]) -> None:
+def save(folder: Path, files: Mapping[str, bytes | str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, content)

@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -131,7 +131,7 @@ def train(config: Config, model: AdaptedCLIP, job: Job, folder: Path) -> Results
     if not config.model.method.trains:
         return evaluate_zero_shot(config, model, job, folder)
     training = Training(config, model, job, folder)
-    with contact(training.position), enough_memory(training.memory):
+    with contact(training.position), enough_memory(training.memory), closing(training.log):
         with job.interruption:
             if saved is None:
                 training.begin(start)
@@ -328,7 +328,7 @@ def write_combined(job: Job, stages: Sequence[Stage], results: Results) -> None:
         | stage.text_to_image
         for number, stage in enumerate(results.stages, 1)
     ]
-    write_atomically(run_dir / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    write_atomically(run_dir / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
     for name in (BEST, TOP_TEN):
         write_atomically(run_dir / name, (run_dir / stages[-1].name / name).read_bytes())
     conclude(run_dir, results)

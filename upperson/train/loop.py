@@ -305,7 +305,6 @@ class Training:
             write_atomically(self.folder / TOP_TEN, picture)
             write_atomically(self.folder / CURVE, curve([progress.history], self.watched, results))
             conclude(self.folder, results)
-        self.log.close()
         self.group.wait()
         return results
 
@@ -372,7 +371,6 @@ class Training:
 
     def stop(self) -> None:
         self.save_state()
-        self.log.close()
         self.group.wait()
         raise RunInterrupted(
             f"stopped in epoch {self.progress.epoch} after step {self.progress.step}, the state is saved; "
@@ -458,7 +456,7 @@ def build_objective(
 
 def conclude(run_dir: Path, results: Results) -> None:
     """Writes and prints the table. The results file is written last, and marks the run as complete."""
-    write_atomically(run_dir / TABLE, markdown(results).encode())
+    write_atomically(run_dir / TABLE, markdown(results))
     results.write(run_dir / RESULTS)
     written = [name for name in SHOWN if (run_dir / name).exists()]
     print(f"\n{text(results)}\n\nin {run_dir}: {', '.join(written)}", flush=True)

@@ -97,7 +97,7 @@ def refuse_used(folders: Iterable[Path]) -> None:
 
 def write_configuration(run_dir: Path, config: Config) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / CONFIG, config.to_json().encode())
+    write_atomically(run_dir / CONFIG, config.to_json())
 
 
 def require_same_run(config: Config, run_dir: Path) -> None:
