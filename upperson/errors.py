@@ -1,8 +1,12 @@
 """All errors that a user can correct. Each message names the file, field or shape, and the expected value."""
 
+import io
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 
 class DataError(ValueError):
@@ -42,7 +46,11 @@ class Diverged(RunError):
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """A run that Ctrl-C or SIGTERM interrupted. Its state has been saved."""
+    """A run that Ctrl-C, SIGTERM or SIGHUP interrupted. Its state has been saved. `signal` is the signal's number."""
+
+    def __init__(self, message: str, signal: int = signal.SIGINT):
+        super().__init__(message)
+        self.signal = signal
 
 
 USER_ERRORS = (
@@ -57,20 +65,81 @@ USER_ERRORS = (
 )
 
 
+# PyTorch's and Python's errors of resources that are missing, and what helps. The first match counts.
+RESOURCES = (
+    (
+        r"shared memory|bus error",
+        "out of shared memory, which loader processes need",
+        "a smaller --workers or a larger /dev/shm (docker run --shm-size) may help",
+    ),
+    (
+        r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED|Unable to allocate",
+        "out of memory",
+        "a smaller batch, smaller images or fewer --workers may help",
+    ),
+    (
+        r"DataLoader worker .*(killed by signal|exited unexpectedly)",
+        "a loader process has ended, perhaps by the system for lack of memory",
+        "a smaller --workers or --batch-size may help",
+    ),
+    (
+        r"Too many open files|ancdata|can't start new thread|Resource temporarily unavailable",
+        "the system allows no more processes, threads or open files",
+        "a smaller --workers or a larger limit (ulimit -n, ulimit -u) may help",
+    ),
+)
+
+
+def missing_resource(error: BaseException) -> tuple[str, str, str] | None:
+    """What is missing, PyTorch's own words, and what helps, for an error of memory or processes; None for others.
+
+    Such an error is a MemoryError or a RuntimeError, which are not errors of this project.
+    """
+    if isinstance(error, MemoryError):
+        message = "out of memory"
+    elif isinstance(error, RuntimeError):
+        message = str(error)
+    else:
+        return None
+    for pattern, what, advice in RESOURCES:
+        if re.search(pattern, message, re.IGNORECASE):
+            own = (str(error).strip() or "no memory is left").split("\n")[0].split(". ")[0]
+            return what, own, advice
+    return None
+
+
 def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:
     """Runs a command and returns its exit status. A user error is printed as one line, and the status is 1.
 
-    After Ctrl-C the status is 130. `stopped` is printed if the interruption has no message. With several processes of
-    torchrun, an error message names the process, and only the first process prints the interruption.
+    After Ctrl-C the status is 130, after another signal 128 + its number. `stopped` is printed if the interruption has
+    no message. With several processes of torchrun, an error message names the process, and only the first process
+    prints the interruption. Characters that the encoding of the standard output lacks are printed as "?", since a
+    console or a pipe may have another encoding than UTF-8, and a command must not end because of its output.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
     rank, world_size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     several = rank.isdecimal() and world_size.isdecimal() and int(world_size) > 1
+    prefix = f"error: process {rank} of {world_size}:" if several else "error:"
     try:
         return command()
     except USER_ERRORS as error:
-        print(f"error: {f'process {rank} of {world_size}: ' if several else ''}{error}", file=sys.stderr)
+        _print(f"{prefix} {error}")
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        missing = missing_resource(error)
+        if missing is None:
+            raise
+        what, own, advice = missing
+        _print(f"{prefix} {what} ({own}); {advice}")
         return 1
     except KeyboardInterrupt as interruption:
         if not several or rank == "0":
-            print(str(interruption) or stopped, file=sys.stderr)
-        return 130
+            _print(str(interruption) or stopped)
+        return 128 + getattr(interruption, "signal", signal.SIGINT)
+
+
+def _print(text: str) -> None:
+    with suppress(OSError):  # the terminal may have been closed
+        print(text, file=sys.stderr, flush=True)

@@ -1,24 +1,42 @@
-"""Atomic writing of files: a file is either complete or absent. Strict reading of JSON."""
+"""Files: atomic writing (a file is either complete or absent), and strict reading of text and JSON."""
 
+import errno
 import json
 import math
 import os
+import re
+import stat
 from contextlib import suppress
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 MAX_DIGITS = 400  # of a number in JSON; Python's own limit of 4,300 digits is an error without a position
 
+# A string, or a literal that JSON's grammar or Python's reader takes for a number.
+TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|-?(?:NaN|Infinity|\d[\d.eE+-]*)', re.DOTALL)
+SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE_OR_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file completely or not at all: to a temporary file beside `path`, which is synced and renamed.
 
-    Raises OSError, which names the path. An earlier version of the file is then unchanged.
+def write_atomically(path: Path, *content: bytes | memoryview | str) -> None:
+    """Writes a file, from its parts, completely or not at all: to `temporary_of(path)`, which is synced and renamed.
+
+    Text is written in UTF-8. Half of a surrogate pair, as in the path of a file whose name is not UTF-8, becomes a
+    backslash escape. Raises OSError, which names the path. An earlier version of the file is then unchanged.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            for part in content:
+                file.write(part.encode("utf-8", "backslashreplace") if isinstance(part, str) else part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -34,6 +52,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def temporary_of(path: Path) -> Path:
+    """The file in which `write_atomically` collects the content of `path`. A killed process leaves it behind."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def _sync_folder(folder: Path) -> None:
     """Makes a rename durable by syncing the folder, which only POSIX allows."""
     if os.name == "posix":
@@ -42,6 +65,44 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def require_regular(path: Path) -> None:
+    """Raises OSError for a path that is not a regular file. Opening a FIFO could wait forever; a device has no end."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        found = KINDS.get(stat.S_IFMT(mode), "another kind of file")
+        raise OSError(
+            errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, f"expected a regular file, found {found}", str(path)
+        )
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular UTF-8 file, with or without a byte order mark; every line ends with a line feed.
+
+    Raises OSError, and ValueError with the problem but without the path for another encoding.
+    """
+    require_regular(path)
+    content = path.read_bytes()
+    utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:4]
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        advice = "the file seems to be UTF-16" if utf_16 else "a file in cp1252 (Windows) or Latin-1 must be converted"
+        raise ValueError(f"expected UTF-8 text; byte {error.start} is invalid; {advice}") from None
+    if "\0" in text:
+        advice = "; the file seems to be UTF-16" if utf_16 else ""
+        raise ValueError(f"expected UTF-8 text; character {text.index(chr(0))} is NUL{advice}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text can be written in UTF-8: it has no half of a surrogate pair."""
+    return text.isascii() or not SURROGATE.search(text)
+
+
+class _BadLiteral(ValueError):
+    """A literal that is refused: the literal and the problem."""
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -59,13 +120,15 @@ def parse_json(text: str | bytes) -> Any:
             parse_int=_integer,
             parse_float=_finite,
         )
-        _check_strings(content, "")
+        if SURROGATE_OR_ESCAPE.search(text):  # without them the long walk is not needed
+            _check_strings(content, "")
         return content
     except UnicodeDecodeError as error:
         raise ValueError(f"expected UTF-8 text; byte {error.start} is invalid") from None
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno} (character {error.pos} of {len(error.doc)})"
-        raise ValueError(f"invalid or truncated JSON at {place}: {error.msg}") from None
+        raise ValueError(f"invalid or truncated JSON at {_place(error.doc, error.pos)}: {error.msg}") from None
+    except _BadLiteral as error:
+        raise ValueError(_found_at(str(text), *error.args)) from None
     except RecursionError:
         raise ValueError("the JSON is nested too deeply") from None
 
@@ -75,31 +138,48 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {repeated!r} stands twice in one object")
+        raise ValueError(f"the key {short(repeated)} stands twice in one object, {short(content)}")
     return content
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number that JSON allows")
+    raise _BadLiteral(name, f"{name} is not a number that JSON allows")
 
 
 def _integer(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(digits)} digits; expected at most {MAX_DIGITS}")
+        raise _BadLiteral(digits, f"a number of {len(digits)} digits; expected at most {MAX_DIGITS}")
     return int(digits)
 
 
 def _finite(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
-        raise ValueError(f"the number {digits[:40]} exceeds the range of float64")
+        raise _BadLiteral(digits, f"the number {digits[:40]} exceeds the range of float64")
     return number
+
+
+def _found_at(text: str, literal: str, problem: str) -> str:
+    """The problem of a literal, with the place of its first occurrence outside of strings, and the key before it."""
+    key = ""
+    for token in TOKEN.finditer(text):
+        if token.group() == literal:
+            return f"{f'field {key}: ' if key else ''}{problem}; found at {_place(text, token.start())}"
+        if token.group().startswith('"') and text[token.end() : token.end() + 9].lstrip().startswith(":"):
+            key = short(token.group()[1:-1])
+    return problem
+
+
+def _place(text: str, position: int) -> str:
+    """The line, if there are several, the column and the position, all but the last counted from 1."""
+    line, column = text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
+    return f"{f'line {line}, ' if chr(10) in text else ''}column {column} (character {position} of {len(text)})"
 
 
 def _check_strings(content: Any, place: str) -> None:
     """Raises ValueError for a string without a UTF-8 encoding. `place` is the path of keys and indices to `content`."""
     if isinstance(content, str):
-        if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
+        if not is_unicode(content):
             raise ValueError(
                 f"the string at {place or 'the top'} holds half of a surrogate pair: {ascii(content)[:60]}"
             )

@@ -6,6 +6,7 @@ them. DistributedDataParallel then averages the gradients of the W processes. Wi
 is initialised, and every method of Group is the identity.
 """
 
+import errno
 import os
 import re
 import warnings
@@ -20,15 +21,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from upperson.errors import RunError
+from upperson.errors import RunError, missing_resource
 
 # Long, since one process may decode a data set for the others. A dead process is detected much earlier, by gloo or by
 # torchrun, which then ends all processes.
 TIMEOUT = timedelta(minutes=30)
 # Matches PyTorch's errors after another process has ended or does not respond.
 LOST_CONTACT = re.compile(r"gloo|NCCL|TCPStore|Connection (closed|reset) by peer|Broken pipe")
-# Matches PyTorch's errors of allocations that are no OutOfMemoryError.
-NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,9 +110,13 @@ class Group:
         return x
 
     def print(self, text: str) -> None:
-        """Prints `text` in the main process only."""
+        """Prints `text` in the main process only. A run goes on without the terminal where it was started."""
         if self.is_main:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
 
     def broadcast(self, value: Value) -> Value:
         """Sends the main process's value, which must be picklable, to all processes."""
@@ -214,14 +217,18 @@ def contact(where: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def enough_memory(where: Callable[[], str]) -> Iterator[None]:
-    """A context that turns a failed allocation, on a GPU or not, into a RunError. `where` says where and what helps."""
+    """A context that turns missing memory, on a GPU or not, and ended loader processes into a RunError.
+
+    `where` says where and what helps in a training.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not NO_MEMORY.search(str(error)):
+        missing = None if isinstance(error, RunError) else missing_resource(error)
+        if missing is None:
             raise
-        message = (str(error).strip() or "no memory is left").split("\n")[0].split(". ")[0]
-        raise RunError(f"out of memory {where()} ({message})") from error
+        what, own, _ = missing
+        raise RunError(f"{what} {where()} ({own})") from error
 
 
 class _Gather(torch.autograd.Function):

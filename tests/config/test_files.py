@@ -67,9 +67,38 @@ def test_a_method_on_the_command_line_takes_the_place_of_the_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", "{", "a.json: not JSON"),
+        ("a.json", "{", "a.json: invalid or truncated JSON at column 2"),
         ("a.toml", "[train", "a.toml: not TOML"),
         ("a.yaml", "train: 1", "a.yaml: expected a file whose name ends in .json or .toml"),
+        ("a.json", '{"train": {"seed": 1, "seed": 2}}', "a.json: the key 'seed' stands twice in one object"),
+        ("a.json", '{"train": {"learning_rate": NaN}}', "a.json: field 'learning_rate': NaN is not a number"),
+        ("a.json", '{"train": {"learning_rate": 1' + 380 * "0" + "}}", "is not allowed; expected a finite number"),
+        ("a.toml", "[train]\nlearning_rate = nan", "learning_rate: nan is not allowed; expected a finite number"),
+        ("a.json", "[" * 100_000, "a.json: the JSON is nested too deeply"),
+        ("a.toml", "a = " + "[" * 100_000, "a.toml: the TOML is nested too deeply"),
+        ("a.json", '{"data": {"data_root": "a\\u0000"}}', "is not allowed; expected Unicode text without NUL"),
+        ("a.toml", '[model]\nmodel = "a\\u0000"', "model: 'a\\x00' is not allowed; expected Unicode text without NUL"),
+        ("a.json", '{"train": {"run_dir": "\\udcff"}}', "a.json: the string at field 'train'.run_dir holds half of a"),
+        (
+            "a.toml",
+            "[train]\nepochs = 0x" + 5000 * "f",
+            "epochs: a number of thousands of digits is not allowed; expected a",
+        ),
+        (
+            "a.json",
+            {"train": {"epochs": 2**63}},
+            "epochs: 9223372036854775808 is not allowed; expected a whole number of",
+        ),
+        (
+            "a.json",
+            {"train": {"a\nb" + 5000 * "a": 3}},
+            "a.json: train: unknown keys: 'a\\nbaaaaaaaa...aaaaaaaaaaaaa'\n",
+        ),
+        (
+            "a.json",
+            {"train": {"seed": 5000 * "a"}},
+            "aaa… is not allowed; expected a whole number of at most 64 bits\n",
+        ),
         ("a.json", [1], "a.json: configuration: expected an object"),
         ("a.json", {"training": {}}, "a.json: configuration: unknown keys: training"),
         ("a.json", {"train": {"epoch": 3}}, "a.json: train: unknown keys: epoch"),
@@ -87,6 +116,22 @@ def test_files_that_are_refused(tmp_path, capsys, name, content, message):
         parse_arguments(["--config", path])
     shown = capsys.readouterr().err
     assert stopped.value.code == 2 and message in shown and "Traceback" not in shown
+
+
+def test_what_is_not_a_regular_file_does_not_hang(tmp_path, capsys):
+    os.mkfifo(tmp_path / "a.json")
+    os.mkfifo(tmp_path / "config.json")
+    for arguments in (["--config", str(tmp_path / "a.json")], ["--resume", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            parse_arguments(arguments)
+        assert "cannot be read (expected a regular file, found a FIFO)" in capsys.readouterr().err
+
+
+def test_a_path_that_is_not_utf_8(capsys):
+    """On Linux a byte that is not UTF-8 arrives as half of a surrogate pair, which no file of a run could hold."""
+    with pytest.raises(SystemExit):
+        parse_arguments(["--run-dir", "runs/\udcff"])
+    assert "run_dir: " in (shown := capsys.readouterr().err) and "expected Unicode text without NUL" in shown
 
 
 def test_a_missing_file_and_a_resumed_run(tmp_path, capsys):

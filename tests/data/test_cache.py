@@ -72,7 +72,7 @@ class TestContent:
         assert cache[images[0]].dtype == torch.uint8 and cache[images[0]].shape == (3, *SIZE)
         pixels, index = np.load(cache.file), json.loads(cache.file.with_suffix(".json").read_text())
         assert pixels.shape == (7, 3, *SIZE) and pixels.dtype == np.uint8
-        assert index["format"] == 1 and index["image_size"] == list(SIZE)
+        assert index["format"] == 2 and index["image_size"] == list(SIZE)
         status = images[3].stat()
         assert list(index["images"].items())[3] == (str(images[3]), [status.st_size, status.st_mtime_ns])
 
@@ -170,9 +170,48 @@ class TestReuse:
         assert is_right(opened(images, folder), images) and len(decoded) == 7
         assert is_right(opened(images, folder), images) and len(decoded) == 7
 
-    def test_a_later_format_is_not_read(self, images, folder, decoded, monkeypatch):
-        opened(images, folder)
-        monkeypatch.setattr("upperson.data.cache.FORMAT", 2)
+    def test_a_changed_index_does_not_fit_its_name(self, images, folder, decoded):
+        """Such as stamps that were edited, with which old pixels would be taken for new ones."""
+        index = opened(images, folder).file.with_suffix(".json")
+        write_image(images[0], 50, (30, 100))
+        content, status = json.loads(index.read_text()), images[0].stat()
+        content["images"][str(images[0])] = [status.st_size, status.st_mtime_ns]
+        index.write_text(json.dumps(content))
+        assert is_right(opened(images, folder), images)
+
+    def test_a_damaged_row_is_found_when_it_is_read(self, images, folder, decoded):
+        """It is not copied into a new cache either."""
+        cache = opened(images, folder)
+        content = bytearray(cache.file.read_bytes())
+        content[-2 * ROW] ^= 1  # in the last but one row
+        cache.file.write_bytes(content)
+        for each in (cache, opened(images, folder), pickle.loads(pickle.dumps(cache))):
+            assert torch.equal(each[images[6]], load_pixels(images[6], SIZE))
+            with pytest.raises(DataError, match=re.escape(f"{cache.file}: the pixels of row 5 are damaged; delete")):
+                each[images[5]]
+        decoded.clear()
+        more = [*images, write_image(images[0].with_name("more.jpg"), 9)]
+        assert is_right(opened(more, folder), more) and decoded == [images[5], more[-1]]
+        cache.file.unlink()  # as the message says
+        assert is_right(opened(images, folder), images)
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_file_that_is_cut_while_it_is_read_is_an_error(self, images, folder, workers):
+        """A process that reads it through memory would be ended by SIGBUS."""
+        cache = opened(images, folder)
+        cache[images[0]]
+        os.truncate(cache.file, 3 * ROW)
+        batches = image_loader(
+            images, preprocess=Preprocess(SIZE, MEAN, STD), batch_size=1, workers=workers, cache=cache
+        )
+        with pytest.raises(DataError, match=re.escape(f"{cache.file}: the pixels of row 2 are cut off; delete")):
+            list(batches)
+
+    @pytest.mark.parametrize("other", [1, 3])  # 1: before load_image turned images upright, and without checksums
+    def test_another_format_is_not_read(self, images, folder, decoded, monkeypatch, other):
+        with monkeypatch.context() as patch:
+            patch.setattr("upperson.data.cache.FORMAT", other)
+            opened(images, folder)
         assert is_right(opened(images, folder), images) and len(decoded) == 14
 
     def test_progress_bar(self, images, folder, capsys):

@@ -10,7 +10,7 @@ from tiny import write_image
 
 from upperson.config import DataConfig
 from upperson.config.presets import PRESETS
-from upperson.data import Sample, read_splits
+from upperson.data import DATASETS, Sample, read_splits
 from upperson.data.check import Counts, DataReport, Spread, check_dataset, text
 from upperson.train.__main__ import main
 
@@ -44,7 +44,7 @@ def test_nothing_wrong(sound):
         assert split.counts == Counts(3, 6, 6) and split.published is None
         assert not (split.in_train or split.single_image or split.repeated_captions)
     findings = text(report).split("maximum\n")[1].splitlines()[4:]
-    assert len(findings) == 11 and all(line.split()[0] == "0" for line in findings)
+    assert len(findings) == 13 and all(line.split()[0] == "0" for line in findings)
 
 
 def test_images_that_cannot_be_read(sound):
@@ -170,6 +170,26 @@ def test_synthetic_data(capsys):
     assert "checking images" in progress and "counting tokens" in progress
 
 
+def test_names_and_paths_that_are_almost_the_same(sound):
+    names = ["Ann", "ann ", "0025", "25", "a\u0301", "\xe1", "b\u200b", "b", "c", "d"]
+    samples = [replace(sound["train"][0], person_id=i, person_name=name) for i, name in enumerate(names)]
+    paths = ["x/A.jpg", "x/a.jpg", "x/y/../z.jpg", "x/z.jpg", "x/w.jpg"]
+    samples += [replace(samples[-1], image=Path(path), image_id=100 + i) for i, path in enumerate(paths)]
+    report = check({"train": samples})
+    assert report.similar_identities == [["0025", "25"], ["Ann", "ann "], ["a\u0301", "\xe1"], ["b", "b\u200b"]]
+    assert report.similar_images == [["x/A.jpg", "x/a.jpg"], ["x/y/../z.jpg", "x/z.jpg"]]
+    assert "4 groups of identities that differ only in case" in text(report) and "'b' and 'b\\u200b'" in text(report)
+    assert "2 groups of image paths" in text(report)
+
+
+def test_training_needs_two_pairs(sound):
+    assert check(sound).untrainable is None
+    assert check(sound | {"train": sound["train"][:1]}).untrainable == (
+        "training needs at least 2 pairs of image and caption"
+    )
+    assert check({"val": sound["val"]}).untrainable == "training needs the split train and test"
+
+
 class TestCommandLine:
     def write(self, folder: Path, entries: list[dict]) -> list[str]:
         (folder / "reid_raw.json").write_text(json.dumps(entries))
@@ -183,11 +203,16 @@ class TestCommandLine:
     ]
 
     @pytest.mark.filterwarnings("error")
-    def test_sound(self, tmp_path, capsys):
-        assert main(self.write(tmp_path, self.entries)) == 0
+    def test_sound(self, tmp_path, capsys, monkeypatch):
+        arguments = self.write(tmp_path, self.entries)
+        assert main(arguments) == 3
         shown = capsys.readouterr().out
         assert shown.startswith("CUHK-PEDES\n") and "       0 of 4 images missing or broken\n" in shown
         assert "2 captions of train that describe several identities" in shown
+        assert shown.splitlines()[-1].startswith("The counts differ from the published ones")
+        published = {"train": Counts(2, 2, 4), "val": Counts(1, 1, 2), "test": Counts(1, 1, 2)}
+        monkeypatch.setitem(DATASETS, "cuhk-pedes", replace(DATASETS["cuhk-pedes"], published=published))
+        assert main(arguments) == 0 and "differ from" not in capsys.readouterr().out
 
     def test_missing_and_broken(self, tmp_path, capsys):
         arguments = self.write(tmp_path, self.entries)
@@ -203,7 +228,9 @@ class TestCommandLine:
         write_image(tmp_path / "a.jpg")
         (tmp_path / "captions.csv").write_text("image,caption,identity\na.jpg,a man,1\n")
         assert main(["--check-data", "--dataset", "folder", "--data-root", str(tmp_path)]) == 0
-        assert capsys.readouterr().out.startswith("Own data\n")
+        shown = capsys.readouterr().out
+        assert shown.startswith("Own data\n")
+        assert shown.endswith("The data cannot be trained on: training needs the split train.\n")
 
     def test_people_keep_the_names_of_the_file(self, tmp_path, capsys):
         for name in "abc":
@@ -223,6 +250,18 @@ class TestCommandLine:
         assert main(arguments) == 1
         captured = capsys.readouterr()
         assert captured.out == "" and "reid_raw.json, entry 4: expected a field 'split'" in captured.err
+
+    @pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**20, 10**399])
+    def test_ids_beyond_64_bits(self, tmp_path, capsys, number):
+        assert main(self.write(tmp_path, [*self.entries[:3], self.entries[3] | {"id": number}])) == 1
+        assert "reid_raw.json, entry 3, field 'id': expected an integer of at most 64 bits" in capsys.readouterr().err
+
+    def test_a_person_without_an_image(self, tmp_path, capsys):
+        """Evaluation would fail, since the captions of this person have no image to find."""
+        entries = [*self.entries, self.entries[3] | {"id": 4}]
+        assert main(self.write(tmp_path, entries)) == 1
+        assert "1 identities of test that cannot be evaluated" in capsys.readouterr().out
+        assert main(self.write(tmp_path, [*entries, self.entries[3] | {"id": 4, "file_path": "4.jpg"}])) == 3
 
     def test_embedded(self, capsys):
         assert main(["--check-data", "--embedded-identities", "2", "1", "1"]) == 0

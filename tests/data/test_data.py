@@ -230,6 +230,14 @@ class TestBadAnnotations:
             ({"id": "5"}, ", field 'id': expected an integer, found a string, '5'"),
             ({"id": 5.0}, ", field 'id': expected an integer, found a number, 5.0"),
             ({"id": True}, ", field 'id': expected an integer, found true"),
+            ({"id": 2**63}, ", field 'id': expected an integer of at most 64 bits, found 9223372036854775808"),
+            ({"id": -(10**20)}, ", field 'id': expected an integer of at most 64 bits, found -1"),
+            ({"file_path": "a\0"}, ", field 'file_path': expected a path, found a NUL character in 'a\\x00'"),
+            (
+                {"file_path": "a/" + 256 * "b"},
+                ", field 'file_path': expected names of at most 255 bytes in a path, found",
+            ),
+            ({"captions": ["a\0"]}, ", field 'captions', caption 0: expected plain text, found a NUL character in "),
             ({"file_path": 1}, ", field 'file_path': expected a string, found an integer, 1"),
             ({"file_path": " "}, ", field 'file_path': expected a path, found an empty string"),
             ({"captions": "a man"}, ", field 'captions': expected a list, found a string, 'a man'"),
@@ -243,6 +251,25 @@ class TestBadAnnotations:
     def test_wrong_field(self, tmp_path, change, message):
         folder = write_dataset(tmp_path, "cuhk-pedes", altered(change))
         with pytest.raises(DataError, match=re.escape(f"{folder / 'reid_raw.json'}, entry 2{message}")):
+            read_dataset("cuhk-pedes", folder)
+
+    def test_the_largest_ids(self, tmp_path):
+        folder = write_dataset(tmp_path, "cuhk-pedes", altered({"id": 2**63 - 1}))
+        assert queries(read_dataset("cuhk-pedes", folder)["train"])[1][-1].item() == 2**63 - 1
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ('[{"id": NaN}]', "field 'id': NaN is not a number that JSON allows; found at column 9 "),
+            ('[{"id": 1, "id": 2}]', "the key 'id' stands twice in one object, {'id': 2}"),
+            ('[{"captions": ["\\udc00"]}]', "the string at entry 0.captions[0] holds half of a surrogate pair"),
+            ("[" * 100_000, "the JSON is nested too deeply"),
+            ('[{"id": ' + "1" * 5000 + "}]", "field 'id': a number of 5000 digits; expected at most 400"),
+        ],
+    )
+    def test_json_that_python_would_accept_or_fail_on(self, tmp_path, text, message):
+        folder = write_dataset(tmp_path, "cuhk-pedes", text)
+        with pytest.raises(DataError, match=re.escape(f"{folder / 'reid_raw.json'}: {message}")):
             read_dataset("cuhk-pedes", folder)
 
     @pytest.mark.parametrize(
@@ -664,6 +691,8 @@ class TestShares:
         assert {len(share) for share in shares} == {len(whole)}
         for batch, *parts in zip(whole, *shares, strict=True):
             size = len(batch["person_ids"])
+            for share in (batch, *parts):  # the positions count within a share
+                assert torch.equal(share.pop("mask_positions"), (share["mask_labels"] != NOT_MASKED).nonzero())
             own = [part for rank, part in enumerate(parts) if share_of(size, rank, world_size)]
             assert same([{name: torch.cat([part[name] for part in own]) for name in batch}], [batch])
             for part in parts[len(own) :]:  # those without a share

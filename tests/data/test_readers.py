@@ -1,6 +1,7 @@
 """Flickr30k and MSCOCO in both formats, and a user's own data, in tiny files made here."""
 
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -393,12 +394,30 @@ class TestFolder:
             (f"{HEADER},split\na.jpg,a,1,Test", ", line 2, column 'split': expected one of train, val, test, found 'T"),
             (f"{HEADER},split\na.jpg,a,1,", ", line 2, column 'split': expected one of train, val, test, found ''"),
             (f'{HEADER}\na.jpg,a,1\nb.jpg,"a,1\n', ", line 3: invalid CSV: unexpected end of data"),
-            (f"{HEADER}\na.jpg,".encode() + b"\xff,1", ": expected UTF-8 text; byte 29 is invalid"),
+            (f"{HEADER}\na.jpg,".encode() + b"\xff,1", ": expected UTF-8 text; byte 29 is invalid; a file in cp1252"),
+            (HEADER.encode("utf-16"), ": expected UTF-8 text; byte 0 is invalid; the file seems to be UTF-16"),
+            (f"{HEADER}\na.jpg,a\0b,1", ": expected UTF-8 text; character 30 is NUL"),
+            (f"{HEADER}\na.jpg,{'a' * 200_000},1", ", line 2: invalid CSV: field larger than field limit"),
+            (f"{HEADER}\na.jpg,a,nan", ", line 2, column 'identity': expected a name or a number, found 'nan', which"),
+            (
+                f"{HEADER}\na.jpg,a, <NA>",
+                ", line 2, column 'identity': expected a name or a number, found '<NA>', which",
+            ),
+            (
+                f"{HEADER}\na.jpg,NaN,1",
+                ", line 2, column 'caption': expected text, found 'NaN', which stands for a miss",
+            ),
         ],
     )
     def test_bad_csv(self, tmp_path, text, message):
         with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'own.csv'}{message}")):
             read_own(tmp_path / "own.csv", text)
+
+    @pytest.mark.parametrize(("mark", "words"), [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")])
+    def test_other_separators_get_a_hint(self, tmp_path, mark, words):
+        message = f"own.csv, line 1: .*; the columns seem to be separated by {words}, and commas are expected$"
+        with pytest.raises(DataError, match=message):
+            read_own(tmp_path / "own.csv", f"{HEADER}\na.jpg,a man,1\n".replace(",", mark))
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -409,6 +428,22 @@ class TestFolder:
             ({"identity": ""}, ", field 'identity': expected a name or a number, found an empty string"),
             ({"split": None}, ": expected a field 'split', found the fields 'image', 'caption', 'identity'"),
             ({"split": 3}, ", field 'split': expected a string, found an integer, 3"),
+            ({"identity": float("nan")}, ": field 'identity': NaN is not a number that JSON allows; found at column "),
+            ({"identity": float("-inf")}, ": field 'identity': -Infinity is not a number that JSON allows"),
+            ({"identity": "null"}, ", field 'identity': expected a name or a number, found 'null', which stands for a"),
+            (
+                {"identity": 1e300},
+                ", field 'identity': expected a name or an exact number, found the rounded number 1e+3",
+            ),
+            (
+                {"identity": 2.0**53},
+                ", field 'identity': expected a name or an exact number, found the rounded number 9",
+            ),
+            ({"identity": "a\0"}, ", field 'identity': expected a name or a number, found a NUL character in 'a\\x00'"),
+            ({"image": "a\0.jpg"}, ", field 'image': expected a path, found a NUL character in 'a\\x00.jpg'"),
+            ({"caption": "a\0"}, ", field 'caption': expected plain text, found a NUL character in 'a\\x00'"),
+            ({"caption": "None"}, ", field 'caption': expected text, found 'None', which stands for a missing value"),
+            ({"caption": "a \ud83d"}, ": the string at field 'caption' holds half of a surrogate pair: 'a \\ud83d'"),
         ],
     )
     def test_bad_json_field(self, tmp_path, change, message):
@@ -419,8 +454,15 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ('{"image": "a.jpg", ', ", line 6: invalid or truncated JSON at column 20: "),
+            ('{"image": "a.jpg", ', ", line 6: invalid or truncated JSON at column 20 (character 19 of 19): "),
             ("[1]", ", line 6: expected an object, found a list, [1]"),
+            (
+                '{"identity": 1, "identity": 2}',
+                ", line 6: the key 'identity' stands twice in one object, {'identity': 2}",
+            ),
+            ('{"identity": 1e999}', ", line 6: field 'identity': the number 1e999 exceeds the range of float64"),
+            ('{"identity": ' + "1" * 5000, ", line 6: field 'identity': a number of 5000 digits; expected at most 400"),
+            ("[" * 100_000, ", line 6: the JSON is nested too deeply"),
         ],
     )
     def test_bad_json_line(self, tmp_path, line, message):
@@ -432,8 +474,22 @@ class TestFolder:
         assert read_own(tmp_path / "own.jsonl", line)["test"][0].caption == "one\u2028two"
 
     def test_numbers_and_strings_are_the_same_identity(self, tmp_path):
-        rows = [LINES[3] | {"identity": identity} for identity in (5, "5", " 5", 5.5, "x")]
-        assert [s.person_id for s in read_own(tmp_path / "own.jsonl", as_json_lines(rows))["test"]] == [0, 0, 0, 1, 2]
+        rows = [LINES[3] | {"identity": identity} for identity in (5, "5", " 5", 5.5, "x", 5.0, -0.0, 0)]
+        found = read_own(tmp_path / "own.jsonl", as_json_lines(rows))["test"]
+        assert [s.person_id for s in found] == [0, 0, 0, 1, 2, 0, 3, 3]
+
+    def test_numbers_beyond_64_bits_are_names(self, tmp_path):
+        rows = [LINES[3] | {"identity": identity} for identity in (10**20, 10**20 + 1, 2**53 + 1, 10**399)]
+        found = read_own(tmp_path / "own.jsonl", as_json_lines(rows))["test"]
+        assert [s.person_id for s in found] == [0, 1, 2, 3] and found[1].person == str(10**20 + 1)
+        assert queries(found)[1].tolist() == [0, 1, 2, 3]
+
+    @pytest.mark.parametrize("name", ["own.csv", "own.jsonl"])
+    def test_a_fifo_does_not_hang(self, tmp_path, name):
+        os.mkfifo(tmp_path / name)
+        message = f"{tmp_path / name}: cannot be read (expected a regular file, found a FIFO)"
+        with pytest.raises(DataError, match=re.escape(message)):
+            read_dataset("folder", tmp_path / name)
 
     @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
     def test_people_keep_the_names_of_the_file(self, tmp_path, suffix):

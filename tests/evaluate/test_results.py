@@ -45,6 +45,14 @@ def test_other_files_are_refused_by_name(tmp_path, change, message):
     path.write_text(json.dumps(content))
     with pytest.raises(RunError, match=f"results.json: .*{message}"):
         Results.read(path)
-    path.write_text("{")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[" * 100_000, '{"stages": [' * 400 + "]}" * 400, '{"seed": NaN}', '{"a": 1, "a": 1}', "9" * 5000, "3"],
+)
+def test_other_texts_are_refused_by_name(tmp_path, text):
+    path = tmp_path / "results.json"
+    path.write_text(text)
     with pytest.raises(RunError, match="results.json: expected results of this version"):
         Results.read(path)

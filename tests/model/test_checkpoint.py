@@ -97,7 +97,7 @@ def damaged(path, kind):
     elif kind == "safetensors of others":
         save_file({"a": torch.zeros(3)}, path, {"format": "pt"})
     elif kind == "resume state":
-        save_state(path.parent, {"a": torch.zeros(3)}, Config())
+        save_state(path.parent, {"a": torch.zeros(3)}, Config(), {})
         (path.parent / "resume.safetensors").rename(path)
     elif kind == "of the future":
         path.write_bytes(content.replace(b'"version":"1"', b'"version":"9"'))
@@ -133,14 +133,14 @@ def test_resume_state_comes_back_exactly(tmp_path):
         "nested": ({"1": (), 1: []}, [(), {}]),
     }
     assert load_state(tmp_path) is None
-    save_state(tmp_path, state, Config())
+    save_state(tmp_path, state, Config(), {})
     again = load_state(tmp_path)
     assert again["numbers"] == state["numbers"] and again["nested"] == state["nested"]
     assert [type(value) for value in again["numbers"]] == [type(value) for value in state["numbers"]]
     for name, tensor in state["tensors"].items():
         assert torch.equal(again["tensors"][name], tensor) and again["tensors"][name].dtype == tensor.dtype
     with pytest.raises(TypeError, match="cannot contain a set"):
-        save_state(tmp_path, {"a": {1}}, Config())
+        save_state(tmp_path, {"a": {1}}, Config(), {})
     assert load_state(tmp_path)["numbers"] == state["numbers"]
 
 

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from operators import DEVICE
+from operators import DEVICE, slow_case
 from PIL import Image
 from tiny import tiny_training
 
@@ -350,14 +351,37 @@ def test_distinct_keeps_the_order():
     assert len(found) == len(configs) - 1 and found[0] == configs[0] and found[1] == configs[1]
 
 
+def test_an_output_that_is_a_file_is_found_before_any_work(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run("V", "--output", str(tmp_path / "file")) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and re.fullmatch(r"error: .*File exists: .*file'\n", shown.err)
+
+
+@pytest.mark.parametrize("name", [slow_case("config.json"), slow_case("resume.safetensors"), "results.json"])
+def test_a_damaged_file_of_a_run_is_one_line(run, setting, tmp_path, capsys, name):
+    """Each is what a run of the table finds in its folder."""
+    runs = Runs(tmp_path / "runs", {"device": "cpu", "workers": 0})
+    tables = build_tables(setting, "embedded")
+    for row in tables["V"].rows:
+        folder = runs.folder_of(row.config)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(row.config.replace(run_dir=folder).to_json())
+        (folder / name).write_text("[")
+    assert run("V", "--output", str(tmp_path)) == 1
+    shown = capsys.readouterr().err
+    assert re.search(rf"error: .*{name}: .*\n\Z", shown) and "Traceback" not in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["II"], "invalid choice: 'II'"),
-        (["V", "--seeds", "0"], "--seeds: expected at least 1, found 0"),
+        (["V", "--seeds", "0"], "--seeds: expected 1 to 1000, found 0"),
         (["V", "--device", "tpu"], "device: 'tpu' is not allowed"),
         (["V", "--workers", "-1"], "workers: -1 is not allowed"),
-        (["V", "--jobs", "0"], "--jobs: expected at least 1, found 0"),
+        (["V", "--seeds", "1000000000"], "--seeds: expected 1 to 1000, found 1000000000"),
+        (["V", "--jobs", "0"], "--jobs: expected 1 to 256, found 0"),
         (["V", "--dataset", "cuhk-pedes"], "found cuhk-pedes; real data sets need --data-root"),
         (["sweeps"], "--method: the table sweeps needs a method with sweeps, up-person or cskt; found none"),
         (

@@ -38,6 +38,7 @@ from upperson.evaluate.pictures import top_ten
 from upperson.evaluate.results import Results
 from upperson.model import AdaptedCLIP, load_model
 from upperson.model.checkpoint import load_checkpoint
+from upperson.model.tensor_files import RESUME_STATE, VERSIONS
 from upperson.train.fit import fit
 from upperson.train.loop import Training
 from upperson.train.optimizer import build_optimizer, build_schedule
@@ -532,16 +533,19 @@ def test_resuming_a_finished_run_repeats_its_result(config, whole):
 
 
 @pytest.mark.slow
-def test_a_state_of_an_earlier_version_is_continued(config, whole, monkeypatch):
-    """From before a training could start from a checkpoint."""
+def test_a_state_of_an_earlier_version_is_continued(config, whole, monkeypatch, capsys):
+    """From before a training could start from a checkpoint, and before a state had a fingerprint of the data."""
     with monkeypatch.context() as patch:
         fail_at(patch, 8, interrupt)
         with pytest.raises(KeyboardInterrupt):
             fit(config)
     state = load_state(config.train.run_dir)
     assert state["progress"].pop("start") is None
-    save_state(config.train.run_dir, state, config)
+    with monkeypatch.context() as patch:
+        patch.setitem(VERSIONS, RESUME_STATE, ("1",))
+        save_state(config.train.run_dir, state, config, {})
     fit(config.replace(resume=True))
+    assert "resume.safetensors is of an earlier version; whether the data has changed" in capsys.readouterr().out
     assert_same_run(whole, config.train.run_dir)
 
 
@@ -575,11 +579,11 @@ def test_random_states_come_back():
 
 TRAINS = """
 import os, pathlib, sys, time
-from upperson.train.log import MetricsLog
-log = MetricsLog(pathlib.Path(sys.argv[1]), tensorboard=False)
-if os.fork():
-    print(flush=True)
-time.sleep(30)
+from upperson.train.run_folder import locked
+with locked(pathlib.Path(sys.argv[1])):
+    if os.fork():
+        print(flush=True)
+    time.sleep(30)
 """
 
 

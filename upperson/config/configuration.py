@@ -8,12 +8,14 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal
 
-from upperson.fields import Checked, fields_of, option
+from upperson.fields import MOST_EPOCHS, MOST_RATE, Checked, fields_of, option
+from upperson.files import parse_json
 from upperson.losses.names import parse_losses
 from upperson.methods import DEFAULT, METHODS, Method, Stage
 
@@ -23,6 +25,10 @@ SELECTIONS = {
     "best-on-test": "best R@1 on the TEST split, as in the released code; optimistic",
     "none": "nothing was trained, so no epoch was selected",
 }
+
+# Limits that nobody needs to exceed. Beyond them a run would end much later, for lack of memory or by divergence.
+MOST_AT_ONCE = 2**17  # images or captions
+MOST_STEPS = 10**9
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class ModelConfig(Checked):
         "embedded", "open_clip tag, path of a local checkpoint, 'none' (random weights), or 'embedded'"
     )
     image_size: tuple[int, int] = option(
-        (192, 64), "height and width in pixels", at_least=1, metavar=("HEIGHT", "WIDTH")
+        (192, 64), "height and width in pixels", at_least=1, at_most=2048, metavar=("HEIGHT", "WIDTH")
     )
     method: Method = option(METHODS[DEFAULT](), "the method, with its own options", added=True)
     backend: Literal["auto", "triton", "torch"] = option(
@@ -59,7 +65,7 @@ class ModelConfig(Checked):
         super().__post_init__()
         if self.pretrained == "embedded" and self.model != "embedded":
             raise ValueError(
-                f"pretrained: 'embedded' belongs to model 'embedded' only, not to {self.model!r}; "
+                f"pretrained: 'embedded' belongs to model 'embedded' only, not to {self.model[:200]!r}; "
                 "expected an open_clip tag, the path of a checkpoint, or 'none'"
             )
 
@@ -79,7 +85,7 @@ class ModelConfig(Checked):
 def method_named(name: Any) -> Method:
     """The method with its default options. Raises ValueError with the known names for an unknown method."""
     if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method: {name!r} is not allowed; expected one of {', '.join(METHODS)}")
+        raise ValueError(f"method: {short(name)} is not allowed; expected one of {', '.join(METHODS)}")
     return METHODS[name]()
 
 
@@ -99,9 +105,10 @@ class DataConfig(Checked):
     )
     embedded_identities: tuple[int, int, int] = option(
         (600, 100, 200), "number of people, or scenes, in each split of an embedded data set", at_least=1,
+        at_most=20_000,
         metavar=("TRAIN", "VAL", "TEST"),
     )  # fmt: skip
-    embedded_views: int = option(4, "images of each synthetic person, each with two captions", at_least=1)
+    embedded_views: int = option(4, "images of each synthetic person, each with two captions", at_least=1, at_most=100)
     embedded_seed: int = option(0, "seed of an embedded data set", at_least=0)
     mask_captions: bool = option(True, "mask 15 % of the caption tokens during training")
     check_images: bool = option(True, "open every image once before training", changes_results=False)
@@ -112,7 +119,7 @@ class DataConfig(Checked):
         added=True,
     )
     workers: int = option(
-        4, "processes that load images; 0: the main process loads them", at_least=0, changes_results=False
+        4, "processes that load images; 0: the main process loads them", at_least=0, at_most=256, changes_results=False
     )
 
     @property
@@ -125,21 +132,23 @@ class DataConfig(Checked):
 class TrainConfig(Checked):
     """Optimisation, evaluation, and the run folder."""
 
-    epochs: int = option(60, "passes over the training split", at_least=1)
-    batch_size: int = option(128, "pairs in a batch, at least two", at_least=2)
-    learning_rate: float = option(1e-3, "Adam's learning rate after the warm-up", above=0)
-    bias_learning_rate: float | None = option(None, "learning rate of biases; none: learning_rate", above=0, added=True)
-    prefix_learning_rate: float | None = option(
-        None, "learning rate of the prefix parameters; none: learning_rate", above=0
+    epochs: int = option(60, "passes over the training split", at_least=1, at_most=MOST_EPOCHS)
+    batch_size: int = option(128, "pairs in a batch, at least two", at_least=2, at_most=MOST_AT_ONCE)
+    learning_rate: float = option(1e-3, "Adam's learning rate after the warm-up", above=0, at_most=MOST_RATE)
+    bias_learning_rate: float | None = option(
+        None, "learning rate of biases; none: learning_rate", above=0, at_most=MOST_RATE, added=True
     )
-    weight_decay: float = option(4e-5, "coupled L2 decay, without biases", at_least=0)
-    adam_epsilon: float = option(1e-3, "Adam's epsilon", above=0)
+    prefix_learning_rate: float | None = option(
+        None, "learning rate of the prefix parameters; none: learning_rate", above=0, at_most=MOST_RATE
+    )
+    weight_decay: float = option(4e-5, "coupled L2 decay, without biases", at_least=0, at_most=1000)
+    adam_epsilon: float = option(1e-3, "Adam's epsilon", above=0, at_most=1000)
     warmup_epochs: int = option(5, "epochs of linear warm-up before the cosine; must be below epochs", at_least=0)
     warmup_factor: float = option(
         0.1, "learning rate at the start of the warm-up, as a share of learning_rate", above=0, at_most=1
     )
     losses: str = option("sdm", "sdm, itc, cmpm, id, mlm, or a weighted sum of them such as sdm+0.5*itc", added=True)
-    temperature: float = option(0.02, "temperature of the SDM and ITC losses", above=0)
+    temperature: float = option(0.02, "temperature of the SDM and ITC losses", above=0, at_most=1000)
     freeze: str | None = option(
         None, "kinds of parameters that are not trained, joined by +: prefix, lora, adapter_attn, adapter_mlp, prompt, "
         "clip, as far as the method has them; none: train all", added=True
@@ -161,14 +170,18 @@ class TrainConfig(Checked):
         "auto, cpu, cuda, cuda:N or mps; auto: a CUDA GPU if available, else the CPU",
         changes_results=False,
     )
-    seed: int = option(1, "seed of initial values, data order, augmentation", at_least=0, below=2**63)
+    seed: int = option(1, "seed of initial values, data order, augmentation", at_least=0)
     selection: Literal["val", "best-on-test"] = option(
         "val",
         "the reported epoch: the best on the validation split (the last epoch if there is no such split), or the best "
         "on the test split",
     )
     evaluate_batch_size: int = option(
-        256, "images or captions embedded at once in evaluation", at_least=1, changes_results=False
+        256,
+        "images or captions embedded at once in evaluation",
+        at_least=1,
+        at_most=MOST_AT_ONCE,
+        changes_results=False,
     )
     run_dir: Path | None = option(
         None, "folder for everything the run writes; none: the next free runs/DATASET-NUMBER", changes_results=False
@@ -177,9 +190,10 @@ class TrainConfig(Checked):
         500,
         "steps between two saved states within an epoch; 0: the state is saved only at the end of an epoch",
         at_least=0,
+        at_most=MOST_STEPS,
         changes_results=False,
     )
-    log_every: int = option(10, "steps between two lines of the loss in metrics.jsonl", at_least=1)
+    log_every: int = option(10, "steps between two lines of the loss in metrics.jsonl", at_least=1, at_most=MOST_STEPS)
     tensorboard: bool = option(False, "also log to TensorBoard (needs the extra 'tensorboard')", changes_results=False)
     resume: bool = option(False, "resume the run in RUN_DIR, or in --run-dir", changes_results=False)
 
@@ -259,10 +273,7 @@ class Config:
     @staticmethod
     def from_json(text: str) -> "Config":
         """The inverse of to_json. Raises ValueError for invalid JSON and unknown, missing or out-of-range fields."""
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON: {error}") from None
+        content = parse_json(text)
         _same_keys(content, SECTIONS, "configuration")
         model = _with_method(content["model"])
         parts = {name: _section(section, content[name], name) for name, section in SECTIONS.items() if name != "model"}
@@ -346,11 +357,15 @@ def _from_plain(value: Any, hint: Any) -> Any:
     return value
 
 
+def _listed(keys: Iterable[str]) -> str:
+    return ", ".join(key if key.isidentifier() and len(key) < 40 else short(key) for key in keys)
+
+
 def _known_keys(content: Any, known: Container[str], where: str) -> None:
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected an object, or a table in TOML")
-    if unknown := [str(key) for key in content if key not in known]:
-        raise ValueError(f"{where}: unknown keys: {', '.join(unknown)}")
+    if unknown := [key for key in content if key not in known]:
+        raise ValueError(f"{where}: unknown keys: {_listed(unknown)}")
 
 
 def _same_keys(content: Any, expected: dict, where: str, optional: Container[str] = ()) -> None:
@@ -362,8 +377,6 @@ def _same_keys(content: Any, expected: dict, where: str, optional: Container[str
         raise ValueError(
             f"{where}: "
             + "; ".join(
-                f"{kind} keys: {', '.join(map(str, keys))}"
-                for kind, keys in (("missing", missing), ("unknown", unknown))
-                if keys
+                f"{kind} keys: {_listed(keys)}" for kind, keys in (("missing", missing), ("unknown", unknown)) if keys
             )
         )

@@ -4,13 +4,14 @@ import html
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
 from upperson.errors import DataError
+from upperson.files import parse_json, read_text
 
 SPLITS = ("train", "val", "test")
 
@@ -20,6 +21,9 @@ MAX_CAPTION_CHARACTERS = 5000
 
 # The tokenizer would turn these texts, in OpenAI's or open_clip's spelling, into control tokens that end the caption.
 CONTROL_TOKEN = re.compile(r"<\|(startoftext|endoftext|mask)\|>|<(start|end)_of_text>", re.IGNORECASE)
+
+MAX_NAME = 255  # bytes; file systems have no longer names of files and folders
+MOST_NAMES = 20  # limit of fields listed in an error
 
 TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", list: "a list", dict: "an object"}
 
@@ -46,8 +50,9 @@ class Entry:
     def get(self, key: str, *kinds: type) -> Any:
         """The value of `key`, which must have one of these types."""
         if key not in self.values:
-            found = ", ".join(map(repr, self.values)) or "none"
-            raise DataError(f"{self.where}: expected a {self.noun} {key!r}, found the {self.noun}s {found}")
+            raise DataError(
+                f"{self.where}: expected a {self.noun} {key!r}, found the {self.noun}s {listed(self.values)}"
+            )
         value = self.values[key]
         if not isinstance(value, kinds) or isinstance(value, bool):  # a bool is an int to isinstance
             raise self.error(key, f"expected {' or '.join(TYPE_NAMES[kind] for kind in kinds)}, found {_named(value)}")
@@ -63,7 +68,17 @@ class Entry:
         path = self.get(key, str)
         if not path.strip():
             raise self.error(key, "expected a path, found an empty string")
+        if "\0" in path:
+            raise self.error(key, f"expected a path, found a NUL character in {short(path)}")
+        if 4 * len(path) > MAX_NAME and any(len(name.encode()) > MAX_NAME for name in path.split("/")):
+            raise self.error(key, f"expected names of at most {MAX_NAME} bytes in a path, found {short(path)}")
         return path
+
+    def person_id(self, key: str) -> int:
+        person_id = self.get(key, int)
+        if not -(2**63) <= person_id < 2**63:
+            raise self.error(key, f"expected an integer of at most 64 bits, found {short(person_id)}")
+        return person_id
 
     def caption(self, key: str) -> str:
         caption = self.get(key, str)
@@ -99,6 +114,12 @@ def as_entry(value: Any, where: str) -> Entry:
     return Entry(value, where)
 
 
+def listed(names: Iterable[str]) -> str:
+    """The names in an error."""
+    shown = [short(name) for name in names]
+    return ", ".join(shown[:MOST_NAMES] + ["…"] * (len(shown) > MOST_NAMES)) or "none"
+
+
 def find_folder(title: str, root: Path, names: Sequence[str]) -> Path:
     """The first of `root` and `root`/`title` that contains a file of one of these names. Raises DataError."""
     candidates = (root, root / title)
@@ -111,19 +132,22 @@ def find_folder(title: str, root: Path, names: Sequence[str]) -> Path:
 
 
 def load_json(file: Path) -> Any:
+    return json_of(load_text(file), str(file))
+
+
+def json_of(text: str, where: str) -> Any:
     try:
-        return json.loads(load_text(file))
-    except json.JSONDecodeError as error:
-        position = f"line {error.lineno}, column {error.colno} (character {error.pos} of {len(error.doc)})"
-        raise DataError(f"{file}: invalid or truncated JSON at {position}: {error.msg}") from error
+        return parse_json(text)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def load_text(file: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark."""
+    """The text of a regular UTF-8 file, with or without a byte order mark."""
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: expected UTF-8 text; byte {error.start} is invalid") from error
+        return read_text(file)
+    except ValueError as error:
+        raise DataError(f"{file}: {error}") from error
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
 
@@ -139,6 +163,8 @@ def _caption_problem(caption: Any) -> str | None:
         return f"expected a string, found {_named(caption)}"
     if not caption.strip():
         return f"expected text, found {'only white space' if caption else 'an empty string'}"
+    if "\0" in caption:
+        return f"expected plain text, found a NUL character in {short(caption)}"
     if len(caption) > MAX_CAPTION_CHARACTERS:
         return f"expected at most {MAX_CAPTION_CHARACTERS} characters, found {len(caption)}"
     # The tokenizer also unescapes HTML twice and normalises full-width letters before it looks for control tokens.

@@ -1,6 +1,8 @@
 """The report of `train.py --check-data`: the size of a data set, broken images, and unusual entries."""
 
-from collections.abc import Iterable, Sequence
+import os
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -45,6 +47,7 @@ class SplitReport:
     in_train: dict[Person, Path | Drawing]  # identities that are also in "train", with an image; empty for "train"
     single_image: list[Person]  # identities with a single image
     repeated_captions: dict[str, list[Person]]  # identities by caption, without case and extra white space
+    without_image: list[Person]  # identities whose images all have another identity; empty for "train"
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,19 @@ class DataReport:
     caption_tokens: Spread  # including start and end tokens
     widths: Spread | None  # in pixels, of the readable images; None: no image is readable
     heights: Spread | None
+    similar_identities: list[list[str]]  # names that differ only in case, white space, leading zeros or Unicode form
+    similar_images: list[list[str]]  # paths that differ only in case, Unicode form or ".."
+    untrainable: str | None  # why the data can be evaluated but not trained on
 
     @property
     def usable(self) -> bool:
-        """Whether every image can be read."""
-        return not self.unreadable
+        """Whether every image can be read, and every caption of val and test has an image to find."""
+        return not self.unreadable and not any(split.without_image for split in self.splits.values())
+
+    @property
+    def as_published(self) -> bool:
+        """Whether the counts of all splits are the published ones, if there are any."""
+        return all(split.published in (None, split.counts) for split in self.splits.values())
 
 
 def check_dataset(name: str, splits: dict[str, list[Sample]], *, progress: bool = True) -> DataReport:
@@ -91,6 +102,7 @@ def check_dataset(name: str, splits: dict[str, list[Sample]], *, progress: bool 
                 in_train=_images_of(shared.get(split, []), splits.get(split, [])),
                 single_image=_single_image(splits.get(split, [])),
                 repeated_captions=_repeated_captions(splits.get(split, [])),
+                without_image=[] if split == "train" else _without_image(splits.get(split, [])),
             )
             for split in published | splits
         },
@@ -106,6 +118,9 @@ def check_dataset(name: str, splits: dict[str, list[Sample]], *, progress: bool 
         caption_tokens=Spread.of(tokens),
         widths=Spread.of([width for width, _ in sizes]) if sizes else None,
         heights=Spread.of([height for _, height in sizes]) if sizes else None,
+        similar_identities=_similar({sample.person_name for sample in samples if sample.person_name}, _plain_name),
+        similar_images=_similar({str(image) for image in images if isinstance(image, Path)}, _plain_path),
+        untrainable=_untrainable(splits),
     )
 
 
@@ -150,6 +165,24 @@ def text(report: DataReport) -> str:
         lines += _finding(f"captions of {split} that describe several identities", repeated)
     for split, found in report.splits.items():
         lines.append(f"{len(found.single_image):>8,} identities of {split} with a single image")
+    lines += _finding(
+        "groups of identities that differ only in case, white space, leading zeros or Unicode form",
+        [" and ".join(map(repr, names)) for names in report.similar_identities],
+    )
+    lines += _finding(
+        "groups of image paths that differ only in case, Unicode form or '..'",
+        [" and ".join(paths) for paths in report.similar_images],
+    )
+    for split, found in report.splits.items():
+        if found.without_image:
+            lines += _finding(
+                f"identities of {split} that cannot be evaluated, since another identity has all their images",
+                list(map(str, found.without_image)),
+            )
+    if report.untrainable:
+        lines += ["", f"The data cannot be trained on: {report.untrainable}."]
+    if not report.as_published:
+        lines += ["", "The counts differ from the published ones: another version of the data set, or a part of it."]
     return "\n".join(lines)
 
 
@@ -189,3 +222,39 @@ def _repeated_captions(samples: Iterable[Sample]) -> dict[str, list[Person]]:
         caption = " ".join(sample.caption.lower().split())
         people.setdefault(caption, {})[sample.person] = None
     return {caption: list(found) for caption, found in people.items() if len(found) > 1}
+
+
+def _without_image(samples: Sequence[Sample]) -> list[Person]:
+    """The identities without an image in `gallery`, where an image has one identity. Their queries have no match."""
+    identities: dict[int, int] = {}
+    for sample in samples:
+        identities.setdefault(sample.image_id, sample.person_id)
+    found = set(identities.values())
+    return list(dict.fromkeys(sample.person for sample in samples if sample.person_id not in found))
+
+
+def _untrainable(splits: dict[str, list[Sample]]) -> str | None:
+    missing = [split for split in ("train", "test") if not splits.get(split)]
+    if missing:
+        return f"training needs the split {' and '.join(missing)}"
+    return "training needs at least 2 pairs of image and caption" if len(splits["train"]) < 2 else None
+
+
+def _similar(texts: Iterable[str], key: Callable[[str], str]) -> list[list[str]]:
+    groups: dict[str, list[str]] = {}
+    for text in sorted(texts):
+        groups.setdefault(key(text), []).append(text)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _plain_name(name: str) -> str:
+    visible = (character for character in name if unicodedata.category(character) != "Cf")
+    return "".join(_folded("".join(visible)).split()).lstrip("0")
+
+
+def _plain_path(path: str) -> str:
+    return _folded(os.path.normpath(path))
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold()

@@ -6,16 +6,18 @@ or a number, the same for all images of a person) and, for training, split (trai
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short
 
-from upperson.data.annotations import Annotation, Entry, as_entry, load_text
+from upperson.data.annotations import Annotation, Entry, as_entry, json_of, listed, load_text
 from upperson.errors import DataError
 
 NAMES = ("captions.csv", "captions.jsonl")
 COLUMNS = ("image", "caption", "identity")
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}  # of other programs' CSV
+MISSING = ("nan", "NaN", "NAN", "<NA>", "NaT", "None", "null", "NULL", "N/A", "#N/A")  # as pandas and others write it
+EXACT = 2**53  # from this size on, different whole numbers may be the same float64
 
 
 def read_folder(title: str, root: Path) -> tuple[str, list[Annotation]]:
@@ -35,7 +37,7 @@ def read_folder(title: str, root: Path) -> tuple[str, list[Annotation]]:
             Annotation(
                 split=entry.split() if with_split else "test",
                 image=file.parent / entry.path("image"),
-                captions=[entry.caption("caption")],
+                captions=[_caption(entry)],
                 identity=ids.setdefault(name, len(ids)),
                 name=name,
             )
@@ -44,7 +46,7 @@ def read_folder(title: str, root: Path) -> tuple[str, list[Annotation]]:
 
 
 def _find(title: str, root: Path) -> Path:
-    if root.is_file():
+    if root.exists() and not root.is_dir():
         if root.suffix not in (".csv", ".jsonl"):
             raise DataError(f"{title}: expected a file whose name ends in .csv or .jsonl, found {root}")
         return root
@@ -82,10 +84,12 @@ def _csv_lines(file: Path) -> Iterator[Entry]:
 
 def _checked_header(row: list[str], where: str) -> list[str]:
     header = [name.strip() for name in row]
-    found = ", ".join(map(repr, header)) or "none"
+    found = listed(header)
     for name in COLUMNS:
         if name not in header:
-            raise DataError(f"{where}: expected a column {name!r} in the header, found the columns {found}")
+            other = next((words for mark, words in SEPARATORS.items() if mark in "".join(header)), None)
+            advice = f"; the columns seem to be separated by {other}, and commas are expected" if other else ""
+            raise DataError(f"{where}: expected a column {name!r} in the header, found the columns {found}{advice}")
     if len(set(header)) < len(header):
         raise DataError(f"{where}: expected different names in the header, found the columns {found}")
     return header
@@ -95,18 +99,28 @@ def _json_lines(file: Path) -> Iterator[Entry]:
     for number, line in enumerate(load_text(file).split("\n"), start=1):
         where = f"{file}, line {number}"
         if line.strip():
-            yield as_entry(_json_of(line, where), where)
+            yield as_entry(json_of(line, where), where)
 
 
-def _json_of(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: invalid or truncated JSON at column {error.colno}: {error.msg}") from error
+def _caption(entry: Entry) -> str:
+    caption = entry.caption("caption")
+    if caption.strip() in MISSING:
+        raise entry.error("caption", f"expected text, found {caption!r}, which stands for a missing value")
+    return caption
 
 
 def _identity(entry: Entry) -> str:
-    identity = str(entry.get("identity", str, int, float)).strip()
-    if not identity:
+    """The name. 7 and 7.0 are one name: programs write whole numbers as 7.0 where a value of the column is missing."""
+    identity = entry.get("identity", str, int, float)
+    if isinstance(identity, float) and identity.is_integer():
+        if abs(identity) >= EXACT:
+            raise entry.error("identity", f"expected a name or an exact number, found the rounded number {identity}")
+        identity = int(identity)
+    name = str(identity).strip()
+    if not name:
         raise entry.error("identity", "expected a name or a number, found an empty string")
-    return identity
+    if name in MISSING:
+        raise entry.error("identity", f"expected a name or a number, found {name!r}, which stands for a missing value")
+    if "\0" in name:
+        raise entry.error("identity", f"expected a name or a number, found a NUL character in {short(name)}")
+    return name

@@ -24,7 +24,7 @@ def read_pedestrian(title: str, root: Path, *, annotation: str, path_key: str) -
             split=entry.split(),
             image=images / entry.path(path_key),
             captions=entry.captions("captions"),
-            identity=entry.get("id", int),
+            identity=entry.person_id("id"),
         )
         for entry in entries(load_json(file), str(file))
     ]

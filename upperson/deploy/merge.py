@@ -84,12 +84,12 @@ def merged_state(model: AdaptedCLIP) -> dict[str, Tensor]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 1 after an error of one line. Wrong arguments exit with 2, as in argparse."""
+    return exit_status(lambda: _merge(argv))
+
+
+def _merge(argv: Sequence[str] | None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
-    return exit_status(lambda: _merge(parser, options))
-
-
-def _merge(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     outputs = [path for path in (options.output, options.rest) if path is not None]
     checkpoint = load_checkpoint(options.checkpoint)
     changes = {} if options.pretrained is None else {"pretrained": options.pretrained}

@@ -27,7 +27,7 @@ class EmbeddedWeightsError(RuntimeError):
 
 def build_embedded_clip() -> open_clip.CLIP:
     """The small CLIP with random weights in float32. The token embedding is always the same."""
-    clip: Any = open_clip.CLIP(**json.loads(CLIP_CONFIG.read_text()))
+    clip: Any = open_clip.CLIP(**json.loads(CLIP_CONFIG.read_text(encoding="utf-8")))
     with torch.no_grad():
         clip.token_embedding.weight.copy_(untrained_embedding(*clip.token_embedding.weight.shape))
     return clip

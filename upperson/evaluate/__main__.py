@@ -17,12 +17,12 @@ from upperson.errors import exit_status
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 1 after an error of one line. Wrong arguments exit with 2, as in argparse."""
+    return exit_status(lambda: _evaluate(argv))
+
+
+def _evaluate(argv: Sequence[str] | None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
-    return exit_status(lambda: _evaluate(parser, options))
-
-
-def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from upperson.evaluate.evaluation import evaluate_checkpoint  # a late import: --help does not need torch
     from upperson.model.checkpoint import load_checkpoint
 

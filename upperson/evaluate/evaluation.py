@@ -76,7 +76,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, config: Config, split: str, outp
     shown = both_directions(results)
     write_atomically(output / TEXT_TO_IMAGE, _lines(text_to_image, captions, images))
     write_atomically(output / IMAGE_TO_TEXT, _lines(image_to_text, images, captions))
-    write_atomically(output / TABLE, shown.encode())
+    write_atomically(output / TABLE, shown)
     results.write(output / RESULTS)
     print(f"{shown}\nin {output}: {', '.join((TABLE, RESULTS, TEXT_TO_IMAGE, IMAGE_TO_TEXT))}", flush=True)
     return results
@@ -105,7 +105,7 @@ def _images(samples: Sequence[Sample]) -> list[dict[str, Any]]:
     ]
 
 
-def _lines(retrieval: Retrieval, queries: list[dict[str, Any]], entries: list[dict[str, Any]]) -> bytes:
+def _lines(retrieval: Retrieval, queries: list[dict[str, Any]], entries: list[dict[str, Any]]) -> str:
     """JSON lines, one for each query: its metrics, and its first gallery entries, best first."""
     columns = (
         retrieval.first_match, retrieval.average_precision, retrieval.inverse_negative_penalty, retrieval.top,
@@ -124,4 +124,4 @@ def _lines(retrieval: Retrieval, queries: list[dict[str, Any]], entries: list[di
             "inverse_negative_penalty": penalty, "top": found,
         }  # fmt: skip
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return "".join(lines).encode()
+    return "".join(lines)

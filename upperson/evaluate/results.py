@@ -11,7 +11,7 @@ from typing import Any
 
 from upperson.config import SELECTIONS
 from upperson.errors import RunError
-from upperson.files import write_atomically
+from upperson.files import parse_json, read_text, write_atomically
 
 RESULTS, TABLE = "results.json", "results.md"
 METRICS = ("R@1", "R@5", "R@10", "mAP", "mINP")
@@ -92,14 +92,14 @@ class Results:
 
     def write(self, path: Path) -> None:
         """Writes the results as JSON. Raises OSError."""
-        write_atomically(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        write_atomically(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Results:
         """Reads results. Raises RunError with the path for a file that `write` did not write."""
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, AttributeError) as error:
+            return cls.from_dict(parse_json(read_text(path)))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise RunError(
                 f"{path}: expected results of this version ({error}); delete the file and run the command again"
             ) from error

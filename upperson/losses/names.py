@@ -4,6 +4,7 @@ import re
 
 PAIR_LOSSES = ("sdm", "itc", "cmpm")
 LOSSES = (*PAIR_LOSSES, "id", "mlm")
+MOST_WEIGHT = 1e6
 NOT_MASKED = -100  # label of a token that is not predicted; PyTorch's cross entropy ignores this label
 
 
@@ -20,6 +21,8 @@ def parse_losses(text: str) -> dict[str, float]:
         if found[2] in weights:
             raise ValueError(f"{text!r} is not allowed; it contains {found[2]} twice")
         weights[found[2]] = float(found[1] or 1)
-        if weights[found[2]] == 0:
-            raise ValueError(f"{text!r} is not allowed; the weight of {found[2]} must be above 0")
+        if not 0 < weights[found[2]] <= MOST_WEIGHT:
+            raise ValueError(
+                f"{text!r} is not allowed; the weight of {found[2]} must be above 0 and at most {MOST_WEIGHT:g}"
+            )
     return weights

@@ -22,19 +22,23 @@ class CSKT(Method):
 
     prompts: bool = option(True, "prompts in both towers, each also projected into the other tower")
     prompt_length: int = option(
-        4, "number n of a layer's own prompts; with those of the other tower, a layer has 2 n", at_least=1
+        4, "number n of a layer's own prompts; with those of the other tower, a layer has 2 n", at_least=1, at_most=1000
     )
     depth_prompt: int | None = option(
-        None, "number of first layers with prompts; none: all layers of the shallower tower", at_least=1
+        None, "number of first layers with prompts; none: all layers of the shallower tower", at_least=1, at_most=1000
     )
     prompt_positions: bool = option(
         True, "text prompts take 2 n positions of the caption; its words move behind them and are truncated at the "
         "end; otherwise words keep their positions, and prompts have none"
     )  # fmt: skip
     adapters: bool = option(True, "an adapter with its own LayerNorm beside each MLP")
-    adapter_reduction: int = option(8, "tower width / adapter width", at_least=1)
-    adapter_scale_image: float = option(0.1, "constant factor of the adapters in the image tower")
-    adapter_scale_text: float = option(4.0, "constant factor of the adapters in the text tower")
+    adapter_reduction: int = option(8, "tower width / adapter width", at_least=1, at_most=100_000)
+    adapter_scale_image: float = option(
+        0.1, "constant factor of the adapters in the image tower", at_least=-1e6, at_most=1e6
+    )
+    adapter_scale_text: float = option(
+        4.0, "constant factor of the adapters in the text tower", at_least=-1e6, at_most=1e6
+    )
 
     @property
     def title(self) -> str:

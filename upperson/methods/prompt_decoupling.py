@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from upperson.fields import option
+from upperson.fields import MOST_EPOCHS, MOST_RATE, option
 from upperson.losses.names import parse_losses
 from upperson.methods.method import Method, Place, Stage, require_room
 
@@ -32,17 +32,19 @@ class PromptDecoupling(Method):
         "both", "both stages in turn; or only the prompts; or only the encoders, with --start-from a checkpoint of the "
         "prompts"
     )  # fmt: skip
-    prompt_length: int = option(4, "number of prompts in a layer of each tower", at_least=1)
-    depth_prompt: int | None = option(None, "number of first layers with prompts; none: all layers", at_least=1)
+    prompt_length: int = option(4, "number of prompts in a layer of each tower", at_least=1, at_most=1000)
+    depth_prompt: int | None = option(
+        None, "number of first layers with prompts; none: all layers", at_least=1, at_most=1000
+    )
     prompt_positions: bool = option(
         True, "text prompts take positions of the caption; its words move behind them and are truncated at the end; "
         "otherwise words keep their positions, and prompts have none"
     )  # fmt: skip
-    encoder_epochs: int = option(60, "epochs of stage two", at_least=1)
+    encoder_epochs: int = option(60, "epochs of stage two", at_least=1, at_most=MOST_EPOCHS)
     encoder_warmup_epochs: int = option(
         5, "epochs of linear warm-up in stage two; must be below encoder_epochs", at_least=0
     )
-    encoder_learning_rate: float = option(1e-5, "learning rate of stage two", above=0)
+    encoder_learning_rate: float = option(1e-5, "learning rate of stage two", above=0, at_most=MOST_RATE)
     encoder_losses: str = option("sdm", "losses of stage two, as in --losses")
 
     def __post_init__(self) -> None:

@@ -40,21 +40,27 @@ class UPPerson(Method):
         "prefix in the attention: with a learnable λ (S-Prefix), without λ (prefix tuning), or none",
         added=True,
     )
-    prefix_length: int = option(10, "number P of prefix tokens in a block of each tower", at_least=1)
-    prefix_scale: float = option(10.0, "initial value of the learnable λ of the salable prefix")
+    prefix_length: int = option(10, "number P of prefix tokens in a block of each tower", at_least=1, at_most=1000)
+    prefix_scale: float = option(
+        10.0, "initial value of the learnable λ of the salable prefix", at_least=-1e6, at_most=1e6
+    )
     scale_target: Literal["weights", "logits"] = option(
         "weights", "target of λ: the prefix's attention weights (the paper's Eq. 15) or its logits"
     )
     lora: Literal["lora", "dora", "wora", "none"] = option(
         "lora", "low-rank update of the key and value projections: LoRA, DoRA, WoRA, or none", added=True
     )
-    lora_rank: int = option(32, "rank of the low-rank update", at_least=1)
+    lora_rank: int = option(32, "rank of the low-rank update", at_least=1, at_most=4096)
     adapter_attn: AdapterKind = option("l-parallel", f"adapter at the attention: {PLACES}", added=True)
     adapter_mlp: AdapterKind = option("l-parallel", "adapter at the MLP, of the same kinds", added=True)
-    adapter_reduction: int = option(8, "tower width / adapter width", at_least=1)
-    depth_prefix: int | None = option(None, "number of first blocks with a prefix; none: all blocks", at_least=0)
-    depth_lora: int | None = option(None, "number of first blocks with LoRA; none: all blocks", at_least=0)
-    depth_adapter: int = option(0, "number of first blocks without adapters", at_least=0)
+    adapter_reduction: int = option(8, "tower width / adapter width", at_least=1, at_most=100_000)
+    depth_prefix: int | None = option(
+        None, "number of first blocks with a prefix; none: all blocks", at_least=0, at_most=1000
+    )
+    depth_lora: int | None = option(
+        None, "number of first blocks with LoRA; none: all blocks", at_least=0, at_most=1000
+    )
+    depth_adapter: int = option(0, "number of first blocks without adapters", at_least=0, at_most=1000)
 
     @property
     def title(self) -> str:

@@ -12,7 +12,7 @@ Each run is cached and shared by all tables; an interrupted run is resumed.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -56,14 +56,15 @@ ALL = (*PAPER, "methods")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 1 after an error of one line. Wrong arguments exit with 2, as in argparse."""
-    options = parse(argv)
-    return exit_status(lambda: make_tables(options), stopped="stopped; the same command resumes the runs")
+    return exit_status(lambda: make_tables(parse(argv)), stopped="stopped; the same command resumes the runs")
 
 
 def make_tables(options: argparse.Namespace) -> int:
     setting = options.setting
     dataset = options.dataset or next(iter(setting.people))
     runs = Runs(options.output / "runs", {"device": options.device, "workers": options.workers}, options.jobs)
+    if not options.list:
+        options.output.mkdir(parents=True, exist_ok=True)  # fails before any work
     seeds = range(1, options.seeds + 1)
     requested = [name for table in options.tables for name in (ALL if table == "all" else (table,))]
     numbers = tuple(dict.fromkeys(requested))
@@ -136,9 +137,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="list the runs without training, and exit")
     options = parser.parse_args(argv)
-    for name in ("seeds", "jobs"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: expected at least 1, found {getattr(options, name)}")
+    for name, most in (("seeds", 1000), ("jobs", 256)):
+        if not 1 <= getattr(options, name) <= most:
+            parser.error(f"--{name}: expected 1 to {most}, found {getattr(options, name)}")
     varied = [name for name, method in METHODS.items() if method.sweeps(synthetic=not options.data_root)]
     if "sweeps" in options.tables and options.method not in varied:
         parser.error(
@@ -235,9 +236,12 @@ def write(
             f"{how_measured(table.rows[0].config, options.device)}\n\n{costs_markdown(others)}"
         )
     print(f"\n{text}", flush=True)
-    files = {f"{name}.md": text.encode(), f"{name}.csv": comma_separated(number, rows, directions, seeds).encode()}
+    files: dict[str, bytes | str] = {
+        f"{name}.md": text,
+        f"{name}.csv": comma_separated(number, rows, directions, seeds),
+    }
     if costs:
-        files[f"{name}-costs.csv"] = costs_csv(costs).encode()
+        files[f"{name}-costs.csv"] = costs_csv(costs)
     points = [(*row.point, measured) for row, measured in zip(table.rows, rows, strict=True) if row.point]
     if points:
         files[f"{name}.png"] = sweep_plot(points, title)
@@ -273,7 +277,7 @@ def write_costs(base: Config, options: argparse.Namespace) -> None:
     ])  # fmt: skip
     print(f"\n{text}", flush=True)
     name = f"IV-{base.data.dataset}"
-    save(options.output, {f"{name}.md": text.encode(), f"{name}.csv": costs_csv(costs).encode()})
+    save(options.output, {f"{name}.md": text, f"{name}.csv": costs_csv(costs)})
 
 
 def described(config: Config) -> str:
@@ -285,7 +289,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def save(folder: Path, files: dict[str, bytes]) -> None:
+def save(folder: Path, files: Mapping[str, bytes | str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, content)

@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -105,13 +105,13 @@ class Runs:
         config = config.replace(**self.settings, run_dir=folder, resume=(folder / CONFIG).exists())
         try:
             with ExitStack() as stack:
-                log = stack.enter_context(open(folder.with_suffix(".log"), "a", encoding="utf-8"))
+                log = stack.enter_context(open_log(folder))
                 stack.enter_context(redirect_stdout(log))
                 if self.jobs > 1:
                     stack.enter_context(redirect_stderr(log))  # several progress bars overwrite each other
                 fit(config)
         except Diverged as error:
-            write_atomically(folder / DIVERGED, json.dumps({"error": str(error)}).encode())
+            write_atomically(folder / DIVERGED, json.dumps({"error": str(error)}))
         return time.monotonic() - begun
 
     def results(self, row: Row, config: Config, both_directions: bool) -> Results | None:
@@ -125,7 +125,7 @@ class Runs:
         tested = (row.tested_on or config).data
         output = folder / f"on-{tested.dataset}-{digest(self.identity(tested))}"
         if not (output / RESULTS).exists():
-            with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log, redirect_stdout(log):
+            with open_log(folder) as log, redirect_stdout(log):
                 evaluate_checkpoint(
                     load_checkpoint(folder / BEST),
                     dataclasses.replace(config, data=tested).replace(**self.settings),
@@ -134,6 +134,10 @@ class Runs:
                 )
         found = Results.read(output / RESULTS)
         return results.replace(text_to_image=found.text_to_image, image_to_text=found.image_to_text)
+
+
+def open_log(folder: Path) -> IO[str]:
+    return open(folder.with_suffix(".log"), "a", encoding="utf-8", errors="backslashreplace")
 
 
 def begin_process(threads: int) -> None:

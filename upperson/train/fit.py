@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,14 +28,16 @@ from upperson.model.checkpoint import parameters_to_start_from, save_checkpoint
 from upperson.train.interruption import Interruption
 from upperson.train.log import METRICS_FILE, history_of
 from upperson.train.loop import SHOWN_QUERIES, Job, Training, conclude
-from upperson.train.resume import load_state
+from upperson.train.resume import RESUME, changes_of_data, load_state
 from upperson.train.run_folder import (
     BEST,
     CONFIG,
     CURVE,
     TOP_TEN,
     claim_folder,
+    locked,
     refuse_used,
+    remove_leftovers,
     require_same_run,
     require_same_stage,
     write_configuration,
@@ -57,24 +60,27 @@ def fit(config: Config) -> Run:
     writes. All processes need access to the run folder.
 
     Raises DataError, BackboneError, MethodError, CheckpointError or RunError for errors that the user can correct,
-    OSError for a file that cannot be written, and RunInterrupted after Ctrl-C. A run interrupted in any way, also by
-    SIGKILL, is resumed with `resume=True`; its results are those of an uninterrupted run.
+    OSError for a file that cannot be written, and RunInterrupted after Ctrl-C, SIGTERM or SIGHUP. A run interrupted in
+    any way, also by SIGKILL, is resumed with `resume=True`; its results are those of an uninterrupted run.
     """
     config = config.settled()
     group = Group.from_environment()
     device, precision = device_and_precision(config.train.device, config.train.precision, group)
     require_settings(config, group, device)
-    with contact(lambda: "before anything was saved; see the message of that process"), process_group(group, device):
+    where = "before anything was saved; see the message of that process"
+    with contact(lambda: where), process_group(group, device), ExitStack() as lock:
         stages, resume = config.stages(), config.train.resume
         require_folders(config, stages, group)
+        if resume and group.is_main:
+            occupy(config, stages, lock)
         splits = read_splits(config.data)
         # An invalid model raises an error before images are read and a folder is created.
         first = None if resume else build_first(stages, device)
         cache = read_images(config, list(itertools.chain.from_iterable(splits.values())), group)
-        run_dir = config.train.run_dir if resume else group.broadcast(claim_folder(config) if group.is_main else None)
+        run_dir = config.train.run_dir
+        if not resume:
+            run_dir = group.broadcast(occupy(config, stages, lock) if group.is_main else None)
         assert run_dir is not None  # ensured by require_folders
-        if group.is_main and not resume:
-            write_configuration(run_dir, config)
         job = Job(run_dir, group, device, precision, splits, cache, Interruption(group))
 
         finished: list[Results] = []
@@ -82,16 +88,21 @@ def fit(config: Config) -> Run:
             folder = run_dir / stage.name
             title = f"stage {number} of {len(stages)}: {stage.title}" if len(stages) > 1 else f"{run_dir}"
             begun, done = group.broadcast([(folder / name).exists() for name in (CONFIG, RESULTS)])
+            if resume:
+                require_same_data(folder, job)
             if done:
                 results = Results.read(folder / RESULTS)
                 group.print(f"{title}, is finished; test {short(results.text_to_image)}")
             else:
                 if job.interruption.agreed:
-                    raise RunInterrupted(f"stopped before {title}; resume with --resume {run_dir}")
+                    raise RunInterrupted(
+                        f"stopped before {title}; resume with --resume {run_dir}", job.interruption.agreed
+                    )
                 if len(stages) > 1:
                     group.print(f"\n{title}")
                     start_from = run_dir / stages[number - 2][0].name / BEST if number > 1 else config.train.start_from
-                    own = own.replace(start_from=start_from, run_dir=folder, resume=begun)
+                    own = own.replace(start_from=start_from, resume=begun)
+                own = own.replace(run_dir=folder)
                 model = first if number == 1 and first is not None else build_model(own).to(device)
                 results = train(own, model, job, folder)
             finished.append(results.replace(stage=stage.name, title=stage.title) if stage.name else results)
@@ -120,7 +131,7 @@ def train(config: Config, model: AdaptedCLIP, job: Job, folder: Path) -> Results
     if not config.model.method.trains:
         return evaluate_zero_shot(config, model, job, folder)
     training = Training(config, model, job, folder)
-    with contact(training.position), enough_memory(training.memory):
+    with contact(training.position), enough_memory(training.memory), closing(training.log):
         with job.interruption:
             if saved is None:
                 training.begin(start)
@@ -158,10 +169,39 @@ def require_folders(config: Config, stages: Sequence[tuple[Stage, Config]], grou
         if run_dir is None:
             raise RunError("run_dir: expected the folder of the run to resume, found none")
         require_same_run(config, run_dir)
-        for stage, own in stages:
-            require_same_stage(own, run_dir / stage.name)
+        for number, (stage, own) in enumerate(stages):
+            if stage.name:
+                require_same_stage(own, run_dir / stage.name, first=number == 0)
     elif run_dir is not None and group.is_main:
         refuse_used([run_dir, *(run_dir / stage.name for stage, _ in stages)])
+
+
+def occupy(config: Config, stages: Sequence[tuple[Stage, Config]], lock: ExitStack) -> Path:
+    """Locks the run folder as long as `lock` is open; a new run also creates it and writes its configuration there.
+
+    Raises RunError for a folder that another process uses, or, for a new run, has used since `require_folders`.
+    """
+    run_dir = claim_folder(config)
+    lock.enter_context(locked(run_dir))
+    folders = list(dict.fromkeys([run_dir, *(run_dir / stage.name for stage, _ in stages)]))
+    for folder in folders:
+        remove_leftovers(folder)
+    if not config.train.resume:
+        refuse_used(folders)
+        write_configuration(run_dir, config.replace(run_dir=run_dir))
+    return run_dir
+
+
+def require_same_data(folder: Path, job: Job) -> None:
+    """Raises RunError if the data is not that of the state in `folder`; prints a warning if this is unknown."""
+    path = folder / RESUME
+    changes = job.group.broadcast(changes_of_data(folder, job.fingerprint) if job.group.is_main else [])
+    if changes is None:
+        job.group.print(f"warning: {path} is of an earlier version; whether the data has changed could not be checked")
+    elif changes:
+        raise RunError(
+            f"{path}: the run was saved with other data: {'; '.join(changes)}; restore the data, or start another run"
+        )
 
 
 def build_model(config: Config) -> AdaptedCLIP:
@@ -288,7 +328,7 @@ def write_combined(job: Job, stages: Sequence[Stage], results: Results) -> None:
         | stage.text_to_image
         for number, stage in enumerate(results.stages, 1)
     ]
-    write_atomically(run_dir / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    write_atomically(run_dir / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
     for name in (BEST, TOP_TEN):
         write_atomically(run_dir / name, (run_dir / stages[-1].name / name).read_bytes())
     conclude(run_dir, results)

@@ -1,9 +1,10 @@
-"""Stops a run after Ctrl-C or SIGTERM at a point from which the run can be resumed, the same in all processes."""
+"""Stops a run after Ctrl-C, SIGTERM or SIGHUP where the run can be resumed, at the same point in all processes."""
 
 import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -13,9 +14,14 @@ from upperson.machine import SINGLE_PROCESS, Group
 
 Batch = TypeVar("Batch")
 
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number is not None)
+
 
 class Interruption:
-    """A context in which the first Ctrl-C or SIGTERM requests a stop at the end of a step; a second one acts as usual.
+    """A context in which the first signal of SIGNALS requests a stop at the end of a step; a second one acts as usual.
+
+    Under nohup, SIGHUP remains without effect.
 
     A signal may reach the processes of `group` at different steps, or only one of them. The processes stop when all of
     them know the request; see `any_requested`.
@@ -23,14 +29,18 @@ class Interruption:
 
     def __init__(self, group: Group = SINGLE_PROCESS) -> None:
         self.group = group
-        self.requested = False  # this process received a signal
-        self.agreed = False  # all processes stop
+        self.requested = 0  # the signal that this process received
+        self.agreed = 0  # the signal after which all processes stop
         self.process = os.getpid()
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # only this thread may set handlers
-            self.previous = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.previous = {
+                number: signal.signal(number, self.request)
+                for number in SIGNALS
+                if number != HANGUP or signal.getsignal(number) is not signal.SIG_IGN
+            }
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -40,13 +50,14 @@ class Interruption:
     def request(self, number: int, _: Any) -> None:
         if os.getpid() != self.process:  # loader processes inherit the handler; the run stops them
             return
-        self.requested = True
+        self.requested = number
         signal.signal(number, self.previous[number])
         if self.group.is_main:
-            os.write(2, b"\nstopping after this step or evaluation; press Ctrl-C again to stop at once\n")
+            with suppress(OSError):  # the terminal may have been closed
+                os.write(2, b"\nstopping after this step or evaluation; press Ctrl-C again to stop at once\n")
 
     def any_requested(self, device: torch.device) -> Tensor:
-        """1 if any process received a stop request, else 0: a scalar on `device`, the same on all processes.
+        """The largest number of a signal that a process received, else 0: a scalar on `device`, the same everywhere.
 
         The caller sets `agreed` from this value when all processes are at the same point.
         """
@@ -63,4 +74,4 @@ class Interruption:
             except RuntimeError:  # Ctrl-C also reaches the loader's processes, and may end them
                 if not self.requested or self.group.world_size > 1:
                     raise
-                self.agreed = True
+                self.agreed = self.requested

@@ -1,6 +1,5 @@
 """The log of a run: metrics.jsonl with one object per line, and optionally TensorBoard."""
 
-import errno
 import io
 import json
 import math
@@ -12,17 +11,13 @@ import numpy as np
 from PIL import Image
 
 from upperson.errors import RunError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from upperson.files import parse_json
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """The log of a run. The run folder is locked while the log is open.
+    """The log of a run.
 
     `writes` is False in all processes but the first. These open and write nothing.
     """
@@ -32,7 +27,6 @@ class MetricsLog:
         self.file: IO[bytes] | None = None
         if writes:
             self.file = open(self.path, "ab")  # noqa: SIM115 (open as long as the run)
-            _lock(self.file, run_dir)
         self.tensorboard_dir = run_dir / "tensorboard" if tensorboard else None
         self.writer = None
 
@@ -97,28 +91,27 @@ class MetricsLog:
 
 
 def history_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The results of all epochs, read from the log of a run: epoch, loss and metrics. Epoch 0 has no loss."""
-    with open(run_dir / METRICS_FILE, encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    losses = {line["epoch"]: line["loss"] for line in lines if line["kind"] == "epoch"}
-    evaluations = [line for line in lines if line["kind"] == "evaluation"]
-    before = [
-        line for line in lines if line["kind"] in ("zero_shot", "start") and line["split"] == evaluations[0]["split"]
-    ]
-    return [before[-1] | {"epoch": 0}, *(line | {"loss": losses[line["epoch"]]} for line in evaluations)]
+    """The results of all epochs, read from the log of a run: epoch, loss and metrics. Epoch 0 has no loss.
 
-
-def _lock(file: IO[bytes], run_dir: Path) -> None:
-    """Locks `run_dir` for this process until `file` is closed or the process ends, even by SIGKILL.
-
-    Raises RunError if another process holds the lock.
+    Raises RunError, which names the file, for a log that MetricsLog did not write.
     """
-    if fcntl is None:
-        return
+    path = run_dir / METRICS_FILE
+    lines = [_parsed(text, f"{path}, line {number}") for number, text in enumerate(path.read_bytes().splitlines(), 1)]
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # child processes do not keep this lock, unlike flock's
-    except (BlockingIOError, PermissionError):
-        raise RunError(f"{run_dir} is in use by another training process; wait for that process, or stop it") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
-            raise
+        losses = {line["epoch"]: line["loss"] for line in lines if line["kind"] == "epoch"}
+        evaluations = [line for line in lines if line["kind"] == "evaluation"]
+        split = evaluations[0]["split"]
+        before = [line for line in lines if line["kind"] in ("zero_shot", "start") and line["split"] == split]
+        return [before[-1] | {"epoch": 0}, *(line | {"loss": losses[line["epoch"]]} for line in evaluations)]
+    except (LookupError, TypeError) as error:
+        raise RunError(f"{path} has been changed: expected the lines of a finished training ({error!r})") from error
+
+
+def _parsed(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        line = parse_json(text)
+    except ValueError as error:
+        raise RunError(f"{where}: {error}") from error
+    if not isinstance(line, dict) or "kind" not in line:
+        raise RunError(f"{where}: expected an object with the key 'kind'")
+    return line

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,8 +15,9 @@ from tqdm import tqdm
 
 from upperson.config import Config
 from upperson.data import DeviceBatches, ImageCache, Sample, batches_per_epoch, train_loader
+from upperson.data.fingerprint import Fingerprint, fingerprint
 from upperson.data.loaders import EpochBatches
-from upperson.errors import Diverged, RunInterrupted
+from upperson.errors import CheckpointError, Diverged, RunError, RunInterrupted
 from upperson.evaluate.embed import evaluate
 from upperson.evaluate.evaluation import name_of
 from upperson.evaluate.metrics import Retrieval
@@ -48,6 +50,11 @@ class Job:
     splits: dict[str, list[Sample]]
     cache: ImageCache | None
     interruption: Interruption
+
+    @functools.cached_property
+    def fingerprint(self) -> Fingerprint:
+        """The fingerprint of the data, for the saved states."""
+        return fingerprint(self.splits)
 
     def evaluation(self, config: Config) -> dict[str, Any]:
         """The options of upperson.evaluate.embed.evaluate."""
@@ -88,7 +95,8 @@ class Training:
     """
 
     def __init__(self, config: Config, model: AdaptedCLIP, job: Job, folder: Path):
-        self.config, self.model, self.job, self.folder = config, model, job, folder
+        self.config = config.replace(resume=False)  # so that a resumed run writes the same files
+        self.model, self.job, self.folder = model, job, folder
         self.group, self.interruption = job.group, job.interruption
         self.objective = build_objective(config, model, job.splits["train"], job.group).to(job.device)
         if (dtype := frozen_dtype(config.train.frozen_weights, job.device, job.precision)) is not None:
@@ -241,7 +249,7 @@ class Training:
         Raises Diverged for a loss or a gradient that is not finite.
         """
         values = measured.read()
-        self.interruption.agreed = values.pop("stop") > 0
+        self.interruption.agreed = int(values.pop("stop"))
         checked = {"loss": "loss"}
         if not self.scaler.is_enabled():  # fp16 gradients may overflow; the scaler then skips the step
             checked["gradient_norm"] = "gradient's norm"
@@ -274,7 +282,7 @@ class Training:
         progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
         self.save_state()
         self.save_checkpoints()
-        self.interruption.agreed = self.interruption.any_requested(self.job.device).item() > 0
+        self.interruption.agreed = int(self.interruption.any_requested(self.job.device).item())
         if self.interruption.agreed and progress.epoch <= epochs:
             self.stop()
 
@@ -297,7 +305,6 @@ class Training:
             write_atomically(self.folder / TOP_TEN, picture)
             write_atomically(self.folder / CURVE, curve([progress.history], self.watched, results))
             conclude(self.folder, results)
-        self.log.close()
         self.group.wait()
         return results
 
@@ -356,18 +363,19 @@ class Training:
         """The position of the run, its batch and what may help, for an allocation that failed."""
         settings, progress = self.config.train, self.progress
         return (
-            f"in epoch {progress.epoch}, after step {progress.step}, with batches of {settings.batch_size} pairs; a "
-            "smaller --batch-size or --precision bf16 may help, in evaluation an --evaluate-batch-size below "
-            f"{settings.evaluate_batch_size}; the saved files in {self.folder} are intact"
+            f"in epoch {progress.epoch}, after step {progress.step}, with batches of {settings.batch_size} pairs and "
+            f"{self.config.data.workers} loader processes; a smaller --batch-size, --workers or --precision bf16 may "
+            f"help, in evaluation an --evaluate-batch-size below {settings.evaluate_batch_size}; the saved files in "
+            f"{self.folder} are intact, resume with --resume {self.job.run_dir}"
         )
 
     def stop(self) -> None:
         self.save_state()
-        self.log.close()
         self.group.wait()
         raise RunInterrupted(
             f"stopped in epoch {self.progress.epoch} after step {self.progress.step}, the state is saved; "
-            f"resume with --resume {self.job.run_dir}"
+            f"resume with --resume {self.job.run_dir}",
+            self.interruption.agreed or signal.SIGINT,
         )
 
     def save_state(self) -> None:
@@ -387,9 +395,24 @@ class Training:
             "scaler": self.scaler.state_dict(),
             "random": random_states(),
         }
-        save_state(self.folder, state, self.config)
+        save_state(self.folder, state, self.config, self.job.fingerprint)
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Continues from a saved state. Raises CheckpointError for the state of something else."""
+        try:
+            self._load_state(state)
+        except (CheckpointError, RunError):
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            path = self.folder / RESUME
+            raise CheckpointError(
+                f"{path}: expected the state of a training of this configuration ({error!r})"
+            ) from error
+        self.group.print(f"resuming in epoch {self.progress.epoch} after step {self.progress.step}")
+        if self.progress.epoch > 1 and self.progress.batch == 0:
+            self.save_checkpoints()  # the run may have been killed between this state and the checkpoints
+
+    def _load_state(self, state: dict[str, Any]) -> None:
         self.progress = Progress(**state["progress"])
         self.log.start(self.progress.log_bytes, self.progress.step)
         copy_parameters(state["parameters"], self.state, str(self.folder / RESUME))
@@ -400,7 +423,6 @@ class Training:
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         set_random_states(state["random"])
-        self.group.print(f"resuming in epoch {self.progress.epoch} after step {self.progress.step}")
 
     def save_checkpoints(self) -> None:
         """Writes the checkpoints of the last and of the best epoch so far."""
@@ -434,7 +456,7 @@ def build_objective(
 
 def conclude(run_dir: Path, results: Results) -> None:
     """Writes and prints the table. The results file is written last, and marks the run as complete."""
-    write_atomically(run_dir / TABLE, markdown(results).encode())
+    write_atomically(run_dir / TABLE, markdown(results))
     results.write(run_dir / RESULTS)
     written = [name for name in SHOWN if (run_dir / name).exists()]
     print(f"\n{text(results)}\n\nin {run_dir}: {', '.join(written)}", flush=True)

@@ -1,4 +1,8 @@
-"""The saved state of a run, from which the run is resumed, in one file."""
+"""The saved state of a run, from which the run is resumed, in one file.
+
+The file also holds the configuration and the fingerprint of the data with which the run was started. A run is resumed
+with the same ones only.
+"""
 
 import json
 import random
@@ -10,16 +14,20 @@ import torch
 from torch import Tensor
 
 from upperson.config import Config
-from upperson.model.tensor_files import RESUME_STATE, plain, read_tensors, write_tensors
+from upperson.data.fingerprint import Fingerprint, data_differences
+from upperson.errors import CheckpointError, RunError
+from upperson.files import parse_json
+from upperson.model.tensor_files import RESUME_STATE, plain, read_metadata, read_tensors, write_tensors
 
 RESUME = "resume.safetensors"
 
 
-def save_state(run_dir: Path, state: dict[str, Any], config: Config) -> None:
+def save_state(run_dir: Path, state: dict[str, Any], config: Config, data: Fingerprint) -> None:
     """Writes a state of nested dicts, lists, tuples, tensors, numbers, strings, bools and None."""
     tensors: dict[str, Tensor] = {}
-    structure = json.dumps(_take_apart(state, tensors))
-    write_tensors(run_dir / RESUME, RESUME_STATE, tensors, config, {"structure": structure})
+    structure = json.dumps(_take_apart(state, tensors), allow_nan=False)
+    metadata = {"structure": structure, "data": json.dumps(data)}
+    write_tensors(run_dir / RESUME, RESUME_STATE, tensors, config, metadata)
 
 
 def load_state(run_dir: Path) -> dict[str, Any] | None:
@@ -27,7 +35,37 @@ def load_state(run_dir: Path) -> dict[str, Any] | None:
     if not (run_dir / RESUME).exists():
         return None
     tensors, _, metadata = read_tensors(run_dir / RESUME, RESUME_STATE)
-    return _put_together(json.loads(metadata["structure"]), tensors)
+    try:
+        return _put_together(parse_json(metadata["structure"]), tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{run_dir / RESUME}: the structure of the state is damaged ({error})") from error
+
+
+def require_same_configuration(run_dir: Path, config: Config) -> None:
+    """Raises RunError if the saved state, where there is one, is of a configuration with other results."""
+    if (run_dir / RESUME).exists():
+        saved, _ = read_metadata(run_dir / RESUME, RESUME_STATE)
+        if differences := config.differences(saved):
+            raise RunError(
+                f"{run_dir / RESUME}: the run was saved with another configuration: {'; '.join(differences)} as before"
+            )
+
+
+def changes_of_data(run_dir: Path, data: Fingerprint) -> list[str] | None:
+    """What has changed in the data since the state was saved, in words; None for a state without a fingerprint.
+
+    The states of version 1 have none. Raises CheckpointError.
+    """
+    path = run_dir / RESUME
+    if not path.exists():
+        return []
+    _, metadata = read_metadata(path, RESUME_STATE)
+    if metadata["version"] == "1":
+        return None
+    try:
+        return data_differences(dict(parse_json(metadata["data"]).items()), data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: the fingerprint of the data is damaged ({error})") from error
 
 
 def random_states() -> dict[str, Any]:

@@ -1,16 +1,26 @@
-"""The folder of a run: its files, its creation, and its checks."""
+"""The folder of a run: its files, its creation, its lock, and its checks."""
 
-from collections.abc import Iterable
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from upperson.config import Config
 from upperson.config.files import CONFIG, read_configuration
 from upperson.errors import CheckpointError, RunError
 from upperson.evaluate.results import RESULTS, TABLE
-from upperson.files import write_atomically
+from upperson.files import temporary_of, write_atomically
 from upperson.train.log import METRICS_FILE
-from upperson.train.resume import RESUME
+from upperson.train.resume import RESUME, require_same_configuration
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"
 BEST, LAST = "best.safetensors", "last.safetensors"
 CURVE, TOP_TEN = "curve.png", "top10.png"
 SHOWN = (TABLE, CURVE, TOP_TEN, BEST, METRICS_FILE)  # the files that a finished run lists
@@ -18,11 +28,10 @@ FILES = (CONFIG, METRICS_FILE, RESUME, BEST, LAST, RESULTS, TABLE, CURVE, TOP_TE
 
 
 def claim_folder(config: Config) -> Path:
-    """Creates the run folder: run_dir, or the next free runs/DATASET-NUMBER. Raises RunError for a used folder."""
+    """Creates the run folder if necessary: run_dir, or the next free runs/DATASET-NUMBER."""
     named = config.train.run_dir
     if named is not None:
         named.mkdir(parents=True, exist_ok=True)
-        refuse_used([named])
         return named
     Path("runs").mkdir(exist_ok=True)
     number = 1
@@ -33,6 +42,46 @@ def claim_folder(config: Config) -> Path:
             return run_dir
         except FileExistsError:
             number += 1
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keeps other processes out of `run_dir` until the context or this process ends, even by SIGKILL.
+
+    Raises RunError if another process holds the lock.
+    """
+    path = run_dir / LOCK
+    with open(path, "ab") as file:
+        _lock(file, run_dir)
+        # The process that held the lock may have removed the file since it was opened here.
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise RunError(f"{run_dir} was in use by another training process until now; start again")
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows removes no open file
+                path.unlink()
+
+
+def _lock(file: IO[bytes], run_dir: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # child processes do not keep this lock, unlike flock's
+    except (BlockingIOError, PermissionError):
+        raise RunError(
+            f"{run_dir} is in use by another training process; wait for that process, stop it, or choose another "
+            "--run-dir"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+            raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the unfinished files of a killed run. Only the process that holds the lock may call this function."""
+    for name in FILES:
+        temporary_of(folder / name).unlink(missing_ok=True)
 
 
 def refuse_used(folders: Iterable[Path]) -> None:
@@ -48,7 +97,7 @@ def refuse_used(folders: Iterable[Path]) -> None:
 
 def write_configuration(run_dir: Path, config: Config) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / CONFIG, config.to_json().encode())
+    write_atomically(run_dir / CONFIG, config.to_json())
 
 
 def require_same_run(config: Config, run_dir: Path) -> None:
@@ -58,15 +107,17 @@ def require_same_run(config: Config, run_dir: Path) -> None:
     differences = config.differences(_saved(run_dir))
     if differences:
         raise RunError(f"{run_dir}: the run was started with another configuration: {'; '.join(differences)} as before")
+    require_same_configuration(run_dir, config)
 
 
-def require_same_stage(config: Config, folder: Path) -> None:
+def require_same_stage(config: Config, folder: Path, first: bool) -> None:
     """Raises RunError if the folder of a stage contains a run of another configuration.
 
-    The path of the starting checkpoint is not compared, since the run folder may have been moved.
+    The starting checkpoint of a later stage is not compared, since the run folder may have been moved.
     """
     if (folder / CONFIG).is_file():
-        require_same_run(config.replace(start_from=_saved(folder).train.start_from), folder)
+        saved = _saved(folder)
+        require_same_run(config if first else config.replace(start_from=saved.train.start_from), folder)
 
 
 def _saved(run_dir: Path) -> Config:
