@@ -285,7 +285,7 @@ def test_full_fine_tuning_keeps_all_weights_in_the_checkpoint(tmp_path, config):
         ({"results": "{}"}, "the configuration in the file does not fit"),
         ({"config": None}, "expected an object in the metadata 'results'"),
         ({"config": None, "results": "[]"}, "expected an object in the metadata 'results', found a list"),
-        ({"config": None, "results": '{"R@1": NaN}'}, "the metadata 'results': NaN is not a number that JSON allows"),
+        ({"config": None, "results": '{"R@1": NaN}'}, "the metadata 'results': field 'R@1': NaN is not"),
         ({"config": None, "results": "["}, "the metadata 'results': invalid or truncated JSON"),
         ({"config": None, "results": "[" * 100_000}, "the metadata 'results': the JSON is nested too deeply"),
     ],

@@ -1,6 +1,7 @@
 """A user's model configuration: what open_clip can build is built, and all else is refused in one line."""
 
 import json
+import os
 
 import open_clip
 import pytest
@@ -34,9 +35,9 @@ def changed(place, value):
         (b"[" * 100_000, "the JSON is nested too deeply"),
         (b"[]", "the file is []; expected an object"),
         (b"null", "the file is None; expected an object"),
-        (b'{"embed_dim": NaN}', "NaN is not a number"),
+        (b'{"embed_dim": NaN}', "field 'embed_dim': NaN is not a number"),
         (b'{"embed_dim": 1, "embed_dim": 2}', "the key 'embed_dim' stands twice"),
-        (b'{"embed_dim": ' + b"9" * 5000 + b"}", "a number of 5000 digits"),
+        (b'{"embed_dim": ' + b"9" * 5000 + b"}", "field 'embed_dim': a number of 5000 digits"),
         (b'{"embed_dim": 16, "vision_cfg": {}}', "missing field text_cfg"),
     ],
 )
@@ -107,8 +108,11 @@ def test_sizes_that_do_not_go_together(tmp_path, place, value, message):
 
 def test_a_folder_and_a_missing_file(tmp_path):
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(BackboneError, match="folder.json cannot be read: Is a directory"):
+    with pytest.raises(BackboneError, match="folder.json cannot be read: expected a regular file, found a folder"):
         random_clip(str(tmp_path / "folder.json"))
+    os.mkfifo(tmp_path / "fifo.json")
+    with pytest.raises(BackboneError, match="fifo.json cannot be read: expected a regular file, found a FIFO"):
+        random_clip(str(tmp_path / "fifo.json"))
     with pytest.raises(BackboneError, match="missing.json does not exist"):
         random_clip(str(tmp_path / "missing.json"))
 

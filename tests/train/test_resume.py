@@ -281,3 +281,15 @@ def test_leftovers_of_a_killed_run_are_removed(run_dir):
     (run_dir / ".mine.tmp").write_bytes(b"a user's own file")
     resumed(run_dir)
     assert [path.name for path in run_dir.glob(".*")] == [".mine.tmp"]
+
+
+def test_other_weights_of_the_same_shapes_are_named(tmp_path, monkeypatch):
+    """A file of weights that was replaced in its place: nothing else tells."""
+    config = tiny_training(tmp_path, embedded_identities=(5, 2, 2), batch_size=5, run_dir=tmp_path / "run")
+    fail_at(monkeypatch, 3, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config)
+    monkeypatch.undo()
+    monkeypatch.setattr("upperson.model.adapted_clip.fingerprint", lambda state: "other weights")
+    with pytest.raises(RunError, match="resume.safetensors: the run was saved with a backbone of other weights"):
+        resumed(config.train.run_dir)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from upperson.config import ModelConfig
 from upperson.embedded.weights import CLIP_CONFIG, EmbeddedWeightsError, load_embedded_clip
 from upperson.errors import BackboneError
-from upperson.files import parse_json
+from upperson.files import parse_json, read_text
 from upperson.model.download import load_published
 from upperson.model.weights import ACCEPTED, mismatch, not_finite, read_weights
 
@@ -118,7 +118,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
     out of range.
     """
     try:
-        description = parse_json(path.read_bytes())
+        description = parse_json(read_text(path))
         check_fields("", description, MODEL_FIELDS)
         check_fields("vision_cfg.", description["vision_cfg"], VISION_FIELDS)
         check_fields("text_cfg.", description["text_cfg"], TEXT_FIELDS)

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from upperson.data import Preprocess
-from upperson.files import parse_json
+from upperson.files import parse_json, read_text
 from upperson.model.archive import is_archive, read_archive
 
 PREPROCESSING = "upperson preprocessing"  # key in the metadata of a file of weights
@@ -162,7 +162,7 @@ def activation_of(path: Path, openai: bool) -> tuple[bool | None, str]:
     config = path.with_name(HUB_CONFIG)
     if config.is_file():
         try:
-            model = parse_json(config.read_bytes())["model_cfg"]
+            model = parse_json(read_text(config))["model_cfg"]
             return model.get("quick_gelu", False) is True, f"{HUB_CONFIG} beside the file"
         except (ValueError, TypeError, KeyError, AttributeError):
             return None, ""

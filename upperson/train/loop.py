@@ -394,6 +394,7 @@ class Training:
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random_states(),
+            "backbone": self.model.fingerprint,
         }
         save_state(self.folder, state, self.config, self.job.fingerprint)
 
@@ -413,6 +414,12 @@ class Training:
             self.save_checkpoints()  # the run may have been killed between this state and the checkpoints
 
     def _load_state(self, state: dict[str, Any]) -> None:
+        backbone = state.get("backbone", self.model.fingerprint)  # states of version 1 have none
+        if backbone != self.model.fingerprint and not self.config.model.method.trains_clip:
+            raise RunError(
+                f"{self.folder / RESUME}: the run was saved with a backbone of other weights, whose shapes agree; "
+                f"expected the weights that --pretrained {self.config.model.pretrained} had"
+            )
         self.progress = Progress(**state["progress"])
         self.log.start(self.progress.log_bytes, self.progress.step)
         copy_parameters(state["parameters"], self.state, str(self.folder / RESUME))
