@@ -343,7 +343,7 @@ ADAPTER_SHAPES = [
     ((193,), 96, 12),
     ((3,), 768, 96),
     ((2,), 1024, 128),
-    ((2100,), 16, 2),
+    ((1100,), 16, 2),
 ]
 
 
@@ -508,7 +508,8 @@ WANTED_OF_OWN_NORM = [*WANTED, (8,), (9,), (0, 3, 4, 5, 6, 8, 9)]
     [
         *(slow_case(wanted, False) for wanted in WANTED[:-2]),
         *((wanted, False) for wanted in WANTED[-2:]),
-        *((wanted, True) for wanted in WANTED_OF_OWN_NORM),
+        *(slow_case(wanted, True) for wanted in WANTED_OF_OWN_NORM[:-2]),
+        *((wanted, True) for wanted in WANTED_OF_OWN_NORM[-2:]),
     ],
 )
 def test_adapter_computes_only_gradients_asked_for(wanted, own_norm):

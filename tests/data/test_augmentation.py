@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from operators import slow_case
 from PIL import Image
 from tiny import write_image
 from torchvision.transforms import v2
@@ -93,7 +94,9 @@ class TestDrawing:
     def test_flips_half(self):
         assert 450 <= drawn((192, 64), range(1000))[:, 0].sum() <= 550  # 3.2 standard deviations
 
-    @pytest.mark.parametrize(("size", "border"), [((384, 128), 10), ((192, 64), 5), ((48, 16), 1), ((12, 8), 0)])
+    @pytest.mark.parametrize(
+        ("size", "border"), [slow_case((384, 128), 10), slow_case((192, 64), 5), ((48, 16), 1), ((12, 8), 0)]
+    )
     def test_crops_reach_every_border(self, size, border):
         for column in drawn(size, range(400))[:, 1:3].unbind(1):
             assert column.unique().tolist() == list(range(-border, border + 1))

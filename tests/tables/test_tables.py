@@ -471,6 +471,7 @@ def test_peak_memory():
     assert 190 < of_block < 260 and of_nothing < 20
 
 
+@pytest.mark.slow
 def test_costs_from_the_command(run, setting, output, monkeypatch, capsys):
     monkeypatch.setattr(measurement, "SYNTHETIC_BATCH", 4)
     monkeypatch.setattr(measurement, "measure_apart", measure_parts)

@@ -240,12 +240,15 @@ def test_a_lock_is_of_one_process_and_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, slow_case(signal.SIGTERM)])
 def test_a_signal_saves_and_is_named(run_dir, monkeypatch, number):
-    before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        fail_at(patch, 1, lambda value: os.kill(os.getpid(), number) or value)
-        with pytest.raises(RunInterrupted, match="after step 4, the state is saved") as raised:
-            resumed(run_dir)
-    assert raised.value.signal == number and signal.getsignal(number) is before
+    before = signal.signal(number, signal.SIG_DFL)  # the tests themselves may run under nohup
+    try:
+        with monkeypatch.context() as patch:
+            fail_at(patch, 1, lambda value: os.kill(os.getpid(), number) or value)
+            with pytest.raises(RunInterrupted, match="after step 4, the state is saved") as raised:
+                resumed(run_dir)
+        assert raised.value.signal == number and signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert load_state(run_dir)["progress"]["step"] == 4
 
 

@@ -39,7 +39,7 @@ from upperson.evaluate.results import Results
 from upperson.model import AdaptedCLIP, load_model
 from upperson.model.checkpoint import load_checkpoint
 from upperson.model.tensor_files import RESUME_STATE, VERSIONS
-from upperson.train.fit import fit
+from upperson.train.fit import build_model, fit
 from upperson.train.loop import Training
 from upperson.train.optimizer import build_optimizer, build_schedule
 from upperson.train.resume import load_state, random_states, save_state, set_random_states
@@ -176,7 +176,7 @@ def test_compiled_blocks_take_the_same_step(config):
 def test_the_scale_of_fp16_gradients_is_resumed(config):
     """The scale, and the number of steps since it last changed."""
     job = replace(training_of(config, AdaptedCLIP(config.model), read_splits(config.data)).job, precision="fp16")
-    first, second = (Training(config, AdaptedCLIP(config.model), job, config.train.run_dir) for _ in range(2))
+    first, second = (Training(config, build_model(config), job, config.train.run_dir) for _ in range(2))
     first.log.start(after=0)
     first.scaler.scale(torch.ones(()))  # it makes its tensors at the first use
     first.scaler.update(new_scale=64.0)
