@@ -11,7 +11,7 @@ from tiny import flags_of, tiny_training
 
 import upperson
 from upperson.__main__ import COMMANDS, main
-from upperson.errors import RunError, RunInterrupted, exit_status
+from upperson.errors import CheckpointError, DataError, RunError, RunInterrupted, exit_status
 from upperson.evaluate.__main__ import main as evaluate
 from upperson.train.__main__ import main as train
 
@@ -37,7 +37,24 @@ def test_every_command_has_help(name, capsys):
 
 def test_an_unknown_command(capsys):
     assert main(["search", "x"]) == 2
-    assert capsys.readouterr().err.startswith("upperson: unknown command 'search'; expected one of train, evaluate")
+    assert capsys.readouterr().err.startswith(
+        "upperson: error: unknown command 'search'; expected one of train, evaluate"
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_argument_with_a_line_feed_gives_one_line(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, *(["V"] if command == "tables" else ["x"] * 2), "a\nb"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and last.startswith(f"upperson {command}: error: ") and r"a\nb" in last
+
+
+def test_an_error_is_one_line_whatever_it_quotes():
+    for kind in (RunError, DataError, CheckpointError):
+        assert str(kind("a\nb\x1b[0m\u2028é")) == r"a\nb\x1b[0m\u2028é"
+        assert 1500 < len(str(kind("x" * 10**6))) <= 2000
+    assert str(pickle.loads(pickle.dumps(RunError("a\nb")))) == r"a\nb"
 
 
 def test_names_of_the_package():

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from reprlib import repr as short
 
 COMMANDS = {
     "train": ("upperson.train.__main__", "train, select and test a method; the same as python train.py"),
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if first in ("-h", "--help"):
         print(usage())
         return 0
-    print(f"upperson: unknown command {first!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+    print(f"upperson: error: unknown command {short(first)}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
     return 2
 
 

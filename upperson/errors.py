@@ -1,5 +1,6 @@
 """All errors that a user can correct. Each message names the file, field or shape, and the expected value."""
 
+import argparse
 import io
 import os
 import re
@@ -7,37 +8,54 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NoReturn
+
+LONGEST = 2000  # characters of a message; names in a damaged file may have millions
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-class DataError(ValueError):
+def one_line(text: str) -> str:
+    """A message on one line: control characters are escaped, and the middle of a very long text is left out."""
+    text = CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 400]} … {text[-300:]}"
+
+
+class OneLine(Exception):
+    """An error whose message is one line, whatever the names and values that it quotes from a file."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+class DataError(OneLine, ValueError):
     """A data set, an annotation or an image that cannot be used."""
 
     def __str__(self) -> str:
         """The message, without the traceback of a loader process that PyTorch puts in front of it."""
-        return super().__str__().rpartition(f"{__name__}.DataError: ")[2].strip()
+        return one_line(ValueError.__str__(self).rpartition(f"{__name__}.DataError: ")[2].strip())
 
 
-class BackboneError(ValueError):
+class BackboneError(OneLine, ValueError):
     """A backbone that cannot be built, loaded or adapted."""
 
 
-class MethodError(ValueError):
+class MethodError(OneLine, ValueError):
     """Options of a method that are incompatible with the backbone or with each other."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(OneLine, ValueError):
     """A file that is not the expected checkpoint."""
 
 
-class RetrievalError(ValueError):
+class RetrievalError(OneLine, ValueError):
     """Features or person ids that leave the metrics undefined."""
 
 
-class MergeError(ValueError):
+class MergeError(OneLine, ValueError):
     """An adaptation that cannot be merged into weights, or a merged model whose features differ."""
 
 
-class RunError(RuntimeError):
+class RunError(OneLine, RuntimeError):
     """A run that cannot start or continue."""
 
 
@@ -108,6 +126,13 @@ def missing_resource(error: BaseException) -> tuple[str, str, str] | None:
     return None
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser of a command line whose error is one line after the usage, whatever the arguments that it quotes."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
+
+
 def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:
     """Runs a command and returns its exit status. A user error is printed as one line, and the status is 1.
 
@@ -125,7 +150,7 @@ def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:
     try:
         return command()
     except USER_ERRORS as error:
-        _print(f"{prefix} {error}")
+        _print(f"{prefix} {one_line(str(error))}")
         return 1
     except (MemoryError, RuntimeError) as error:
         missing = missing_resource(error)

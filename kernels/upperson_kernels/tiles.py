@@ -11,6 +11,8 @@ import functools
 import json
 import os
 from pathlib import Path
+from reprlib import repr as short
+from typing import Any
 
 Tiles = dict[str, int]
 
@@ -26,6 +28,7 @@ FIELDS = {
     "adapter_few_rows": ("BLOCK_T", "BLOCK_C", "num_warps", "num_stages"),
     "adapter_parameters": ("BLOCK_T", "BLOCK_C", "num_warps", "num_stages"),
 }
+LIMITS = {"width": 65_536, "element_size": 16, "capability": 1_000}  # of the fields that say where an entry applies
 loaded: dict[tuple[str, int, int, int], Tiles] = {}  # by kernel, width, element size, capability
 
 
@@ -130,37 +133,64 @@ def load(path: str | Path) -> None:
     Raises TilesError for a file that is not there or not of that kind, naming it and what was expected.
     """
     try:
-        content = json.loads(Path(path).read_text())
-        entries = list(content["tiles"])
+        if Path(path).exists() and not Path(path).is_file():
+            raise TilesError(f"{path}: expected a regular file")  # a FIFO would be waited for
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_repeated_keys)
+    except TilesError:
+        raise
     except OSError as error:
         raise TilesError(f"{path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise TilesError(f"{path}: expected the JSON that bench/tune.py writes, with a list 'tiles'") from error
+    except (ValueError, RecursionError) as error:  # also of text that is not UTF-8, and of numbers of 5,000 digits
+        raise TilesError(
+            f"{path}: expected the JSON that bench/tune.py writes, with a list 'tiles' ({error})"
+        ) from error
+    entries = content.get("tiles") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise TilesError(f"{path}: expected the JSON that bench/tune.py writes, with a list 'tiles'")
     found = {}
     for position, entry in enumerate(entries):
-        where = f"{path}: tiles[{position}]"
-        if not isinstance(entry, dict) or entry.get("kernel") not in FIELDS:
-            raise TilesError(f"{where}: 'kernel' must be one of {', '.join(FIELDS)}")
-        fields = FIELDS[entry["kernel"]]
-        if unknown := set(entry) - {"kernel", "width", "element_size", "capability", "maxnreg", *fields}:
-            raise TilesError(f"{where}: unknown fields: {', '.join(map(repr, sorted(unknown)))}")
-        for name in ("width", "element_size", "capability", *fields):
-            if not isinstance(entry.get(name), int) or entry[name] < 1:
-                raise TilesError(f"{where}: {name!r} must be a positive integer, not {entry.get(name)!r}")
-        for name in fields:
-            least = 16 if name.startswith("BLOCK") else 1
-            if name == "num_stages" and entry[name] > 8:
-                raise TilesError(f"{where}: 'num_stages' must be at most 8, not {entry[name]}")
-            if name != "num_stages" and (not least <= entry[name] <= 128 or entry[name] & (entry[name] - 1)):
-                raise TilesError(f"{where}: {name!r} must be a power of two from {least} to 128, not {entry[name]}")
-        if entry["kernel"] == "attention_backward" and entry["BLOCK_M"] < 32:
-            raise TilesError(f"{where}: 'BLOCK_M' must be at least 32 here, as half of it is a tile too")
-        maxnreg = entry.get("maxnreg")
-        if maxnreg is not None and not (isinstance(maxnreg, int) and 24 <= maxnreg <= 255):
-            raise TilesError(f"{where}: 'maxnreg' must be a number of registers from 24 to 255, not {maxnreg!r}")
-        key = (entry["kernel"], entry["width"], entry["element_size"], entry["capability"])
-        found[key] = {name: entry[name] for name in (*fields, "maxnreg") if entry.get(name) is not None}
+        key, chosen = _checked(entry, f"{path}: tiles[{position}]")
+        if key in found:
+            raise TilesError(f"{path}: tiles[{position}]: an entry before it is for the same kernel, width, …")
+        found[key] = chosen
     loaded.update(found)
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a field stands twice in one entry")
+    return content
+
+
+def _checked(entry: Any, where: str) -> tuple[tuple[str, int, int, int], Tiles]:
+    """The key and the tiles of an entry. Raises TilesError, which begins with `where`."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("kernel"), str) or entry["kernel"] not in FIELDS:
+        raise TilesError(f"{where}: 'kernel' must be one of {', '.join(FIELDS)}")
+    kernel = entry["kernel"]
+    fields = FIELDS[kernel]
+    if unknown := set(entry) - {"kernel", *LIMITS, "maxnreg", *fields}:
+        raise TilesError(f"{where}: unknown fields: {', '.join(map(short, sorted(unknown)))}")
+    for name in (*LIMITS, *fields):
+        if type(entry.get(name)) is not int or entry[name] < 1:  # True is an int too
+            raise TilesError(f"{where}: {name!r} must be a positive integer, not {short(entry.get(name))}")
+    for name, most in LIMITS.items():
+        if entry[name] > most:
+            raise TilesError(f"{where}: {name!r} must be at most {most}, not {short(entry[name])}")
+    for name in fields:
+        least = 16 if name.startswith("BLOCK") else 1
+        number = short(entry[name])
+        if name == "num_stages" and entry[name] > 8:
+            raise TilesError(f"{where}: 'num_stages' must be at most 8, not {number}")
+        if name != "num_stages" and (not least <= entry[name] <= 128 or entry[name] & (entry[name] - 1)):
+            raise TilesError(f"{where}: {name!r} must be a power of two from {least} to 128, not {number}")
+    if kernel == "attention_backward" and entry["BLOCK_M"] < 32:
+        raise TilesError(f"{where}: 'BLOCK_M' must be at least 32 here, as half of it is a tile too")
+    maxnreg = entry.get("maxnreg")
+    if maxnreg is not None and not (type(maxnreg) is int and 24 <= maxnreg <= 255):
+        raise TilesError(f"{where}: 'maxnreg' must be a number of registers from 24 to 255, not {short(maxnreg)}")
+    key = (kernel, entry["width"], entry["element_size"], entry["capability"])
+    return key, {name: entry[name] for name in (*fields, "maxnreg") if entry.get(name) is not None}
 
 
 @functools.cache

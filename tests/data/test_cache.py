@@ -179,6 +179,20 @@ class TestReuse:
         index.write_text(json.dumps(content))
         assert is_right(opened(images, folder), images)
 
+    @pytest.mark.parametrize("header", [b"{(\x9e", b"[" * 90, b"\0" * 90, b"{'descr': ("])
+    def test_a_damaged_header_is_made_again(self, images, folder, header):
+        """NumPy reads the header as Python."""
+        file = opened(images, folder).file
+        content = file.read_bytes()
+        file.write_bytes(content[:10] + header + content[10 + len(header) :])
+        assert is_right(opened(images, folder), images)
+
+    @pytest.mark.parametrize("stamps", [[], 7, True, None, "x", [["x", [1, 2]]]])
+    def test_an_index_of_another_type_is_made_again(self, images, folder, stamps):
+        index = opened(images, folder).file.with_suffix(".json")
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"images": stamps}))
+        assert is_right(opened(images, folder), images)
+
     def test_a_damaged_row_is_found_when_it_is_read(self, images, folder, decoded):
         """It is not copied into a new cache either."""
         cache = opened(images, folder)

@@ -299,7 +299,9 @@ def test_arguments_that_cannot_be(checkpoint, tmp_path, capsys):
     assert "device: 'tpu' is not allowed" in refused(capsys, 2, checkpoint, "--device", "tpu")
     assert "pretrained: 'embedded' belongs" in refused(capsys, 2, checkpoint, "--pretrained", "embedded")
     assert refused(capsys, 1, checkpoint, "--device", "cuda:99").startswith("error: device: cuda:99 is not available")
-    assert refused(capsys, 1, checkpoint, "--pretrained", tmp_path / "none.pt").startswith("error: pretrained ")
+    assert refused(capsys, 1, checkpoint, "--pretrained", tmp_path / "none.pt").startswith(
+        f"error: {checkpoint}: pretrained "
+    )
 
 
 def test_data_that_are_not_there(checkpoint, config, parameters, tmp_path, capsys):

@@ -13,7 +13,7 @@ from tiny import TINY_CLIP, tiny_config
 
 from upperson.config import Config
 from upperson.deploy.switching import Adaptations
-from upperson.errors import CheckpointError
+from upperson.errors import BackboneError, CheckpointError
 from upperson.files import write_atomically
 from upperson.model import AdaptedCLIP
 from upperson.model.checkpoint import load_checkpoint, load_model, parameters_to_start_from, save_checkpoint
@@ -295,3 +295,32 @@ def test_a_checkpoint_without_all_its_metadata_is_refused(path, config, metadata
     save_file({}, path, {"format": "upperson checkpoint", "version": "1", **metadata})
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ({"epoch": -1}, "field 'epoch' of the metadata 'results' is -1; expected a whole number from 0"),
+        ({"epoch": "3"}, "field 'epoch' of the metadata 'results' is '3'"),
+        ({"epoch": True}, "field 'epoch' of the metadata 'results' is True"),
+        ({"selection": "luck"}, "field 'selection' of the metadata 'results' is 'luck'; expected one of val, last"),
+        ({"selection": []}, "field 'selection' of the metadata 'results' is \\[\\]"),
+    ],
+)
+def test_results_that_no_training_has(path, config, model, results, message):
+    save_checkpoint(path, model.trained_parameters(), config, results)
+    with pytest.raises(CheckpointError, match=f"best.safetensors: the {message}"):
+        load_checkpoint(path)
+
+
+def test_a_name_with_a_line_feed_is_quoted_on_one_line(path, config, model):
+    save_checkpoint(path, model.trained_parameters() | {"a\nb" * 5000: torch.zeros(1)}, config, {})
+    with pytest.raises(CheckpointError, match=r"best.safetensors: .*1 unexpected: a\\nba\\nb") as error:
+        load_model(path)
+    assert len(str(error.value)) <= 2000 and "\n" not in str(error.value)
+
+
+def test_a_model_that_cannot_be_built_names_the_checkpoint(path, config, model):
+    save_checkpoint(path, model.trained_parameters(), config.replace(image_size=(48, 3)), {})
+    with pytest.raises(BackboneError, match="best.safetensors: image_size 48×3 is smaller than one patch"):
+        load_model(path)

@@ -146,6 +146,10 @@ def test_no_pickled_code_is_run(tiny, tmp_path, monkeypatch):
             r"1 of another shape: visual.proj \(3, 5\), expected \(32, 16\)",
         ),
         (
+            lambda state: state | {"logit_scale": torch.zeros(3, 5)},
+            r"1 of another shape: logit_scale \(3, 5\), expected \(\)",
+        ),
+        (
             lambda state: {name: tensor for name, tensor in state.items() if name != "visual.proj"},
             "1 missing: visual.proj",
         ),
@@ -156,7 +160,7 @@ def test_no_pickled_code_is_run(tiny, tmp_path, monkeypatch):
         (lambda state: {}, ""),
         (lambda state: torch.zeros(3), ""),
     ],
-    ids=["hugging-face-mixed", "hugging-face", "shape", "missing", "scalar", "empty", "tensor"],
+    ids=["hugging-face-mixed", "hugging-face", "shape", "temperature", "missing", "scalar", "empty", "tensor"],
 )
 def test_files_of_others_are_told_what_was_expected(tiny, tmp_path, change, message):
     path = tmp_path / "other.pt"

@@ -2,14 +2,18 @@
 
 import csv
 import json
+import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
 
 import pytest
+import torch
 from operators import slow_case
+from safetensors.torch import load, save_file
 from tiny import fail_at, interrupt, tiny_training, write_image
 
 from upperson.config import Config
@@ -18,11 +22,11 @@ from upperson.data.fingerprint import data_differences, fingerprint
 from upperson.data.samples import Sample
 from upperson.errors import CheckpointError, RunError, RunInterrupted
 from upperson.fields import fields_of
-from upperson.model.tensor_files import RESUME_STATE, read_tensors, write_tensors
+from upperson.model.tensor_files import RESUME_STATE, read_metadata, read_tensors, write_tensors
 from upperson.train.fit import fit
 from upperson.train.interruption import Interruption
 from upperson.train.log import history_of
-from upperson.train.resume import load_state
+from upperson.train.resume import load_state, save_state
 from upperson.train.run_folder import locked
 
 EDITS = dict(
@@ -206,6 +210,69 @@ def test_a_damaged_structure_or_fingerprint_is_named(run_dir):
         write_tensors(path, RESUME_STATE, tensors, config, metadata | {name: value})
         with pytest.raises(CheckpointError, match=f"resume.safetensors: .*{message}"):
             resumed(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("progress", "epoch"), 4, "field 'epoch' of its progress is 4"),
+        (("progress", "epoch"), "1", "field 'epoch' of its progress is '1'"),
+        (("progress", "batch"), 40, "field 'batch' of its progress is 40"),
+        (("progress", "step"), 2, "field 'step' of its progress is 2"),
+        (("progress", "loss_sum"), None, "field 'loss_sum' of its progress is None"),
+        (("progress", "best_epoch"), 1, "field 'best_epoch' of its progress is 1"),
+        (("progress", "history"), [{"epoch": 0}], "field 'history' of its progress is"),
+        (("progress", "zero_shot"), {"R@1": 101.0}, "field 'zero_shot' of its progress is"),
+        (("progress", "zero_shot_top"), [["x"]], "field 'zero_shot_top' of its progress is"),
+        (("progress", "log_bytes"), -1, "field 'log_bytes' of its progress is -1"),
+        (("progress", "colour"), 1, "unexpected keyword argument 'colour'"),
+        (
+            ("parameters", "image.0.prefix.keys"),
+            torch.tensor([math.nan]),
+            "parameters: the tensor 'image.0.prefix.keys' has 1",
+        ),
+        (("best",), {"x": torch.zeros(1)}, "best: 1 unexpected: x"),
+        (("best",), {"x": 1}, "best: the entry 'x' is not a tensor"),
+    ],
+)
+def test_a_state_that_no_training_has_is_refused(run_dir, place, value, message):
+    state = load_state(run_dir)
+    inner = state
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    config, metadata = read_metadata(run_dir / "resume.safetensors", RESUME_STATE)
+    save_state(run_dir, state, config, json.loads(metadata["data"]))
+    with pytest.raises(CheckpointError, match=f"resume.safetensors: .*{re.escape(message)}"):
+        resumed(run_dir)
+
+
+def test_a_changed_byte_of_a_state_is_noticed(run_dir):
+    """Each tensor and each entry of the metadata has a checksum."""
+    path = run_dir / "resume.safetensors"
+    right = path.read_bytes()
+    tensors, (_, metadata) = load(right), read_metadata(path, RESUME_STATE)
+    path.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="resume.safetensors: the file is damaged: its tensor [0-9]+ is not what"):
+        load_state(run_dir)
+    for changed, name in (
+        ({"0": tensors["0"] + 1}, "tensor 0"),
+        ({"0": tensors["0"].reshape(1, -1)}, "tensor 0"),
+        ({"x": tensors["0"].clone()}, "tensor x"),
+    ):
+        save_file(tensors | changed, path, metadata)
+        with pytest.raises(CheckpointError, match=f"the file is damaged: its {name} is not what was saved"):
+            load_state(run_dir)
+    for name in ("structure", "data"):
+        save_file(tensors, path, metadata | {name: metadata[name].replace("1", "2", 1)})
+        with pytest.raises(CheckpointError, match=f"the file is damaged: its metadata {name} is not what was saved"):
+            load_state(run_dir)
+    del metadata["checksums"]
+    save_file(tensors, path, metadata)
+    with pytest.raises(CheckpointError, match="the file is damaged: its checksums cannot be read"):
+        load_state(run_dir)
+    save_file(tensors, path, metadata | {"version": "2"})  # an earlier version has none
+    assert load_state(run_dir)["progress"]["step"] == 3
 
 
 LINE = b'{"kind": "evaluation", "step": 1, "epoch": 1, "split": "val", "R@1": 5.0}\n'

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from upperson.config.configuration import Config, TrainConfig
 from upperson.config.files import CONFIG, read_changes, read_configuration
 from upperson.config.presets import PRESETS, preset
+from upperson.errors import Parser
 from upperson.fields import fields_of
 from upperson.methods import METHODS
 
@@ -126,7 +127,7 @@ def _unknown(arguments: Sequence[str], method: str) -> str:
 
 
 def _parser(**settings: Any) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return Parser(
         prog="upperson train",
         usage="upperson train (or: python train.py) [--preset NAME] [--config FILE] [--FLAG VALUE ...]",
         allow_abbrev=False,

@@ -107,8 +107,11 @@ class Pixels:
         self.descriptor: int | None = None
         require_regular(file)
         with open(file, "rb") as opened:
-            np.lib.format.read_magic(opened)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(opened)
+            try:
+                np.lib.format.read_magic(opened)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(opened)
+            except Exception as error:  # a damaged header is read as Python, and raises many types
+                raise ValueError(f"{file}: expected the header of a NumPy file ({error!r})") from error
             self.start = opened.tell()
             size = os.fstat(opened.fileno()).st_size - self.start
         if shape != (len(checksums), *self.shape) or dtype != np.uint8 or size != np.prod(shape):
@@ -182,7 +185,7 @@ def _stored(folder: Path, image_size: tuple[int, int]) -> list[Stored]:
     height, width = image_size
     found = []
     for index in sorted(folder.glob(f"{height}x{width}-*.json")):
-        with suppress(OSError, EOFError, ValueError, LookupError, TypeError):
+        with suppress(OSError, EOFError, ValueError, LookupError, TypeError, AttributeError):
             content = parse_json(read_text(index))
             if content["format"] == FORMAT:
                 stamps = {path: tuple(stamp) for path, stamp in content["images"].items()}

@@ -195,7 +195,7 @@ def check_images(samples: Iterable[Sample], *, progress: bool = True) -> None:
     problems = [found for found in inspect_images(paths, progress=progress) if isinstance(found, str)]
     if problems:
         listed = first_of(problems, NAMED_IN_ERROR)
-        raise DataError("\n  ".join([f"{len(problems)} of {len(paths)} images cannot be read:", *listed]))
+        raise DataError(f"{len(problems)} of {len(paths)} images cannot be read: {'; '.join(listed)}")
 
 
 def inspect_images(images: Sequence[Path | Drawing], *, progress: bool = True) -> list[tuple[int, int] | str]:

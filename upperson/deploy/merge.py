@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from upperson.config import ModelConfig
-from upperson.errors import MergeError, exit_status
+from upperson.errors import MergeError, Parser, exit_status
 from upperson.files import write_atomically
 from upperson.methods import Place
 from upperson.model import AdaptedCLIP, load_model
@@ -106,7 +106,7 @@ def _merge(argv: Sequence[str] | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="upperson merge",
         allow_abbrev=False,
         description="Merge a checkpoint into the weights of a plain CLIP, for open_clip: LoRA, DoRA, WoRA, LN-tuning, "

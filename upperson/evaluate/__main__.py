@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from upperson.config import Config, Dataset
-from upperson.errors import exit_status
+from upperson.errors import Parser, exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def _evaluate(argv: Sequence[str] | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="upperson evaluate",
         description="Evaluate a checkpoint in both directions. Other settings are those of the checkpoint.",
         allow_abbrev=False,

@@ -16,6 +16,7 @@ from upperson.evaluate.results import RESULTS, TABLE, Results
 from upperson.evaluate.tables import both_directions
 from upperson.files import write_atomically
 from upperson.machine import device_and_precision
+from upperson.model.adapted_clip import require_backend
 from upperson.model.checkpoint import Checkpoint, build_model
 
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = "queries-text-to-image.jsonl", "queries-image-to-text.jsonl"
@@ -41,6 +42,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, config: Config, split: str, outp
     backend = config.model.backend
     if device.type != "cuda" and backend == "triton":
         backend = "auto"  # the model was trained on a GPU
+    require_backend(backend, device)
     model = build_model(checkpoint, pretrained=config.model.pretrained, backend=backend).to(device)
     path = checkpoint.path
     output = output or path.with_name(f"{path.stem}-{config.data.dataset}-{split}")

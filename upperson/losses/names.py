@@ -1,6 +1,7 @@
 """The losses by name, and a weighted sum of them as text."""
 
 import re
+from reprlib import repr as short
 
 PAIR_LOSSES = ("sdm", "itc", "cmpm")
 LOSSES = (*PAIR_LOSSES, "id", "mlm")
@@ -15,14 +16,14 @@ def parse_losses(text: str) -> dict[str, float]:
         found = re.fullmatch(r"\s*(?:(\d+\.?\d*|\.\d+)\s*\*\s*)?([a-z]+)\s*", term)
         if found is None or found[2] not in LOSSES:
             raise ValueError(
-                f"{text!r} is not allowed; expected a sum of {', '.join(LOSSES)}, each with an optional weight, such "
-                "as sdm+0.5*itc"
+                f"{short(text)} is not allowed; expected a sum of {', '.join(LOSSES)}, each with an optional weight, "
+                "such as sdm+0.5*itc"
             )
         if found[2] in weights:
-            raise ValueError(f"{text!r} is not allowed; it contains {found[2]} twice")
+            raise ValueError(f"{short(text)} is not allowed; it contains {found[2]} twice")
         weights[found[2]] = float(found[1] or 1)
         if not 0 < weights[found[2]] <= MOST_WEIGHT:
             raise ValueError(
-                f"{text!r} is not allowed; the weight of {found[2]} must be above 0 and at most {MOST_WEIGHT:g}"
+                f"{short(text)} is not allowed; the weight of {found[2]} must be above 0 and at most {MOST_WEIGHT:g}"
             )
     return weights

@@ -195,7 +195,7 @@ def load_weights(clip: Clip, model: str, path: Path, image_size: tuple[int, int]
         state, preprocessing = weights.state, weights.preprocessing
         if isinstance(clip, open_clip.CustomTextCLIP):
             state = open_clip.model.convert_to_custom_text_state_dict(state)
-        if "logit_scale" in state:  # () or (1,)
+        if "logit_scale" in state and state["logit_scale"].numel() == 1:  # () or (1,)
             state["logit_scale"] = state["logit_scale"].reshape(clip.logit_scale.shape)
     except Exception as error:  # damaged and foreign files raise many types
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]

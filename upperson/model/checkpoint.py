@@ -9,13 +9,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from upperson.config import Config, ModelConfig
-from upperson.errors import CheckpointError
+from upperson.config import SELECTIONS, Config, ModelConfig
+from upperson.errors import BackboneError, CheckpointError, MethodError
+from upperson.fields import MOST_EPOCHS
 from upperson.files import parse_json
 from upperson.model.adapted_clip import AdaptedCLIP
 from upperson.model.tensor_files import CHECKPOINT, plain, read_tensors, write_tensors
@@ -78,6 +80,17 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     if not isinstance(results, dict):
         found = "none" if results is None else f"a {type(results).__name__}"
         raise CheckpointError(f"{path}: expected an object in the metadata 'results', found {found}")
+    epoch, selection = results.get("epoch"), results.get("selection")
+    if epoch is not None and not (type(epoch) is int and 0 <= epoch <= MOST_EPOCHS):
+        raise CheckpointError(
+            f"{path}: the field 'epoch' of the metadata 'results' is {short(epoch)}; expected a whole number from 0 to "
+            f"{MOST_EPOCHS}"
+        )
+    if selection is not None and not (isinstance(selection, str) and selection in SELECTIONS):
+        raise CheckpointError(
+            f"{path}: the field 'selection' of the metadata 'results' is {short(selection)}; expected one of "
+            f"{', '.join(SELECTIONS)}"
+        )
     return Checkpoint(path, config, tensors, results, metadata.get("backbone"))
 
 
@@ -94,12 +107,16 @@ def build_model(checkpoint: Checkpoint, **changes: Any) -> AdaptedCLIP:
 
     `changes` replace fields of the configuration, such as `pretrained="…"` if the backbone's file has moved, or
     `backend="torch"`. Raises CheckpointError if the parameters do not fit the model, or if the backbone's weights are
-    not those of the training.
+    not those of the training; and BackboneError or MethodError, with the path of the checkpoint, for a model that
+    cannot be built.
     """
     config = checkpoint.config.replace(**changes)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.train.seed)  # a random backbone has the same weights as in training
-        model = AdaptedCLIP(config.model)
+        try:
+            model = AdaptedCLIP(config.model)
+        except (BackboneError, MethodError) as error:
+            raise type(error)(f"{checkpoint.path}: {error}") from error
     require_backbone(checkpoint, config.model, model.fingerprint)
     copy_parameters(checkpoint.parameters, model.adaptation(), str(checkpoint.path))
     return model

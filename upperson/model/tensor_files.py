@@ -4,24 +4,31 @@ Files are written atomically, and are therefore always complete. The same conten
 """
 
 import json
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from upperson.config import Config
 from upperson.errors import CheckpointError
-from upperson.files import write_atomically
+from upperson.files import parse_json, write_atomically
 
 CHECKPOINT = "upperson checkpoint"
 RESUME_STATE = "upperson resume state"
-VERSIONS = {CHECKPOINT: ("1",), RESUME_STATE: ("2", "1")}  # of each kind, the current version first
+CHECKSUMS = "checksums"  # in the metadata of a resume state: CRC-32 of each tensor and each other entry
+VERSIONS = {CHECKPOINT: ("1",), RESUME_STATE: ("3", "2", "1")}  # of each kind, the current version first
 
 
 def write_tensors(path: Path, kind: str, tensors: dict[str, Tensor], config: Config, metadata: dict[str, str]) -> None:
     """Writes tensors (on the CPU, contiguous) with a configuration and other metadata. Raises OSError (full disk)."""
     metadata = {"format": kind, "version": VERSIONS[kind][0], "config": config.to_json(), **metadata}
+    if kind == RESUME_STATE:  # a user may edit a checkpoint; a state is read by the project alone
+        metadata.pop(CHECKSUMS, None)
+        metadata[CHECKSUMS] = json.dumps(_checksums(tensors) | _checksums(metadata))
     content = save(tensors, metadata)
     write_atomically(path, *_with_sorted_header(content))
 
@@ -56,6 +63,8 @@ def _read(path: Path, kind: str, *, tensors: bool) -> tuple[dict[str, Tensor], C
     if metadata.get("version") not in VERSIONS[kind]:
         expected = " or ".join(VERSIONS[kind])
         raise CheckpointError(f"{path}: {kind} of version {metadata.get('version')}, expected version {expected}")
+    if kind == RESUME_STATE and metadata["version"] not in ("2", "1"):  # which had no checksums
+        _require_checksums(path, found_tensors, metadata, tensors)
     try:
         config = Config.from_json(metadata.get("config", ""))
     except ValueError as error:
@@ -63,6 +72,32 @@ def _read(path: Path, kind: str, *, tensors: bool) -> tuple[dict[str, Tensor], C
             f"{path}: the configuration in the file does not fit this version of upperson: {error}"
         ) from error
     return found_tensors, config, metadata
+
+
+def _checksums(content: Mapping[str, Tensor | str]) -> dict[str, int]:
+    """The checksum of each tensor and of each entry of the metadata, by what it is and its name."""
+    found = {}
+    for name, value in content.items():
+        if isinstance(value, str):
+            found[f"metadata {name}"] = zlib.crc32(value.encode("utf-8", "backslashreplace"))
+        else:
+            kind = f"{value.dtype} {tuple(value.shape)}".encode()
+            found[f"tensor {name}"] = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(kind))
+    return found
+
+
+def _require_checksums(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], all_tensors: bool) -> None:
+    """Raises CheckpointError, which names the entry, for a file that is not what was written."""
+    try:
+        saved = dict(parse_json(metadata[CHECKSUMS]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the file is damaged: its checksums cannot be read ({error!r})") from error
+    found = _checksums(tensors) | _checksums({name: text for name, text in metadata.items() if name != CHECKSUMS})
+    if not all_tensors:
+        saved = {name: number for name, number in saved.items() if not name.startswith("tensor ")}
+    for name in sorted(saved.keys() | found.keys()):
+        if saved.get(name) != found.get(name):
+            raise CheckpointError(f"{path}: the file is damaged: its {name} is not what was saved")
 
 
 def _with_sorted_header(content: bytes) -> tuple[bytes, memoryview]:

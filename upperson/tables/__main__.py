@@ -18,7 +18,7 @@ from pathlib import Path
 
 from upperson.config import Config
 from upperson.data import read_splits
-from upperson.errors import RunError, exit_status
+from upperson.errors import Parser, RunError, exit_status
 from upperson.evaluate.embed import evaluate
 from upperson.evaluate.pictures import shown_queries, top_ten
 from upperson.files import write_atomically
@@ -89,9 +89,7 @@ def make_tables(options: argparse.Namespace) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="upperson tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="upperson tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "tables",
         nargs="+",

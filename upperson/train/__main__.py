@@ -1,13 +1,12 @@
 """Trains a method for text-based person retrieval: UP-Person, or the method of --method."""
 
-import argparse
 import sys
 import warnings
 from collections.abc import Sequence
 
 from upperson.config import DataConfig
 from upperson.config.command_line import parse_arguments
-from upperson.errors import exit_status
+from upperson.errors import Parser, exit_status
 
 COUNTS_DIFFER = 3  # exit status of --check-data
 
@@ -18,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: Sequence[str] | None) -> int:
-    actions = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    actions = Parser(add_help=False, allow_abbrev=False)
     actions.add_argument(
         "--check-data",
         action="store_true",

@@ -29,6 +29,7 @@ from upperson.losses.objective import LossesOfModel, Objective
 from upperson.machine import SINGLE_PROCESS, Group, autocast, data_parallel, frozen_dtype
 from upperson.model import AdaptedCLIP
 from upperson.model.checkpoint import copy_parameters, save_checkpoint
+from upperson.model.weights import DTYPES, mismatch, not_finite, unusable
 from upperson.train.interruption import Interruption
 from upperson.train.log import MetricsLog
 from upperson.train.optimizer import build_optimizer, build_schedule
@@ -420,7 +421,14 @@ class Training:
                 f"{self.folder / RESUME}: the run was saved with a backbone of other weights, whose shapes agree; "
                 f"expected the weights that --pretrained {self.config.model.pretrained} had"
             )
+        for held in ("parameters", "best"):
+            if problem := unusable(state[held], DTYPES) or not_finite(state[held]):
+                raise CheckpointError(f"{self.folder / RESUME}: {held}: {problem}")
         self.progress = Progress(**state["progress"])
+        batches = batches_per_epoch(len(self.job.splits["train"]), self.config.train.batch_size)
+        self.progress.check(self.config.train.epochs, batches)
+        if problem := mismatch(state["best"], self.adaptation if self.progress.best_epoch else {}):
+            raise CheckpointError(f"{self.folder / RESUME}: best: {problem}")
         self.log.start(self.progress.log_bytes, self.progress.step)
         copy_parameters(state["parameters"], self.state, str(self.folder / RESUME))
         self.best = state["best"]
