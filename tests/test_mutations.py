@@ -405,12 +405,12 @@ COUNTS = {
     images: (30, 2000),
     annotations: (60, 5000),
     checkpoints: (15, 400),
-    weights: (8, 200),
+    weights: (5, 200),
     model_configurations: (20, 500),
     run_configurations: (30, 1000),
     tiles_of_kernels: (30, 1000),
     caches: (15, 400),
-    resume_states: (4, 100),
+    resume_states: (3, 100),
     command_lines: (15, 400),
 }
 

@@ -177,7 +177,7 @@ def test_the_scale_of_fp16_gradients_is_resumed(config):
     """The scale, and the number of steps since it last changed."""
     job = replace(training_of(config, AdaptedCLIP(config.model), read_splits(config.data)).job, precision="fp16")
     first, second = (Training(config, build_model(config), job, config.train.run_dir) for _ in range(2))
-    first.log.start(after=0)
+    first.begin({})
     first.scaler.scale(torch.ones(()))  # it makes its tensors at the first use
     first.scaler.update(new_scale=64.0)
     batches = iter(first.batches)
@@ -196,7 +196,7 @@ def test_a_state_from_another_device_continues_with_this_ones_optimizer(config):
     """On a GPU Adam is fused; what a GPU saved must not fuse it here, nor the other way round."""
     splits = read_splits(config.data)
     run = training_of(config, AdaptedCLIP(config.model), splits)
-    run.log.start(after=0)
+    run.begin({})
     run.step(next(iter(run.batches)))
     run.save_state()
     state = load_state(config.train.run_dir)
