@@ -24,6 +24,8 @@ from torch import Tensor
 from upperson_kernels import layernorm_adapter
 from upperson_kernels.adapter import reference
 
+from upperson.errors import exit_status
+
 EPS = 1e-5
 AUTOTUNING = 25  # seconds from the start; see `autotuned`
 IN_SWEEP = ("fused (this project)", "eager", "torch.compile")
@@ -189,4 +191,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

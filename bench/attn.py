@@ -25,6 +25,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from upperson_kernels import prefix_attention
 from upperson_kernels.attention import reference
 
+from upperson.errors import exit_status
+
 SCALE = 10.0  # λ at the start of training
 SCALE_POSITION, KEY_POSITION, VALUE_POSITION = 3, 1, 2  # among the inputs of a call
 FORCED = {
@@ -235,4 +237,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

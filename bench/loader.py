@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from upperson.data import ImageCache, Sample, augment, train_loader
 from upperson.data.augmentation import RandomAugmentation
+from upperson.errors import exit_status
 
 IMAGE_SIZE = (384, 128)
 BATCH = 128
@@ -153,4 +154,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

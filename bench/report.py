@@ -32,6 +32,7 @@ from harness.output import save_json, table
 from harness.parts import ROOT, Part, Record, file_name, run
 from harness.targets import operator_targets, step_targets, targets_table
 
+from upperson.errors import exit_status
 from upperson.evaluate.results import RESULTS, TABLE
 from upperson.files import write_atomically
 
@@ -265,4 +266,4 @@ def main(make_parts: Callable[[Path], list[Part]] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

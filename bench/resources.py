@@ -29,6 +29,7 @@ measured time is longer.
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,8 @@ from upperson_kernels import tiles
 from upperson_kernels.adapter import launch as adapter
 from upperson_kernels.attention import launch as attention
 from upperson_kernels.quick_gelu import launch as quick_gelu
+
+from upperson.errors import exit_status
 
 TARGETS = (80, 89, 90, 100)  # A100, RTX 40, H100 and H200, B200
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -226,7 +229,7 @@ def least_times(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     return list(found.values())
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=int, choices=TARGETS, help="one target instead of all")
     parser.add_argument("--dtype", choices=DTYPES, help="one dtype instead of both")
@@ -256,7 +259,8 @@ def main() -> None:
     print(f"\n{text}")
     if arguments.json:
         save_json(arguments.json, dict(triton=triton.__version__, rows=rows, text=text))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -39,6 +39,7 @@ from harness.output import cannot_run, save_json, table
 from harness.profiling import profile
 from harness.timing import Call, Timing, peak_memory, time_in_turns
 
+from upperson.errors import exit_status
 from upperson.files import write_atomically
 
 # Largest relative difference of the first losses: the paths round bf16 differently in every block.
@@ -295,4 +296,4 @@ def save(result: dict[str, Any], arguments: argparse.Namespace, device: torch.de
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -30,6 +30,8 @@ from upperson_kernels.attention import launch as attention
 from upperson_kernels.attention.choose import is_resident
 from upperson_kernels.backend import capability
 
+from upperson.errors import exit_status
+
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 PREFIX = 10
 CAPTION = 26  # tokens of a usual caption
@@ -190,4 +192,4 @@ def save(path: Path, entries: list[dict], device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

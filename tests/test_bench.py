@@ -1,9 +1,11 @@
 """The benchmarks: nothing wrong is timed, floors are right, reports resume and say what failed."""
 
 import importlib
+import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import types
@@ -47,6 +49,17 @@ def run_main(module, monkeypatch, *arguments) -> int:
 
 
 # ---------------------------------------------------------------------------------------- the commands
+
+
+@pytest.mark.parametrize("name", ["adapter", "attn", "loader", "report", "resources", "step", "tune"])
+def test_the_help_is_printed_whatever_the_encoding(monkeypatch, name):
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(BENCH / f"{name}.py"), run_name="__main__")
+    sys.stdout.flush()
+    assert stopped.value.code == 0 and output.getvalue().startswith(b"usage: ")
 
 
 @needs_no_gpu

@@ -288,6 +288,30 @@ def test_a_forged_archive_is_refused(tiny, tmp_path, monkeypatch, change, messag
     assert "\n" not in str(error.value) and not (tmp_path / "attacked").exists()
 
 
+@pytest.mark.parametrize("kind", ["torchscript", "pickled"])
+def test_a_small_file_does_not_unpack_to_a_large_one(tmp_path, kind):
+    class Zeros(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1 << 20))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.weight
+
+    path, packed = tmp_path / "zeros.pt", tmp_path / "packed.pt"
+    if kind == "torchscript":
+        torch.jit.script(Zeros()).save(path)
+    else:
+        torch.save(Zeros().state_dict(), path)
+    assert read_weights(path).state.keys() == {"weight"}
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert packed.stat().st_size < path.stat().st_size / 100
+    with pytest.raises(ValueError, match="its tensors of .* bytes are compressed, in a file of"):
+        read_weights(packed)
+
+
 # ------------------------------------------------------------------------------------ wrappers
 
 

@@ -76,7 +76,10 @@ class AdaptedCLIP(nn.Module):
 
     @takes_turns
     def encode_image(self, images: Tensor) -> Tensor:
-        """Embeddings (B, E), not normalised, of images (B, 3, H, W), preprocessed by `preprocess`."""
+        """Embeddings (B, E), not normalised, of images (B, 3, H, W), preprocessed by `preprocess`.
+
+        Raises ValueError for images that are not of config.image_size.
+        """
         visual = self.clip.visual
         if self.config.skip_unread and visual.attn_pool is None and visual.pool_type == "tok":
             class_token = torch.zeros(images.shape[0], dtype=torch.int64, device=images.device)
@@ -94,6 +97,11 @@ class AdaptedCLIP(nn.Module):
 
     def image_stream(self, images: Tensor, read: Tensor | None = None) -> Tensor:
         """The output of the image tower's last block: all tokens (B, N, C), or the tokens at `read` (B,), (B, C)."""
+        size = (3, *self.config.image_size)
+        # Turned images have as many patches, at wrong positions. A trace has no shapes to compare.
+        if not torch._C._is_tracing() and (images.dim() != 4 or images.shape[1:] != size):
+            expected = ", ".join(map(str, size))
+            raise ValueError(f"images: expected a tensor of shape (B, {expected}), found {tuple(images.shape)}")
         x = self.clip.visual._embeds(images)
         if not prompted(self.image_blocks):
             return run(self.ready("image"), x, None, read)

@@ -39,6 +39,22 @@ def is_archive(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in file.namelist())
 
 
+def require_whole(path: Path) -> None:
+    """Raises ValueError for an archive of PyTorch whose tensors are larger than the file.
+
+    PyTorch does not compress them. Compressed or shared by several names, a small file could fill any memory.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            unpacked = sum(entry.file_size for entry in file.infolist() if entry.filename.split("/")[1:2] == ["data"])
+        size = path.stat().st_size
+        if unpacked > size:
+            raise ValueError(
+                f"its tensors of {unpacked:,} bytes are compressed, in a file of {size:,}; expected a file as "
+                "torch.save writes it"
+            )
+
+
 def read_archive(path: Path) -> dict[str, Tensor]:
     """The parameters and buffers of a TorchScript archive by name, on the CPU. No code runs.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from upperson.data import Preprocess
 from upperson.files import parse_json, read_text
-from upperson.model.archive import is_archive, read_archive
+from upperson.model.archive import is_archive, read_archive, require_whole
 
 PREPROCESSING = "upperson preprocessing"  # key in the metadata of a file of weights
 ACCEPTED = (
@@ -55,10 +55,9 @@ def read_weights(path: Path) -> Weights:
             metadata = file.metadata() or {}
             state: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         stored = stored_settings(metadata.get(PREPROCESSING, "{}"))
-    elif is_archive(path):
-        state = read_archive(path)
     else:
-        state = load_pickled(path)
+        require_whole(path)
+        state = read_archive(path) if is_archive(path) else load_pickled(path)
     state = unwrapped(state)
     numbers = [state.pop(name, None) for name in OPENAI_NUMBERS]
     problem = unusable(state, DTYPES)
