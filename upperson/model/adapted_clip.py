@@ -99,7 +99,8 @@ class AdaptedCLIP(nn.Module):
         """The output of the image tower's last block: all tokens (B, N, C), or the tokens at `read` (B,), (B, C)."""
         size = (3, *self.config.image_size)
         # Turned images have as many patches, at wrong positions. A trace has no shapes to compare.
-        if not torch._C._is_tracing() and (images.dim() != 4 or images.shape[1:] != size):
+        tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        if not tracing and (images.dim() != 4 or images.shape[1:] != size):
             expected = ", ".join(map(str, size))
             raise ValueError(f"images: expected a tensor of shape (B, {expected}), found {tuple(images.shape)}")
         x = self.clip.visual._embeds(images)
