@@ -43,6 +43,9 @@ print("FOUND" + json.dumps(found))
 """
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
     """The events of all commands, and the folder with their working, home and temporary folders."""

@@ -314,9 +314,13 @@ def test_an_interruption_leaves_nothing(tiny, tmp_path, monkeypatch, capsys, fai
         (
             dict(lora="lora"),
             ["--pretrained", "missing.pt"],
-            "pretrained 'missing.pt' of tiny.json is neither a file nor",
+            "best.safetensors: pretrained 'missing.pt' of tiny.json is neither a file nor",
         ),
-        (dict(lora="lora"), ["--pretrained", "tiny.json"], "tiny.json does not contain weights of this model"),
+        (
+            dict(lora="lora"),
+            ["--pretrained", "tiny.json"],
+            "best.safetensors: tiny.json does not contain weights of this model",
+        ),
     ],
     ids=["remains", "nothing-remains", "missing", "no-weights"],
 )
