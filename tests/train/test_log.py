@@ -1,9 +1,11 @@
 """The log of a run, read again for the curve of a training in stages."""
 
+import os
+
 import pytest
 
 from upperson.errors import RunError
-from upperson.train.log import history_of
+from upperson.train.log import MetricsLog, history_of
 
 LINES = """{"kind": "zero_shot", "step": 0, "split": "test", "R@1": 1.0}
 {"kind": "zero_shot", "step": 0, "split": "val", "R@1": 2.0}
@@ -37,3 +39,10 @@ def test_a_damaged_log_is_refused_by_name(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(text, errors="surrogateescape")
     with pytest.raises(RunError, match="metrics.jsonl"):
         history_of(tmp_path)
+
+
+def test_a_log_that_is_a_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    for opened in (history_of, lambda folder: MetricsLog(folder, tensorboard=False)):
+        with pytest.raises(OSError, match="expected a regular file, found a FIFO"):
+            opened(tmp_path)

@@ -46,7 +46,7 @@ def read_metadata(path: Path, kind: str) -> tuple[Config, dict[str, str]]:
 
 def _read(path: Path, kind: str, *, tensors: bool) -> tuple[dict[str, Tensor], Config, dict[str, str]]:
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
+        found = "a folder" if path.is_dir() else "no regular file" if path.exists() else "no such file"
         raise CheckpointError(f"{path}: there is {found}; expected an {kind}")
     try:
         with safe_open(path, framework="pt") as file:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from upperson.errors import RunError
-from upperson.files import parse_json
+from upperson.files import parse_json, require_regular
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -26,6 +26,8 @@ class MetricsLog:
         self.path = run_dir / METRICS_FILE
         self.file: IO[bytes] | None = None
         if writes:
+            if self.path.exists():
+                require_regular(self.path)
             self.file = open(self.path, "ab")  # noqa: SIM115 (open as long as the run)
         self.tensorboard_dir = run_dir / "tensorboard" if tensorboard else None
         self.writer = None
@@ -96,6 +98,7 @@ def history_of(run_dir: Path) -> list[dict[str, Any]]:
     Raises RunError, which names the file, for a log that MetricsLog did not write.
     """
     path = run_dir / METRICS_FILE
+    require_regular(path)
     lines = [_parsed(text, f"{path}, line {number}") for number, text in enumerate(path.read_bytes().splitlines(), 1)]
     try:
         losses = {line["epoch"]: line["loss"] for line in lines if line["kind"] == "epoch"}
