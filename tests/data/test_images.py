@@ -364,6 +364,23 @@ class TestFiles:
         with pytest.raises(DataError, match=r"image cannot be read \(File name too long\)"):
             load_image(tmp_path / ("a" * 300))
 
+    @pytest.mark.parametrize(
+        ("progressive", "copies", "refused"),
+        [(False, 1, False), (True, 1, False), (True, 80, False), (True, 101, True), (False, 101, True)],
+    )
+    def test_too_many_scans_are_not_decoded(self, tmp_path, progressive, copies, refused):
+        """Each scan of a JPEG image is decoded over the whole image: a small file could take minutes."""
+        path = tmp_path / "a.jpg"
+        Image.fromarray(SCENE).save(path, progressive=progressive)
+        content = path.read_bytes()
+        start = content.rindex(b"\xff\xda")
+        path.write_bytes(content[:start] + content[start:-2] * copies + content[-2:])
+        if refused:
+            with pytest.raises(DataError, match=f"{path}: expected a JPEG image of at most 100 scans, found 1[01]"):
+                load_image(path)
+        else:
+            assert load_image(path).size == (24, 48)
+
     @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
     @pytest.mark.parametrize("size", [(8193, 8192), (12600, 12600), (2**31 - 1, 2**31 - 1)])
     def test_too_many_pixels_are_not_decoded(self, tmp_path, size, monkeypatch):

@@ -34,6 +34,8 @@ from upperson.files import require_regular
 
 NAMED_IN_ERROR = 5  # limit of broken images listed in an error
 MAX_PIXELS = 2**26  # 8192 x 8192, more than a camera of 64 megapixels; a decoded image takes 4 bytes for each pixel
+MAX_SCANS = 100  # of a JPEG image, each of which takes as long as a whole image; encoders write about ten
+START_OF_SCAN = b"\xff\xda"
 BACKGROUND = (255, 255, 255)
 
 # Pillow's other formats are rare, and its reader of EPS runs Ghostscript.
@@ -63,8 +65,8 @@ _drawn: WeakKeyDictionary[Drawing, np.ndarray] = WeakKeyDictionary()
 def load_image(image: Path | Drawing | Image.Image) -> Image.Image:
     """The decoded RGB image, upright and without transparency.
 
-    Raises DataError with the path of an image that is missing, broken, larger than MAX_PIXELS, of an unsupported format
-    or mode, or that is not a regular file.
+    Raises DataError with the path of an image that is missing, broken, larger than MAX_PIXELS, of more than MAX_SCANS,
+    of an unsupported format or mode, or that is not a regular file.
     """
     if isinstance(image, Image.Image):
         return _decoded(image, getattr(image, "filename", "") or "the image")
@@ -77,6 +79,11 @@ def load_image(image: Path | Drawing | Image.Image) -> Image.Image:
         require_regular(image)
         # Pillow maps a file that is given by its path, and then garbles a TIFF image that EXIF turns by 90 degrees.
         with open(image, "rb") as file, Image.open(file, formats=_readable_formats()) as opened:
+            if opened.format in ("JPEG", "MPO"):
+                file.seek(0)
+                scans = file.read().count(START_OF_SCAN)
+                if scans > MAX_SCANS:
+                    raise DataError(f"{image}: expected a JPEG image of at most {MAX_SCANS} scans, found {scans}")
             return _decoded(opened, image)
     except (DataError, MemoryError):
         raise
