@@ -20,16 +20,25 @@ if not torch.cuda.is_available():
 GOLDEN = Path(__file__).parent / "golden"
 
 
-# The files that take longest, in the order in which workers of pytest-xdist begin with them (--dist loadfile).
+# The files that take longest, in the order in which workers of pytest-xdist begin with them (--dist loadfile). A long
+# file that is begun last leaves the other workers without work.
 FIRST = (
     "test_compile.py",
-    "test_launches.py",
     "test_kernels.py",
     "test_step.py",
+    "test_golden_model.py",
+    "test_golden_cskt.py",
+    "test_mutations.py",
+    "test_launches.py",
     "test_training.py",
     "test_tables.py",
     "test_distributed.py",
 )
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would begin with the files of the most tests
+        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items):
