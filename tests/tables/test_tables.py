@@ -319,7 +319,7 @@ def test_every_method_in_one_table(run, setting, output, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_run_that_diverges_is_a_result(run, setting, output, capsys, monkeypatch):
-    monkeypatch.setattr(FullFineTuning, "recipe", staticmethod(lambda synthetic: {"learning_rate": 1e30}))
+    monkeypatch.setattr(FullFineTuning, "recipe", staticmethod(lambda synthetic: {"temperature": 1e-39}))
     assert run("V") == 0
     line = next(line for line in (output / "V-embedded.md").read_text().splitlines() if "full fine-tuning" in line)
     assert line.count("diverged") == 5
