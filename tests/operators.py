@@ -88,7 +88,7 @@ def assert_near_exact(name, value, expected):
     """Equal in float64 up to rounding, relative to the largest element, or to 1 where the terms of a sum cancel."""
     assert value.dtype == torch.float64 and value.shape == expected.shape
     if value.numel():
-        off = float((value - expected).abs().max() / expected.abs().max().clamp_min(1))
+        off = float((value - expected).detach().abs().max() / expected.detach().abs().max().clamp_min(1))
         assert off <= 1e-9, f"{name}: off by {off:.1e}"
 
 
