@@ -26,6 +26,13 @@ def changed(place, value):
     return json.dumps(description)
 
 
+def assert_refused(path, message):
+    with pytest.raises(BackboneError) as error:
+        random_clip(str(path))
+    assert str(error.value).startswith(f"{path} is not an open_clip model configuration: {message}")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -44,10 +51,7 @@ def changed(place, value):
 def test_broken_json(tmp_path, content, message):
     path = tmp_path / "model.json"
     path.write_bytes(content)
-    with pytest.raises(BackboneError) as error:
-        random_clip(str(path))
-    assert str(error.value).startswith(f"{path} is not an open_clip model configuration: {message}")
-    assert "\n" not in str(error.value)
+    assert_refused(path, message)
 
 
 @pytest.mark.parametrize(
@@ -77,10 +81,7 @@ def test_broken_json(tmp_path, content, message):
 def test_fields_that_do_not_fit(tmp_path, place, value, message):
     path = tmp_path / "model.json"
     path.write_text(changed(place, value))
-    with pytest.raises(BackboneError) as error:
-        random_clip(str(path))
-    assert str(error.value).startswith(f"{path} is not an open_clip model configuration: {message}")
-    assert "\n" not in str(error.value)
+    assert_refused(path, message)
 
 
 @pytest.mark.parametrize(

@@ -415,7 +415,7 @@ class Training:
             self.save_checkpoints()  # the run may have been killed between this state and the checkpoints
 
     def _load_state(self, state: dict[str, Any]) -> None:
-        backbone = state.get("backbone", self.model.fingerprint)  # states of version 1 have none
+        backbone = state.get("backbone", self.model.fingerprint)  # earlier states have none
         if backbone != self.model.fingerprint and not self.config.model.method.trains_clip:
             raise RunError(
                 f"{self.folder / RESUME}: the run was saved with a backbone of other weights, whose shapes agree; "
