@@ -32,9 +32,9 @@ from harness.output import save_json, table
 from harness.parts import ROOT, Part, Record, file_name, run
 from harness.targets import operator_targets, step_targets, targets_table
 
-from upperson.errors import exit_status
+from upperson.errors import exit_status, path_argument
 from upperson.evaluate.results import RESULTS, TABLE
-from upperson.files import write_atomically
+from upperson.files import make_folder, write_atomically
 
 COMPILED_TARGETS = (80, 89, 90, 100)  # of bench/resources.py
 OPERATORS = ("attention", "adapter")
@@ -226,10 +226,10 @@ def main(make_parts: Callable[[Path], list[Part]] | None = None) -> int:
     minutes, note = (10.0 if gpu else 5.0), "time for everything (default: 10, without a GPU 5)"
     option("--minutes", type=above_zero, default=minutes, metavar="M", help=note)
     note = "folder of the reports (default: bench/results)"
-    option("--output", type=Path, default=RESULTS_FOLDER, metavar="DIR", help=note)
+    option("--output", type=path_argument, default=RESULTS_FOLDER, metavar="DIR", help=note)
     option("--fresh", action="store_true", help="run the parts that passed before again")
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    make_folder(arguments.output, "--output")
 
     found, slug = environment(device), device_slug(device)
     work = arguments.output.resolve() / f"parts-{slug}-{identity(found)}"

@@ -39,8 +39,8 @@ from harness.output import cannot_run, save_json, table
 from harness.profiling import profile
 from harness.timing import Call, Timing, peak_memory, time_in_turns
 
-from upperson.errors import exit_status
-from upperson.files import write_atomically
+from upperson.errors import exit_status, path_argument
+from upperson.files import make_folder, write_atomically
 
 # Largest relative difference of the first losses: the paths round bf16 differently in every block.
 AGREEMENT = {"bf16": 3e-2, "fp32": 1e-4}
@@ -208,9 +208,9 @@ def parse() -> argparse.Namespace:
     option("--compiled", action=argparse.BooleanOptionalAction, default=gpu, help=note)
     option("--full-size", action="store_true", help="plain and ours of ViT-B/16 at 384×128 without a GPU too")
     option("--json", type=json_path, metavar="FILE", help="write the figures to FILE")
-    option("--output", type=Path, metavar="DIR", help="write step-DEVICE.md and .json to DIR")
+    option("--output", type=path_argument, metavar="DIR", help="write step-DEVICE.md and .json to DIR")
     note = "sum up the time of plain and ours by kind of operation, with a trace of each in DIR"
-    option("--profile", type=Path, metavar="DIR", help=note)
+    option("--profile", type=path_argument, metavar="DIR", help=note)
     option("--count", action="store_true", help="count the full size, and time nothing")
     note = "with --count: list the tensors of plain and ours at the peak and those kept for the backward pass"
     option("--activations", action="store_true", help=note)
@@ -227,8 +227,9 @@ def main() -> int:
     arguments = parse()
     if arguments.count:
         return count_full_size(arguments.batch, arguments.activations, arguments.json)
-    for folder in filter(None, (arguments.output, arguments.profile)):
-        folder.mkdir(parents=True, exist_ok=True)
+    for option in ("output", "profile"):
+        if folder := getattr(arguments, option):
+            make_folder(folder, f"--{option}")
 
     device = device_at_hand()
     gpu = device.type == "cuda"

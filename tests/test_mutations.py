@@ -25,6 +25,7 @@ from mutators import (
     mutated_safetensors,
     mutated_tensors,
     mutated_text,
+    signed,
 )
 from PIL import Image
 from safetensors.torch import save
@@ -143,10 +144,14 @@ def checkpoints(folder):
     model = stirred(build(config.model, seed=config.train.seed))
     path = folder / "mutated.safetensors"
     save_checkpoint(path, model.trained_parameters(), config, {"epoch": 1, "selection": "last"}, model.fingerprint)
-    right = path.read_bytes()
+    right, unchanged = path.read_bytes(), load_checkpoint(path)
 
-    def use():
+    def use(trusted):
         found = load_checkpoint(path)
+        if not trusted:  # the checksums tell every change
+            assert (found.config, found.results, found.fingerprint) == (config, unchanged.results, model.fingerprint)
+            assert found.parameters.keys() == unchanged.parameters.keys()
+            assert all(torch.equal(found.parameters[name], value) for name, value in unchanged.parameters.items())
         if found.config.model == config.model:  # another model is built; this one need not be, again and again
             copy_parameters(found.parameters, model.adaptation(), str(path))
         else:
@@ -156,8 +161,9 @@ def checkpoints(folder):
 
     def trial(generator):
         content, hit = mutated_safetensors(right, generator)
-        path.write_bytes(content)
-        return ends(use, folder, (CheckpointError, BackboneError, MethodError), one_line(hit))
+        trusted = generator.random() < 0.5  # with checksums as if the mutated content had been written
+        path.write_bytes(signed(content) if trusted else content)
+        return ends(lambda: use(trusted), folder, (CheckpointError, BackboneError, MethodError), one_line(hit))
 
     return trial
 

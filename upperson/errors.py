@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 LONGEST = 2000  # characters of a message; names in a damaged file may have millions
@@ -133,6 +134,13 @@ class Parser(argparse.ArgumentParser):
         super().error(one_line(message))
 
 
+def path_argument(text: str) -> Path:
+    """The type of an argument that is a path. The empty text of an unset variable would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a path, found an empty text")
+    return Path(text)
+
+
 def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:
     """Runs a command and returns its exit status. A user error is printed as one line, and the status is 1.
 
@@ -150,7 +158,7 @@ def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:
     try:
         return command()
     except USER_ERRORS as error:
-        _print(f"{prefix} {one_line(str(error))}")
+        _print(f"{prefix} {one_line(_in_words(error))}")
         return 1
     except (MemoryError, RuntimeError) as error:
         missing = missing_resource(error)
@@ -163,6 +171,14 @@ def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:
         if not several or rank == "0":
             _print(str(interruption) or stopped)
         return 128 + getattr(interruption, "signal", signal.SIGINT)
+
+
+def _in_words(error: BaseException) -> str:
+    """The message of an error. That of the system is "PATH: problem", without the number of the error."""
+    if isinstance(error, OSError) and error.strerror:
+        paths = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        return ": ".join([" -> ".join(paths), error.strerror] if paths else [error.strerror])
+    return str(error)
 
 
 def _print(text: str) -> None:

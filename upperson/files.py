@@ -17,8 +17,11 @@ MAX_DIGITS = 400  # of a number in JSON; Python's own limit of 4,300 digits is a
 TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|-?(?:NaN|Infinity|\d[\d.eE+-]*)', re.DOTALL)
 SURROGATE = re.compile("[\ud800-\udfff]")
 SURROGATE_OR_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+REGULAR, A_FOLDER, NOTHING = "a regular file", "a folder", "no such file"
+FOLDER = "expected a folder that can be written to"
 KINDS = {
-    stat.S_IFDIR: "a folder",
+    stat.S_IFREG: REGULAR,
+    stat.S_IFDIR: A_FOLDER,
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -67,14 +70,61 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def found_at(path: Path) -> str:
+    """What is at a path, in words: REGULAR, A_FOLDER, …, NOTHING, or the system's reason why this is unknown.
+
+    Unlike Path.is_file and Path.exists, this function raises no error, for example for a name that is too long.
+    """
+    try:
+        return KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "another kind of file")
+    except (FileNotFoundError, NotADirectoryError):
+        return NOTHING
+    except OSError as error:
+        return f"a path that cannot be read ({error.strerror})"
+
+
 def require_regular(path: Path) -> None:
     """Raises OSError for a path that is not a regular file. Opening a FIFO could wait forever; a device has no end."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        found = KINDS.get(stat.S_IFMT(mode), "another kind of file")
-        raise OSError(
-            errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, f"expected a regular file, found {found}", str(path)
-        )
+    os.stat(path)
+    if (found := found_at(path)) != REGULAR:
+        code = errno.EISDIR if found == A_FOLDER else errno.EINVAL
+        raise OSError(code, f"expected a regular file, found {found}", str(path))
+
+
+def make_folder(path: Path, option: str) -> None:
+    """Makes a folder with its parents, if necessary. Raises OSError, which names the option and the path.
+
+    A folder that cannot be written to is refused, so that a command does not compute results that it cannot write.
+    """
+    require_folder(path, option)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"{option}: {path} cannot be created ({error.strerror}); {FOLDER}") from error
+
+
+def require_folder(path: Path, option: str, *, writable: bool = True) -> None:
+    """Raises OSError, which names the option and the path, unless the path is a folder or can become one.
+
+    Nothing is created.
+    """
+    found = found_at(path)
+    if found not in (A_FOLDER, NOTHING):
+        raise OSError(errno.ENOTDIR, f"{option}: {path} is {found}; {FOLDER}")
+    existing = next((parent for parent in (path, *path.absolute().parents) if found_at(parent) != NOTHING), path)
+    if found_at(existing) != A_FOLDER:
+        found = f"{existing}, which is part of {path}, is {found_at(existing)}"
+        raise OSError(errno.ENOTDIR, f"{option}: {found}; {FOLDER}")
+    if writable and not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(errno.EACCES, f"{option}: {existing} cannot be written to; {FOLDER}")
+
+
+def expanded(path: Path) -> Path:
+    """The path, in which ~ and ~NAME are home folders. Raises OSError for a home folder that is unknown."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise OSError(errno.ENOENT, f"expected an absolute path ({error})", str(path)) from error
 
 
 def read_text(path: Path) -> str:

@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from upperson.files import A_FOLDER, NOTHING, REGULAR, found_at
+
 
 def at_least(least: int, reason: str = "") -> Callable[[str], int]:
     """The type of whole numbers from `least`; `reason` follows the error."""
@@ -31,8 +33,8 @@ def above_zero(text: str) -> float:
 def json_path(text: str) -> Path:
     """A file that can be written; the path may be empty."""
     path = Path(text)
-    if text and not path.parent.is_dir():
+    if text and found_at(path.parent) != A_FOLDER:
         raise argparse.ArgumentTypeError(f"folder {path.parent} does not exist; expected a file in one that does")
-    if text and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+    if text and (found_at(path) not in (REGULAR, NOTHING) or not os.access(path.parent, os.W_OK)):
         raise argparse.ArgumentTypeError(f"{path} cannot be written; expected a file in a folder that can be written")
     return path

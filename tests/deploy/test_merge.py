@@ -21,9 +21,11 @@ from upperson.config.presets import PRESETS
 from upperson.data import Preprocess
 from upperson.deploy import merge as command
 from upperson.deploy.merge import merge
-from upperson.errors import MergeError
+from upperson.errors import BackboneError, MergeError
 from upperson.model import AdaptedCLIP
+from upperson.model.backbone import build_clip
 from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
+from upperson.model.weights import read_weights, weights_as_bytes
 from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES
 
 FOLDING = (
@@ -367,6 +369,18 @@ def test_wrong_arguments(tiny, tmp_path, monkeypatch, capsys, arguments, message
 
 
 @pytest.mark.slow
+def test_a_changed_byte_of_the_merged_weights_is_noticed(tiny, tmp_path):
+    model = build(tiny.replace(lora="lora"))
+    right = weights_as_bytes(merge(model), model.preprocess, True)
+    path = tmp_path / "merged.safetensors"
+    path.write_bytes(right)
+    assert read_weights(path).quick_gelu is True
+    for place in (len(right) - 1, len(right) // 2, 9 * len(right) // 10):
+        path.write_bytes(right[:place] + bytes([right[place] ^ 1]) + right[place + 1 :])
+        with pytest.raises(BackboneError, match=r"merged.safetensors .*the file is damaged: its tensor .* is not what"):
+            build_clip(model.config.replace(pretrained=str(path)))
+
+
 def test_as_a_module(tmp_path):
     """An error without a traceback."""
     missing = subprocess.run(

@@ -238,7 +238,7 @@ def test_a_switch_is_refused_while_another_thread_computes(adaptations, monkeypa
     adaptations.use("cuhk")
     stream = AdaptedCLIP.image_stream
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         for work in (adaptations.use, lambda _: model.zero_shot().__enter__()):
             with pytest.raises(RunError, match="while another thread computes with the model, would mix features"):
                 elsewhere(work, "rstp")
@@ -246,11 +246,11 @@ def test_a_switch_is_refused_while_another_thread_computes(adaptations, monkeypa
         with model.zero_shot():  # this thread knows what it does
             pass
         elsewhere(features, alone)  # and other models are none of its business
-        return stream(*arguments)
+        return stream(*arguments, **options)
 
     alone = build(model.config)
     with monkeypatch.context() as patch:
-        patch.setattr(model, "image_stream", lambda *arguments: interrupted(model, *arguments))
+        patch.setattr(model, "image_stream", lambda *arguments, **options: interrupted(model, *arguments, **options))
         found = features(model)
     assert len(said) == 2 and torch.equal(found, features(model)) and adaptations.active == "cuhk"
     elsewhere(adaptations.use, "rstp")

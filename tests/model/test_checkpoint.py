@@ -2,13 +2,15 @@
 
 import errno
 import os
+import random
 import resource
 
 import open_clip
 import pytest
 import torch
+from mutators import signed
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from tiny import TINY_CLIP, tiny_config
 
 from upperson.config import Config
@@ -100,9 +102,9 @@ def damaged(path, kind):
         save_state(path.parent, {"a": torch.zeros(3)}, Config(), {})
         (path.parent / "resume.safetensors").rename(path)
     elif kind == "of the future":
-        path.write_bytes(content.replace(b'"version":"1"', b'"version":"9"'))
+        path.write_bytes(content.replace(b'"version":"2"', b'"version":"9"'))
     elif kind == "strange configuration":
-        path.write_bytes(content.replace(b"lora_rank", b"lore_rank"))
+        path.write_bytes(signed(content.replace(b"lora_rank", b"lore_rank")))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def damaged(path, kind):
         ("pickle", "truncated, or not a safetensors file"),
         ("safetensors of others", "expected an upperson checkpoint, found another safetensors file"),
         ("resume state", "expected an upperson checkpoint, found an upperson resume state"),
-        ("of the future", "version 9, expected version 1"),
+        ("of the future", "version 9, expected version 2"),
         ("strange configuration", "method up-person: missing keys: lora_rank; unknown keys: lore_rank"),
     ],
 )
@@ -124,6 +126,50 @@ def test_unusable_files(path, kind, message):
     with pytest.raises(CheckpointError) as error:
         load_checkpoint(path)
     assert str(path) in str(error.value) and message in str(error.value)
+
+
+def test_a_changed_byte_is_noticed_or_changes_nothing(path):
+    """Of 300 bytes, half of them in the header."""
+    content, right = path.read_bytes(), load_checkpoint(path)
+    end, generator, refused = 8 + int.from_bytes(content[:8], "little"), random.Random(0), 0
+    for number in range(300):
+        place = generator.randrange(*((0, end) if number % 2 else (end, len(content))))
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found = load_checkpoint(path)
+        except CheckpointError as error:
+            assert str(error).startswith(f"{path}: ")
+            refused += 1
+        else:
+            assert place < end and found.parameters.keys() == right.parameters.keys()
+            assert all(torch.equal(found.parameters[name], value) for name, value in right.parameters.items())
+            assert (found.config, found.results, found.fingerprint) == (right.config, right.results, right.fingerprint)
+    assert refused > 290
+
+
+@pytest.mark.parametrize("kind", ["a bit of a tensor", "a tensor is another", "a tensor is renamed", "results", "none"])
+def test_what_is_damaged_is_named(path, kind):
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name, other = sorted(tensors)[:2]
+    words = f"the file is damaged: its tensor {name} is not what was saved"
+    if kind == "a bit of a tensor":
+        tensors[name].view(-1).view(torch.uint8)[-1] ^= 1
+    elif kind == "a tensor is another":
+        tensors[name] = tensors[other].clone()
+    elif kind == "a tensor is renamed":
+        tensors[f"{name}.x"] = tensors.pop(name)
+    elif kind == "results":
+        metadata["results"] = metadata["results"].replace("3", "4")
+        words = "the file is damaged: its metadata results is not what was saved"
+    else:
+        del metadata["checksums"]
+        words = "the file is damaged: its checksums cannot be read"
+    save_file(tensors, path, metadata)
+    with pytest.raises(CheckpointError, match=words):
+        load_model(path)
 
 
 def test_resume_state_comes_back_exactly(tmp_path):
@@ -216,7 +262,7 @@ def test_parameters_of_another_dtype_or_without_meaning_are_named(path, config, 
         metadata = file.metadata()
     name = "text.blocks.1.lora.key_down"
     parameters = {key: tensor.detach() for key, tensor in model.trained_parameters().items()}
-    save_file(parameters | {name: change(parameters[name])}, path, metadata)
+    path.write_bytes(signed(save(parameters | {name: change(parameters[name])}, metadata)))
     for read in (load_model, lambda path: parameters_to_start_from(path, config, model)):
         with pytest.raises(CheckpointError) as error:
             read(path)
@@ -244,7 +290,7 @@ def test_another_backbone_of_the_same_shape_is_noticed(tmp_path, config, model):
         parameters_to_start_from(path, own, AdaptedCLIP(own.model))
     with pytest.raises(CheckpointError, match="has other weights"):
         Adaptations(AdaptedCLIP(own.model)).add("best", path)
-    save_checkpoint(path, trained.trained_parameters(), own, {})  # an earlier version wrote no fingerprint
+    save_checkpoint(path, trained.trained_parameters(), own, {})  # without a fingerprint there is nothing to compare
     load_model(path)
 
 
@@ -292,7 +338,7 @@ def test_full_fine_tuning_keeps_all_weights_in_the_checkpoint(tmp_path, config):
 )
 def test_a_checkpoint_without_all_its_metadata_is_refused(path, config, metadata, message):
     metadata = {key: config.to_json() if value is None else value for key, value in metadata.items()}
-    save_file({}, path, {"format": "upperson checkpoint", "version": "1", **metadata})
+    path.write_bytes(signed(save({}, {"format": "upperson checkpoint", "version": "2", **metadata})))
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from upperson.config.configuration import Config, TrainConfig
 from upperson.config.files import CONFIG, read_changes, read_configuration
 from upperson.config.presets import PRESETS, preset
-from upperson.errors import Parser
+from upperson.errors import Parser, path_argument
 from upperson.fields import fields_of
 from upperson.methods import METHODS
 
@@ -149,7 +149,7 @@ def _add_choosers(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--config",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="JSON or TOML file with some of the values, such as a run's config.json; flags override them",
     )
@@ -201,7 +201,7 @@ class _StoreTuple(argparse.Action):
 
 def _optional(kind: type) -> Any:
     def convert(text: str) -> Any:
-        return None if text.lower() == "none" else kind(text)
+        return None if text.lower() == "none" else path_argument(text) if kind is Path else kind(text)
 
     convert.__name__ = f"{kind.__name__} or none"
     return convert

@@ -352,7 +352,7 @@ def _from_plain(value: Any, hint: Any) -> Any:
     """Converts a JSON value to the field's type: lists become tuples, strings become paths."""
     if isinstance(value, list):
         return tuple(value)
-    if isinstance(value, str) and Path in typing.get_args(hint):
+    if isinstance(value, str) and value.strip() and Path in typing.get_args(hint):
         return Path(value)
     return value
 

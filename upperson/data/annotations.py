@@ -11,7 +11,7 @@ from reprlib import repr as short
 from typing import Any
 
 from upperson.errors import DataError
-from upperson.files import parse_json, read_text
+from upperson.files import A_FOLDER, NOTHING, found_at, parse_json, read_text
 
 SPLITS = ("train", "val", "test")
 
@@ -127,8 +127,14 @@ def find_folder(title: str, root: Path, names: Sequence[str]) -> Path:
         if any((folder / name).is_file() for name in names):
             return folder
     *others, last = [str(folder / name) for folder in candidates for name in names]
-    missing = "annotation file not found" if root.is_dir() else f"folder {root} does not exist"
-    raise DataError(f"{title}: {missing}; looked for {', '.join(others)} and {last}")
+    raise DataError(f"{title}: {missing_in(root, 'folder ')}; looked for {', '.join(others)} and {last}")
+
+
+def missing_in(root: Path, noun: str = "") -> str:
+    """What is wrong with a `root` in which no annotation file was found."""
+    if (found := found_at(root)) == A_FOLDER:
+        return "annotation file not found"
+    return f"{noun}{root} does not exist" if found == NOTHING else f"{root} is {found}; expected a folder"
 
 
 def load_json(file: Path) -> Any:

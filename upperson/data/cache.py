@@ -34,7 +34,7 @@ from tqdm import tqdm
 from upperson.data.images import load_pixels
 from upperson.embedded.drawing import Drawing
 from upperson.errors import DataError
-from upperson.files import parse_json, read_text, require_regular
+from upperson.files import expanded, make_folder, parse_json, read_text, require_folder, require_regular
 
 FORMAT = 2  # version of the index and of load_image; caches of other versions are ignored
 CHUNK = 256  # images decoded at once, which bounds the memory of unwritten images
@@ -72,7 +72,8 @@ class ImageCache:
             return cls(image_size, {}, None)
         files = {path: image for image, path in paths.items()}
         stamps = _stamps(files)
-        folder = Path(folder).expanduser()
+        folder = expanded(Path(folder))
+        require_folder(folder, "image_cache", writable=False)
         stored = _find(_stored(folder, image_size), stamps)
         if stored is None:
             with _locked(folder):
@@ -168,12 +169,9 @@ def _stamps(files: dict[str, Path]) -> dict[str, Stamp]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Locks the folder for one process, and creates it if necessary."""
+    make_folder(folder, "image_cache")
     lock = FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise OSError(error.errno, f"image_cache: {folder} is not a writable folder ({error.strerror})") from error
+    lock.acquire()
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as short
 
-from upperson.data.annotations import Annotation, Entry, as_entry, json_of, listed, load_text
+from upperson.data.annotations import Annotation, Entry, as_entry, json_of, listed, load_text, missing_in
 from upperson.errors import DataError
 
 NAMES = ("captions.csv", "captions.jsonl")
@@ -57,8 +57,7 @@ def _find(title: str, root: Path) -> Path:
         raise DataError(
             f"{title}: expected one annotation file, found both {found[0]} and {found[1]}; give the path of one"
         )
-    missing = "annotation file not found" if root.is_dir() else f"{root} does not exist"
-    raise DataError(f"{title}: {missing}; looked for {root / NAMES[0]} and {root / NAMES[1]}")
+    raise DataError(f"{title}: {missing_in(root)}; looked for {root / NAMES[0]} and {root / NAMES[1]}")
 
 
 def _csv_lines(file: Path) -> Iterator[Entry]:

@@ -13,6 +13,7 @@ from upperson.data.oddities import Counts, all_samples, counts, identities_in_tr
 from upperson.data.pedestrian import read_pedestrian
 from upperson.data.samples import Sample, names_of
 from upperson.errors import DataError
+from upperson.files import expanded
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,10 @@ def read_dataset(name: str, root: str | Path, need: Sequence[str] = ("train", "t
     if name not in DATASETS:
         raise DataError(f"unknown data set {name!r}: expected one of {', '.join(DATASETS)}")
     dataset = DATASETS[name]
-    source, annotations = dataset.read(dataset.title, Path(root).expanduser())
+    try:
+        source, annotations = dataset.read(dataset.title, expanded(Path(root)))
+    except OSError as error:  # of a path that is too long or not permitted
+        raise DataError(f"{dataset.title}: {error.filename} cannot be read ({error.strerror})") from error
     splits: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     image_ids: dict[Path, int] = {}
     for annotation in annotations:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from upperson.config import ModelConfig
-from upperson.errors import MergeError, Parser, exit_status
-from upperson.files import write_atomically
+from upperson.errors import MergeError, Parser, exit_status, path_argument
+from upperson.files import A_FOLDER, NOTHING, REGULAR, found_at, write_atomically
 from upperson.methods import Place
 from upperson.model import AdaptedCLIP, load_model
 from upperson.model.adapted_clip import parameters_of
@@ -113,11 +113,13 @@ def _parser() -> argparse.ArgumentParser:
         "full fine-tuning. Prefixes and bottleneck adapters cannot be merged. The result is compared with the "
         "checkpoint before files are written.",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .safetensors file that training wrote")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="the weights, a .safetensors file")
+    parser.add_argument(
+        "checkpoint", type=path_argument, metavar="CHECKPOINT", help="a .safetensors file that training wrote"
+    )
+    parser.add_argument("output", type=path_argument, metavar="OUTPUT", help="the weights, a .safetensors file")
     parser.add_argument(
         "--rest",
-        type=Path,
+        type=path_argument,
         metavar="REST",
         help="a second checkpoint, .safetensors, for the modules that cannot be merged; its backbone is OUTPUT",
     )
@@ -129,11 +131,15 @@ def _check_files(parser: argparse.ArgumentParser, outputs: list[Path], inputs: l
     for path in outputs:
         if path.suffix != ".safetensors":
             parser.error(f"{path}: expected a name that ends in .safetensors")
-        if path.resolve() in [other.resolve() for other in inputs]:
+        if os.path.realpath(path) in [os.path.realpath(other) for other in inputs]:
             parser.error(f"{path} is an input; expected another file to write")
-        if path.is_dir() or not path.parent.is_dir():
-            parser.error(f"{path}: expected a file in an existing folder")
-    if len({path.resolve() for path in outputs}) < len(outputs):
+        if found_at(path.parent) != A_FOLDER:
+            parser.error(f"{path}: expected a file in an existing folder; {path.parent} is {found_at(path.parent)}")
+        if (found := found_at(path)) not in (REGULAR, NOTHING):
+            parser.error(f"{path}: expected a file in an existing folder; found {found}")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            parser.error(f"{path}: expected a file in a folder that can be written to")
+    if len({os.path.realpath(path) for path in outputs}) < len(outputs):
         parser.error(f"OUTPUT and --rest are the same file, {outputs[0]}")
 
 

@@ -9,10 +9,9 @@ import argparse
 import sys
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 
 from upperson.config import Config, Dataset
-from upperson.errors import Parser, exit_status
+from upperson.errors import Parser, exit_status, path_argument
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,15 +40,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Evaluate a checkpoint in both directions. Other settings are those of the checkpoint.",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a .safetensors file that training wrote")
+    parser.add_argument(
+        "checkpoint", type=path_argument, metavar="CHECKPOINT", help="a .safetensors file that training wrote"
+    )
     parser.add_argument(
         "--data", choices=typing.get_args(Dataset), metavar="DATASET",
         help=f"data set to evaluate on (default: that of the training): {', '.join(typing.get_args(Dataset))}",
     )  # fmt: skip
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data set; not for embedded ones")
+    parser.add_argument(
+        "--data-root", type=path_argument, metavar="DIR", help="folder of the data set; not for embedded ones"
+    )
     parser.add_argument("--split", choices=("test", "val", "train"), default="test", help="the split (default: test)")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR",
+        "--output", type=path_argument, metavar="DIR",
         help="folder of the results (default: beside the checkpoint, CHECKPOINT-DATASET-SPLIT)",
     )  # fmt: skip
     parser.add_argument("--pretrained", metavar="FILE", help="the backbone's weights, if the file has moved")

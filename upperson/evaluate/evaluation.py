@@ -1,6 +1,7 @@
 """Evaluates a checkpoint on any data set, text → image and image → text, and writes one line for each query."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from upperson.evaluate.embed import embed
 from upperson.evaluate.metrics import Retrieval
 from upperson.evaluate.results import RESULTS, TABLE, Results
 from upperson.evaluate.tables import both_directions
-from upperson.files import write_atomically
+from upperson.files import expanded, make_folder, require_folder, write_atomically
 from upperson.machine import device_and_precision
 from upperson.model.adapted_clip import require_backend
 from upperson.model.checkpoint import Checkpoint, build_model
@@ -46,9 +47,10 @@ def evaluate_checkpoint(checkpoint: Checkpoint, config: Config, split: str, outp
     model = build_model(checkpoint, pretrained=config.model.pretrained, backend=backend).to(device)
     path = checkpoint.path
     output = output or path.with_name(f"{path.stem}-{config.data.dataset}-{split}")
+    require_folder(output, "output")
     if (output / CONFIG).exists():
         raise RunError(f"{output} contains a run, whose results would be overwritten; choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output, "output")
 
     embeddings = embed(
         model,
@@ -87,7 +89,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, config: Config, split: str, outp
 def name_of(data: DataConfig) -> str:
     """The name of the data set. The name of a user's own folder includes its path."""
     if data.dataset == "folder" and data.data_root is not None:
-        return f"folder {data.data_root.expanduser().resolve()}"
+        return f"folder {os.path.realpath(expanded(data.data_root))}"
     return data.dataset
 
 

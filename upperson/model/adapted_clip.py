@@ -15,9 +15,18 @@ from upperson.config import ModelConfig
 from upperson.data import Preprocess
 from upperson.errors import MethodError, RunError
 from upperson.methods import Place
-from upperson.model.backbone import Clip, build_clip, fit_image_size, pooling, require_transformers, text_tower
+from upperson.model.backbone import (
+    CLIP_VOCABULARY,
+    Clip,
+    build_clip,
+    fit_image_size,
+    pooling,
+    require_transformers,
+    text_tower,
+)
 from upperson.model.block import KINDS, Block, Sequences, Stream, rows_of
 from upperson.model.captions import CaptionPacker, PackedCaptions
+from upperson.model.inputs import check_captions, check_images
 from upperson.model.prepared import keep_frozen_weights, prepare
 from upperson.model.prompts import run_captions, run_images
 from upperson.model.turns import Turns, takes_turns
@@ -78,12 +87,13 @@ class AdaptedCLIP(nn.Module):
     def encode_image(self, images: Tensor) -> Tensor:
         """Embeddings (B, E), not normalised, of images (B, 3, H, W), preprocessed by `preprocess`.
 
-        Raises ValueError for images that are not of config.image_size.
+        Raises TypeError for another dtype than the weights', outside of autocast, and ValueError for images that are
+        not of config.image_size. NaN and infinity raise ValueError on a CPU; on a GPU, and in compiled, exported and
+        traced models, the embeddings of such images are NaN.
         """
         visual = self.clip.visual
         if self.config.skip_unread and visual.attn_pool is None and visual.pool_type == "tok":
-            class_token = torch.zeros(images.shape[0], dtype=torch.int64, device=images.device)
-            pooled = visual.ln_post(self.image_stream(images, class_token))
+            pooled = visual.ln_post(self.image_stream(images, class_token_only=True))
         else:
             pooled, _ = visual._pool(self.image_stream(images))
         return pooled if visual.proj is None else pooled @ visual.proj
@@ -95,14 +105,11 @@ class AdaptedCLIP(nn.Module):
         x = self.image_stream(images)
         return visual._pool(x)[0] @ visual.proj, visual.ln_post(x) @ visual.proj
 
-    def image_stream(self, images: Tensor, read: Tensor | None = None) -> Tensor:
-        """The output of the image tower's last block: all tokens (B, N, C), or the tokens at `read` (B,), (B, C)."""
-        size = (3, *self.config.image_size)
-        # Turned images have as many patches, at wrong positions. A trace has no shapes to compare.
-        tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        if not tracing and (images.dim() != 4 or images.shape[1:] != size):
-            expected = ", ".join(map(str, size))
-            raise ValueError(f"images: expected a tensor of shape (B, {expected}), found {tuple(images.shape)}")
+    def image_stream(self, images: Tensor, class_token_only: bool = False) -> Tensor:
+        """The output of the image tower's last block: all tokens (B, N, C), or the class tokens (B, C)."""
+        weight = getattr(self.clip.visual.conv1, "weight", None)
+        check_images(images, self.config.image_size, weight.dtype if isinstance(weight, Tensor) else None)
+        read = torch.zeros(images.shape[0], dtype=torch.int64, device=images.device) if class_token_only else None
         x = self.clip.visual._embeds(images)
         if not prompted(self.image_blocks):
             return run(self.ready("image"), x, None, read)
@@ -115,7 +122,7 @@ class AdaptedCLIP(nn.Module):
     def encode_text(self, captions: Tensor | PackedCaptions) -> Tensor:
         """Embeddings (B, E), not normalised, of token ids (B, L) int64 or of packed captions.
 
-        Token ids are first passed to `pack_captions`. Raises ValueError for captions packed for other prompts.
+        Token ids are first passed to `pack_captions`, and raise its errors.
         """
         captions = self.pack_captions(captions)
         if isinstance(captions, PackedCaptions):
@@ -151,7 +158,15 @@ class AdaptedCLIP(nn.Module):
 
         Under torch.compile, torch.export, torch.jit.trace and torch.func token ids stay padded, since neither a graph
         nor vmap can depend on their values. The padding is then also computed, which does not change the result.
+
+        Raises TypeError for another dtype than int64 or int32, ValueError for another shape, and ValueError for
+        captions packed for other prompts. On a CPU, an id outside of the vocabulary and a caption without an end token
+        raise ValueError. On a GPU, and in compiled, exported and traced models, an id outside of the vocabulary is an
+        error of PyTorch, and a caption without an end token has a meaningless embedding.
         """
+        pool_type, end_id = pooling(self.clip)
+        end = {"argmax": CLIP_VOCABULARY - 1, "eos": end_id}.get(pool_type)
+        check_captions(captions, self.context_length, CLIP_VOCABULARY, end)
         if isinstance(captions, PackedCaptions):
             if captions.first_position != self.first_position:
                 raise ValueError(

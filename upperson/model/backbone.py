@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from upperson.config import ModelConfig
 from upperson.embedded.weights import CLIP_CONFIG, EmbeddedWeightsError, load_embedded_clip
 from upperson.errors import BackboneError
-from upperson.files import parse_json, read_text
+from upperson.files import NOTHING, REGULAR, found_at, parse_json, read_text
 from upperson.model.download import load_published
 from upperson.model.weights import ACCEPTED, mismatch, not_finite, read_weights
 
@@ -56,9 +56,10 @@ def build_clip(config: ModelConfig) -> nn.Module:
     clip = random_clip(model)
     if pretrained == "none":
         return clip
-    if not Path(pretrained).is_file():
+    if (found := found_at(Path(pretrained))) != REGULAR:
         nor_tag = "" if configuration_file(model) else f" nor one of its tags ({', '.join(tags) or 'none'})"
-        raise BackboneError(f"pretrained {pretrained!r} of {model} is neither a file{nor_tag} nor 'none'")
+        there = "" if found == NOTHING else f"; there is {found}"
+        raise BackboneError(f"pretrained {pretrained!r} of {model} is neither a file{nor_tag} nor 'none'{there}")
     load_weights(clip, model, Path(pretrained), config.image_size)
     return clip
 

@@ -2,7 +2,7 @@
 
 The parameters are a few MB in float32, named as in AdaptedCLIP.adaptation. The file does not contain the frozen CLIP,
 which the configuration names, or the heads of the id and mlm losses. A fingerprint of the frozen CLIP tells a backbone
-of the same shape from that of the training.
+of the same shape from that of the training. Checksums tell a damaged file.
 """
 
 import json
@@ -34,7 +34,7 @@ class Checkpoint:
     config: Config
     parameters: dict[str, Tensor]  # float32, on the CPU
     results: dict[str, Any]  # results of the saved epoch, with the fields of upperson.evaluate.results.Results
-    fingerprint: str | None  # of the backbone, as AdaptedCLIP.fingerprint; None in files of earlier versions
+    fingerprint: str | None  # of the backbone, as AdaptedCLIP.fingerprint; None: unknown
 
     @property
     def epoch(self) -> int | None:
@@ -65,8 +65,8 @@ def save_checkpoint(
 def load_checkpoint(path: Path | str) -> Checkpoint:
     """Reads a checkpoint file.
 
-    Raises CheckpointError for a file that save_checkpoint did not write, and for a parameter that is not in float32 or
-    not finite.
+    Raises CheckpointError for a file that save_checkpoint did not write, or that has been damaged since, and for a
+    parameter that is not in float32 or not finite.
     """
     path = Path(path)
     tensors, config, metadata = read_tensors(path, CHECKPOINT)
@@ -125,7 +125,7 @@ def build_model(checkpoint: Checkpoint, **changes: Any) -> AdaptedCLIP:
 def require_backbone(checkpoint: Checkpoint, config: ModelConfig, fingerprint: str | None) -> None:
     """Raises CheckpointError if a model of `config` with this fingerprint has other weights than in the training.
 
-    A method that trains CLIP keeps all weights in the checkpoint. Files of earlier versions have no fingerprint.
+    A method that trains CLIP keeps all weights in the checkpoint. Fingerprints that are unknown are not compared.
     """
     if checkpoint.config.model.method.trains_clip or None in (checkpoint.fingerprint, fingerprint):
         return

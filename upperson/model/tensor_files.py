@@ -1,6 +1,7 @@
 """Safetensors files with a kind and a version, without pickle: checkpoints, and the states of interrupted runs.
 
-Files are written atomically, and are therefore always complete. The same content gives the same bytes.
+Files are written atomically, and are therefore always complete. The same content gives the same bytes. A checksum of
+each tensor and of each entry of the metadata tells a damaged file.
 """
 
 import json
@@ -15,21 +16,18 @@ from torch import Tensor
 
 from upperson.config import Config
 from upperson.errors import CheckpointError
-from upperson.files import parse_json, write_atomically
+from upperson.files import REGULAR, found_at, parse_json, write_atomically
 
 CHECKPOINT = "upperson checkpoint"
 RESUME_STATE = "upperson resume state"
-CHECKSUMS = "checksums"  # in the metadata of a resume state: CRC-32 of each tensor and each other entry
-VERSIONS = {CHECKPOINT: ("1",), RESUME_STATE: ("3", "2", "1")}  # of each kind, the current version first
+CHECKSUMS = "checksums"  # key in the metadata: CRC-32 of each tensor and of each other entry of the metadata
+VERSIONS = {CHECKPOINT: ("2",), RESUME_STATE: ("3", "2", "1")}  # of each kind, the current version first
 
 
 def write_tensors(path: Path, kind: str, tensors: dict[str, Tensor], config: Config, metadata: dict[str, str]) -> None:
     """Writes tensors (on the CPU, contiguous) with a configuration and other metadata. Raises OSError (full disk)."""
     metadata = {"format": kind, "version": VERSIONS[kind][0], "config": config.to_json(), **metadata}
-    if kind == RESUME_STATE:  # a user may edit a checkpoint; a state is read by the project alone
-        metadata.pop(CHECKSUMS, None)
-        metadata[CHECKSUMS] = json.dumps(_checksums(tensors) | _checksums(metadata))
-    content = save(tensors, metadata)
+    content = save(tensors, with_checksums(tensors, metadata))
     write_atomically(path, *_with_sorted_header(content))
 
 
@@ -45,8 +43,7 @@ def read_metadata(path: Path, kind: str) -> tuple[Config, dict[str, str]]:
 
 
 def _read(path: Path, kind: str, *, tensors: bool) -> tuple[dict[str, Tensor], Config, dict[str, str]]:
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no regular file" if path.exists() else "no such file"
+    if (found := found_at(path)) != REGULAR:
         raise CheckpointError(f"{path}: there is {found}; expected an {kind}")
     try:
         with safe_open(path, framework="pt") as file:
@@ -63,8 +60,9 @@ def _read(path: Path, kind: str, *, tensors: bool) -> tuple[dict[str, Tensor], C
     if metadata.get("version") not in VERSIONS[kind]:
         expected = " or ".join(VERSIONS[kind])
         raise CheckpointError(f"{path}: {kind} of version {metadata.get('version')}, expected version {expected}")
-    if kind == RESUME_STATE and metadata["version"] not in ("2", "1"):  # which had no checksums
-        _require_checksums(path, found_tensors, metadata, tensors)
+    checked = CHECKSUMS in metadata or metadata["version"] == VERSIONS[kind][0]  # earlier states had no checksums
+    if checked and (problem := damage(found_tensors, metadata, all_tensors=tensors)):
+        raise CheckpointError(f"{path}: the file is damaged: {problem}")
     try:
         config = Config.from_json(metadata.get("config", ""))
     except ValueError as error:
@@ -72,6 +70,28 @@ def _read(path: Path, kind: str, *, tensors: bool) -> tuple[dict[str, Tensor], C
             f"{path}: the configuration in the file does not fit this version of upperson: {error}"
         ) from error
     return found_tensors, config, metadata
+
+
+def with_checksums(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a file with the checksums of its tensors (on the CPU, contiguous) and of the metadata."""
+    others = {name: text for name, text in metadata.items() if name != CHECKSUMS}
+    return others | {CHECKSUMS: json.dumps(_checksums(tensors) | _checksums(others))}
+
+
+def damage(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, all_tensors: bool = True) -> str:
+    """What in a file is not what was written, by the checksums in its metadata; "" for a file without damage.
+
+    all_tensors: False if the tensors were not read.
+    """
+    try:
+        saved = dict(parse_json(metadata[CHECKSUMS]))
+    except (KeyError, TypeError, ValueError) as error:
+        return f"its checksums cannot be read ({error!r})"
+    found = _checksums(tensors) | _checksums({name: text for name, text in metadata.items() if name != CHECKSUMS})
+    if not all_tensors:
+        saved = {name: number for name, number in saved.items() if not name.startswith("tensor ")}
+    names = sorted(name for name in saved.keys() | found.keys() if saved.get(name) != found.get(name))
+    return f"its {names[0]} is not what was saved" if names else ""
 
 
 def _checksums(content: Mapping[str, Tensor | str]) -> dict[str, int]:
@@ -84,20 +104,6 @@ def _checksums(content: Mapping[str, Tensor | str]) -> dict[str, int]:
             kind = f"{value.dtype} {tuple(value.shape)}".encode()
             found[f"tensor {name}"] = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(kind))
     return found
-
-
-def _require_checksums(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], all_tensors: bool) -> None:
-    """Raises CheckpointError, which names the entry, for a file that is not what was written."""
-    try:
-        saved = dict(parse_json(metadata[CHECKSUMS]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the file is damaged: its checksums cannot be read ({error!r})") from error
-    found = _checksums(tensors) | _checksums({name: text for name, text in metadata.items() if name != CHECKSUMS})
-    if not all_tensors:
-        saved = {name: number for name, number in saved.items() if not name.startswith("tensor ")}
-    for name in sorted(saved.keys() | found.keys()):
-        if saved.get(name) != found.get(name):
-            raise CheckpointError(f"{path}: the file is damaged: its {name} is not what was saved")
 
 
 def _with_sorted_header(content: bytes) -> tuple[bytes, memoryview]:

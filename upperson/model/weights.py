@@ -18,6 +18,7 @@ from torch import Tensor
 from upperson.data import Preprocess
 from upperson.files import parse_json, read_text
 from upperson.model.archive import is_archive, read_archive, require_whole
+from upperson.model.tensor_files import CHECKSUMS, damage, with_checksums
 
 PREPROCESSING = "upperson preprocessing"  # key in the metadata of a file of weights
 ACCEPTED = (
@@ -54,6 +55,8 @@ def read_weights(path: Path) -> Weights:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if CHECKSUMS in metadata and (problem := damage(state, metadata)):  # a file of weights_as_bytes
+            raise ValueError(f"the file is damaged: {problem}")
         stored = stored_settings(metadata.get(PREPROCESSING, "{}"))
     else:
         require_whole(path)
@@ -203,10 +206,12 @@ def whole_numbers(value: Any, length: int) -> bool:
 
 
 def weights_as_bytes(state: Mapping[str, Tensor], preprocess: Preprocess, quick_gelu: bool) -> bytes:
-    """The content of a safetensors file for open_clip, with the image preprocessing and activation for read_weights."""
+    """The content of a safetensors file for open_clip. Its metadata, for read_weights, are the image preprocessing, the
+    activation and checksums.
+    """
     stored = {"size": preprocess.image_size, "mean": preprocess.mean, "std": preprocess.std, "quick_gelu": quick_gelu}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    return save(tensors, {"format": "pt", PREPROCESSING: json.dumps(stored)})
+    return save(tensors, with_checksums(tensors, {"format": "pt", PREPROCESSING: json.dumps(stored)}))
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str | None:

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from upperson.config import Config
 from upperson.data import read_splits
-from upperson.errors import Parser, RunError, exit_status
+from upperson.errors import Parser, RunError, exit_status, path_argument
 from upperson.evaluate.embed import evaluate
 from upperson.evaluate.pictures import shown_queries, top_ten
-from upperson.files import write_atomically
+from upperson.files import A_FOLDER, NOTHING, found_at, make_folder, require_folder, write_atomically
 from upperson.machine import device_and_precision
 from upperson.methods import METHODS
 from upperson.model import load_model
@@ -63,8 +63,7 @@ def make_tables(options: argparse.Namespace) -> int:
     setting = options.setting
     dataset = options.dataset or next(iter(setting.people))
     runs = Runs(options.output / "runs", {"device": options.device, "workers": options.workers}, options.jobs)
-    if not options.list:
-        options.output.mkdir(parents=True, exist_ok=True)  # fails before any work
+    require_folder(options.output, "--output", writable=not options.list)  # fails before any work
     seeds = range(1, options.seeds + 1)
     requested = [name for table in options.tables for name in (ALL if table == "all" else (table,))]
     numbers = tuple(dict.fromkeys(requested))
@@ -100,7 +99,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", choices=list(METHODS), help="the method of the table sweeps")
     parser.add_argument(
         "--data-root",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="folder above the data sets' own folders (default: the synthetic data sets are used)",
     )
@@ -113,7 +112,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run each row with seeds 1 to N (default: 1)")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path_argument,
         default=Path("runs/tables"),
         metavar="DIR",
         help="folder of runs and tables (default: runs/tables)",
@@ -148,8 +147,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--method: only for the table sweeps")
     if options.workers is None:
         options.workers = 4 if options.data_root else 0
-    options.setting = setting = real_setting(options.data_root) if options.data_root else embedded_setting()
+    if options.data_root and (found := found_at(options.data_root)) not in (A_FOLDER, NOTHING):
+        parser.error(f"--data-root: {options.data_root} is {found}; expected a folder")
     try:
+        options.setting = setting = real_setting(options.data_root) if options.data_root else embedded_setting()
         next(iter(setting.people.values())).replace(device=options.device, workers=options.workers)
     except ValueError as error:
         parser.error(str(error))
@@ -288,7 +289,7 @@ def duration(seconds: float) -> str:
 
 
 def save(folder: Path, files: Mapping[str, bytes | str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--output")
     for name, content in files.items():
         write_atomically(folder / name, content)
     print(f"in {folder}: {', '.join(files)}", flush=True)

@@ -25,7 +25,7 @@ from upperson.errors import Diverged
 from upperson.evaluate.embed import embed
 from upperson.evaluate.evaluation import evaluate_checkpoint
 from upperson.evaluate.results import RESULTS, Results
-from upperson.files import write_atomically
+from upperson.files import expanded, write_atomically
 from upperson.machine import SINGLE_PROCESS, device_and_precision
 from upperson.model.checkpoint import load_checkpoint
 from upperson.tables.rows import Row, trainings
@@ -69,7 +69,7 @@ class Runs:
         values = fields_that_matter(data)
         if data.is_synthetic or data.data_root is None:
             return values
-        return values | {"data_root": str(data.data_root.expanduser().resolve())}
+        return values | {"data_root": os.path.realpath(expanded(data.data_root))}
 
     def is_done(self, config: Config) -> bool:
         folder = self.folder_of(config)

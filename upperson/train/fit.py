@@ -19,7 +19,7 @@ from upperson.evaluate.evaluation import name_of
 from upperson.evaluate.pictures import curve, shown_queries, top_ten
 from upperson.evaluate.results import RESULTS, Results
 from upperson.evaluate.tables import short, text
-from upperson.files import write_atomically
+from upperson.files import require_folder, write_atomically
 from upperson.machine import Group, contact, device_and_precision, enough_memory, process_group
 from upperson.methods import Stage
 from upperson.model import AdaptedCLIP
@@ -173,6 +173,7 @@ def require_folders(config: Config, stages: Sequence[tuple[Stage, Config]], grou
             if stage.name:
                 require_same_stage(own, run_dir / stage.name, first=number == 0)
     elif run_dir is not None and group.is_main:
+        require_folder(run_dir, "run_dir")
         refuse_used([run_dir, *(run_dir / stage.name for stage, _ in stages)])
 
 

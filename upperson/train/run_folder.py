@@ -11,7 +11,7 @@ from upperson.config import Config
 from upperson.config.files import CONFIG, read_configuration
 from upperson.errors import CheckpointError, RunError
 from upperson.evaluate.results import RESULTS, TABLE
-from upperson.files import temporary_of, write_atomically
+from upperson.files import REGULAR, found_at, make_folder, temporary_of, write_atomically
 from upperson.train.log import METRICS_FILE
 from upperson.train.resume import RESUME, require_same_configuration
 
@@ -31,9 +31,9 @@ def claim_folder(config: Config) -> Path:
     """Creates the run folder if necessary: run_dir, or the next free runs/DATASET-NUMBER."""
     named = config.train.run_dir
     if named is not None:
-        named.mkdir(parents=True, exist_ok=True)
+        make_folder(named, "run_dir")
         return named
-    Path("runs").mkdir(exist_ok=True)
+    make_folder(Path("runs"), "run_dir")
     number = 1
     while True:
         run_dir = Path("runs", f"{config.data.dataset}-{number}")
@@ -88,7 +88,7 @@ def refuse_used(folders: Iterable[Path]) -> None:
     """Raises RunError for a folder that contains a file of a run."""
     for folder in folders:
         for name in FILES:
-            if (folder / name).exists():
+            if os.path.exists(folder / name):
                 raise RunError(
                     f"{folder} already contains a run ({name}); resume this run with --resume {folder}, or choose "
                     "another --run-dir"
@@ -96,13 +96,13 @@ def refuse_used(folders: Iterable[Path]) -> None:
 
 
 def write_configuration(run_dir: Path, config: Config) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir, "run_dir")
     write_atomically(run_dir / CONFIG, config.to_json())
 
 
 def require_same_run(config: Config, run_dir: Path) -> None:
     """Raises RunError if `run_dir` contains no run, or a run of another configuration."""
-    if not (run_dir / CONFIG).is_file():
+    if found_at(run_dir / CONFIG) != REGULAR:
         raise RunError(f"{run_dir}: no run to resume ({CONFIG} is missing)")
     differences = config.differences(_saved(run_dir))
     if differences:
@@ -115,7 +115,7 @@ def require_same_stage(config: Config, folder: Path, first: bool) -> None:
 
     The starting checkpoint of a later stage is not compared, since the run folder may have been moved.
     """
-    if (folder / CONFIG).is_file():
+    if found_at(folder / CONFIG) == REGULAR:
         saved = _saved(folder)
         require_same_run(config if first else config.replace(start_from=saved.train.start_from), folder)
 
