@@ -1,9 +1,13 @@
 """The command `upperson`."""
 
 import io
+import json
 import pickle
+import shlex
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -139,6 +143,45 @@ def test_errors_that_a_user_can_mend_are_one_line(capsys, monkeypatch):
     assert exit_status(raises(RunError("x"))) == 1
     assert capsys.readouterr().err == "error: process 1 of 2: x\n"
     assert exit_status(raises(KeyboardInterrupt())) == 130 and capsys.readouterr().err == ""
+
+
+def command(arguments, redirection, tmp_path):
+    """The status of `upperson` in a shell, and its standard error."""
+    line = f"{shlex.join([sys.executable, '-m', 'upperson', *map(str, arguments)])} {redirection}"
+    ended = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    return ended.returncode, ended.stderr
+
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
+
+
+@posix
+@pytest.mark.parametrize("arguments", [["--version"], ["train", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("redirection", ["<&- >&- 2>&-", "| true"])
+def test_streams_that_are_closed(arguments, redirection, tmp_path):
+    status, error = command(arguments, redirection, tmp_path)
+    assert (status, error) == (0, "") or (redirection == "| true" and error.count("\n") == 1 and "Broken pipe" in error)
+
+
+@posix
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_an_output_on_a_full_disk_is_one_line(tmp_path):
+    assert command(["--version"], "> /dev/full", tmp_path) == (
+        1,
+        "error: the output could not be written to the standard output (No space left on device)\n",
+    )
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("redirection", [">&- 2>&-", "| head -1"])
+def test_a_training_goes_on_without_its_output(redirection, tmp_path):
+    """A file that is opened does not take the place of an output that was closed."""
+    config = tiny_training(tmp_path, embedded_identities=(4, 2, 2), run_dir=tmp_path / "run")
+    status, error = command(["train", *flags_of(config)], f"{redirection}; exit ${{PIPESTATUS[0]}}", tmp_path)
+    assert (status, error) == (0, "")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["kind"] == "result" and (tmp_path / "run" / "results.json").exists()
 
 
 class Console(io.TextIOWrapper):

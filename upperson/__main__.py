@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from reprlib import repr as short
 
+from upperson.errors import exit_status
+
 COMMANDS = {
     "train": ("upperson.train.__main__", "train, select and test a method; the same as python train.py"),
     "evaluate": ("upperson.evaluate.__main__", "evaluate a checkpoint on any data set, in both directions"),
@@ -15,6 +17,10 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status of the command that the first argument names, or 2 for an unknown command."""
+    return exit_status(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     first = arguments[0] if arguments else "--help"
     if first in COMMANDS:

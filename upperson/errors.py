@@ -149,6 +149,7 @@ def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:
     prints the interruption. Characters that the encoding of the standard output lacks are printed as "?", since a
     console or a pipe may have another encoding than UTF-8, and a command must not end because of its output.
     """
+    _open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
@@ -156,8 +157,13 @@ def exit_status(command: Callable[[], int], stopped: str = "stopped") -> int:
     several = rank.isdecimal() and world_size.isdecimal() and int(world_size) > 1
     prefix = f"error: process {rank} of {world_size}:" if several else "error:"
     try:
-        return command()
+        try:
+            return command()
+        finally:
+            sys.stdout.flush()  # an error of the last lines would be printed by the interpreter, after this function
     except USER_ERRORS as error:
+        if isinstance(error, OSError) and error.filename is None:
+            discard_output()
         _print(f"{prefix} {one_line(_in_words(error))}")
         return 1
     except (MemoryError, RuntimeError) as error:
@@ -177,8 +183,30 @@ def _in_words(error: BaseException) -> str:
     """The message of an error. That of the system is "PATH: problem", without the number of the error."""
     if isinstance(error, OSError) and error.strerror:
         paths = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        if not paths and error.strerror == os.strerror(error.errno or 0):  # files have names
+            return f"the output could not be written to the standard output ({error.strerror})"
         return ": ".join([" -> ".join(paths), error.strerror] if paths else [error.strerror])
     return str(error)
+
+
+def _open_missing_streams() -> None:
+    """Opens standard streams that are closed. A file that is opened later would else take the place of the output."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115 (open as long as the process)
+
+
+def discard_output() -> None:
+    """Sends what is still to be printed nowhere if the standard output cannot be written to any longer."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print(text: str) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from upperson.errors import RunError, missing_resource
+from upperson.errors import RunError, discard_output, missing_resource
 
 # Long, since one process may decode a data set for the others. A dead process is detected much earlier, by gloo or by
 # torchrun, which then ends all processes.
@@ -110,13 +110,14 @@ class Group:
         return x
 
     def print(self, text: str) -> None:
-        """Prints `text` in the main process only. A run goes on without the terminal where it was started."""
+        """Prints `text` in the main process only. A run goes on without the terminal or pipe where it was started."""
         if self.is_main:
             try:
                 print(text, flush=True)
             except OSError as error:
-                if error.errno != errno.EIO:
+                if error.errno not in (errno.EIO, errno.EPIPE):
                     raise
+                discard_output()
 
     def broadcast(self, value: Value) -> Value:
         """Sends the main process's value, which must be picklable, to all processes."""

@@ -257,7 +257,7 @@ class TestErrors:
 
     def test_a_folder_that_is_none(self, images, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(OSError, match="image_cache: .*file is not a writable folder"):
+        with pytest.raises(OSError, match="image_cache: .*file is a regular file; expected a folder that can"):
             opened(images, tmp_path / "file")
 
     @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_checkpoint_holds_trained_parameters_alone_and_comes_back_exactly(path, 
             torch.equal(checkpoint.parameters[name], parameter) and checkpoint.parameters[name].dtype == torch.float32
         )
     bytes_of_parameters = sum(4 * parameter.numel() for parameter in model.trained_parameters().values())
-    assert bytes_of_parameters < path.stat().st_size < bytes_of_parameters + 20_000
+    assert bytes_of_parameters < path.stat().st_size < bytes_of_parameters + 30_000
 
 
 def test_model_comes_back_and_computes_the_same(path, model):

@@ -355,7 +355,9 @@ def test_an_output_that_is_a_file_is_found_before_any_work(run, tmp_path, capsys
     (tmp_path / "file").write_text("")
     assert run("V", "--output", str(tmp_path / "file")) == 1
     shown = capsys.readouterr()
-    assert shown.out == "" and re.fullmatch(r"error: .*File exists: .*file'\n", shown.err)
+    assert shown.out == "" and re.fullmatch(
+        "error: --output: .*file is a regular file; expected a folder that can be written to\n", shown.err
+    )
 
 
 @pytest.mark.parametrize("name", [slow_case("config.json"), slow_case("resume.safetensors"), "results.json"])

@@ -12,7 +12,18 @@ from types import SimpleNamespace
 import distributed_worker
 import pytest
 import torch
-from tiny import TRAIN_PY, assert_same_run, flags_of, inputs, log_of, tiny_config, tiny_training, wait_for
+from tiny import (
+    TRAIN_PY,
+    assert_same_run,
+    fail_at,
+    flags_of,
+    inputs,
+    interrupt,
+    log_of,
+    tiny_config,
+    tiny_training,
+    wait_for,
+)
 from upperson_kernels import resolve_backend
 
 from upperson.config import DataConfig
@@ -222,6 +233,18 @@ def test_ctrl_c_at_one_process_stops_both_at_the_same_step(config, together, tmp
     assert load_state(run_dir)["progress"]["step"] == last < 16
     fit(config.replace(resume=True))  # and one process can go on
     assert log_of(run_dir)[-1]["kind"] == "result"
+
+
+def test_a_run_of_one_process_goes_on_with_two(config, together, tmp_path):
+    """Two processes compute the same but for rounding."""
+    config = config.replace(run_dir=tmp_path / "run")
+    run_dir = config.train.run_dir
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, 11, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config)
+    assert "resuming in epoch 2 after step 11" in torchrun("--resume", run_dir)
+    assert_alike(run_dir, together)
 
 
 # ------------------------------------------------------------------------------------ the group, and what it refuses

@@ -295,7 +295,13 @@ def test_a_broken_log_names_the_line(tmp_path, content, message):
         history_of(tmp_path)
 
 
-def test_a_lock_is_of_one_process_and_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("system", ["posix", "windows"])
+def test_a_lock_is_of_one_process_and_leaves_nothing(tmp_path, monkeypatch, system):
+    if system == "windows":  # which has no fcntl
+        monkeypatch.setattr("upperson.train.run_folder.fcntl", None)
+        with locked(tmp_path), pytest.raises(RunError, match="is in use by another training process"), locked(tmp_path):
+            pass
+        (tmp_path / ".lock").unlink(missing_ok=True)  # Windows' own lock removes its file
     with locked(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -602,6 +603,26 @@ def test_one_process_at_a_time_trains_in_a_folder(config, whole):
     other.kill()
     other.wait()
     fit(config.replace(resume=True))
+    assert_same_run(whole, run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resume", [False, True])
+def test_of_processes_that_start_at_once_one_trains(config, whole, resume):
+    """The others end with one line, and change no file of the one that trains."""
+    run_dir = config.train.run_dir
+    if resume:
+        shutil.copytree(whole, run_dir)
+        (run_dir / "results.json").unlink()
+    flags = ["--resume", run_dir] if resume else flags_of(config)
+    processes = [start(*flags) for _ in range(3)]
+    errors = [process.communicate(timeout=120)[1].decode() for process in processes]
+    ended = sorted(process.returncode for process in processes)
+    assert ended[0] == 0 and set(ended) <= {0, 1} and (resume or ended == [0, 1, 1]), errors
+    for process, error in zip(processes, errors, strict=True):
+        lines = error.strip().splitlines()
+        refused = f"error: {run_dir} (is in use by another|was in use by another|already contains a run)"
+        assert not process.returncode or (len(lines) == 1 and re.match(refused, lines[0])), error
     assert_same_run(whole, run_dir)
 
 

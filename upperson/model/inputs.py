@@ -32,7 +32,8 @@ def check_images(images: Any, size: tuple[int, int], dtype: torch.dtype | None) 
         raise ValueError(f"images: expected {expected}, found {tuple(images.shape)}; {advice}")
     if not torch.compiler.is_compiling() and images.shape[0] == 0:  # a graph with any B has no such case
         raise ValueError("images: expected at least one image, found a batch of none")
-    if dtype not in (None, images.dtype) and not torch.is_autocast_enabled(images.device.type):
+    converted = torch.is_autocast_enabled(images.device.type) and images.dtype != torch.float64  # which stays
+    if dtype not in (None, images.dtype) and not converted:
         raise TypeError(
             f"images: expected {str(dtype).removeprefix('torch.')} as of the model's weights, found "
             f"{dtype_name(images)}; images.to(dtype) or torch.autocast converts them"

@@ -7,6 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from filelock import FileLock, Timeout
+
 from upperson.config import Config
 from upperson.config.files import CONFIG, read_configuration
 from upperson.errors import CheckpointError, RunError
@@ -51,6 +53,10 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises RunError if another process holds the lock.
     """
     path = run_dir / LOCK
+    if fcntl is None:
+        with _refused(run_dir, Timeout), FileLock(path, timeout=0):
+            yield
+        return
     with open(path, "ab") as file:
         _lock(file, run_dir)
         # The process that held the lock may have removed the file since it was opened here.
@@ -59,23 +65,31 @@ def locked(run_dir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):  # Windows removes no open file
+            with suppress(OSError):
                 path.unlink()
 
 
 def _lock(file: IO[bytes], run_dir: Path) -> None:
-    if fcntl is None:
-        return
+    """Locks an open file by lockf. Child processes, such as loaders, do not keep this lock, unlike filelock's."""
+    assert fcntl is not None
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # child processes do not keep this lock, unlike flock's
-    except (BlockingIOError, PermissionError):
+        with _refused(run_dir, BlockingIOError, PermissionError):
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+            raise
+
+
+@contextmanager
+def _refused(run_dir: Path, *errors: type[OSError]) -> Iterator[None]:
+    """A context in which these errors of a lock become a RunError."""
+    try:
+        yield
+    except errors:
         raise RunError(
             f"{run_dir} is in use by another training process; wait for that process, stop it, or choose another "
             "--run-dir"
         ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
-            raise
 
 
 def remove_leftovers(folder: Path) -> None:
