@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from reprlib import repr as short
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +29,9 @@ from upperson.errors import RunError, discard_output, missing_resource
 TIMEOUT = timedelta(minutes=30)
 # Matches PyTorch's errors after another process has ended or does not respond.
 LOST_CONTACT = re.compile(r"gloo|NCCL|TCPStore|Connection (closed|reset) by peer|Broken pipe")
-TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+TORCHRUN = (*NUMBERS, "MASTER_ADDR")
+NUMBER = re.compile("[0-9]{1,9}")
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -60,19 +63,26 @@ class Group:
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Group":
         """The group that torchrun describes in the environment; without torchrun, a group of this process only.
 
-        Raises RunError if torchrun's variables are incomplete.
+        Raises RunError if torchrun's variables are incomplete or contradict each other.
         """
         if environment.get("WORLD_SIZE", "1") == "1":
             return cls()
-        wrong = [name for name in TORCHRUN if name not in environment]
-        wrong += [name for name in TORCHRUN[:3] if not environment.get(name, "0").isdecimal()]
+        wrong = [name for name in TORCHRUN if not environment.get(name)]
+        wrong += [name for name in NUMBERS if name not in wrong and not NUMBER.fullmatch(environment[name])]
+        advice = "start with torchrun --nproc-per-node N train.py, or unset WORLD_SIZE"
         if wrong:
             raise RunError(
-                f"the environment sets WORLD_SIZE to {environment['WORLD_SIZE']}, but these variables are missing or "
-                f"not a number: {', '.join(wrong)}; start with torchrun --nproc-per-node N train.py, or unset "
-                "WORLD_SIZE"
+                f"the environment sets WORLD_SIZE to {short(environment['WORLD_SIZE'])}, but these variables are "
+                f"missing or not a number: {', '.join(wrong)}; {advice}"
             )
-        return cls(*(int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        world_size, rank, local_rank, port = (int(environment[name]) for name in NUMBERS)
+        # A process outside of the group would wait for the others, which never come.
+        for name, value, bound in (("RANK", rank, world_size), ("LOCAL_RANK", local_rank, world_size)):
+            if not value < bound:
+                raise RunError(f"the environment sets {name} to {value}, not below WORLD_SIZE, {bound}; {advice}")
+        if not 1 <= port < 2**16:
+            raise RunError(f"the environment sets MASTER_PORT to {port}; expected 1 to 65535; {advice}")
+        return cls(rank, world_size, local_rank)
 
     @property
     def is_main(self) -> bool:

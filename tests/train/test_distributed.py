@@ -270,10 +270,35 @@ def test_a_group_of_torchrun():
     assert group == Group(rank=5, world_size=8, local_rank=1) and not group.is_main
     assert [group.share_of(total) for total in (16, 6, 3)] == [range(10, 12), range(5, 6), range(3, 3)]
     del variables["RANK"], variables["MASTER_PORT"]
-    with pytest.raises(RunError, match="WORLD_SIZE to 8, .* RANK, MASTER_PORT.* start with torchrun"):
+    with pytest.raises(RunError, match="WORLD_SIZE to '8', .* RANK, MASTER_PORT; start with torchrun"):
         Group.from_environment(variables)
-    with pytest.raises(RunError, match="WORLD_SIZE to many, .* RANK, MASTER_PORT, WORLD_SIZE; start with torchrun"):
+    with pytest.raises(RunError, match="WORLD_SIZE to 'many', .* RANK, MASTER_PORT, WORLD_SIZE; start with torchrun"):
         Group.from_environment(variables | {"WORLD_SIZE": "many"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("RANK", "8", "RANK to 8, not below WORLD_SIZE, 8"),
+        ("RANK", "-1", "not a number: RANK"),
+        ("RANK", "", "missing or not a number: RANK"),
+        ("RANK", "\u0663", "not a number: RANK"),
+        ("LOCAL_RANK", "9", "LOCAL_RANK to 9, not below WORLD_SIZE, 8"),
+        ("WORLD_SIZE", "0", "RANK to 5, not below WORLD_SIZE, 0"),
+        ("WORLD_SIZE", "", "WORLD_SIZE to '', but .*: WORLD_SIZE"),
+        ("WORLD_SIZE", "1e3", "not a number: WORLD_SIZE"),
+        ("WORLD_SIZE", "9" * 30, "not a number: WORLD_SIZE"),
+        ("MASTER_PORT", "0", "MASTER_PORT to 0; expected 1 to 65535"),
+        ("MASTER_PORT", "99999", "MASTER_PORT to 99999; expected 1 to 65535"),
+        ("MASTER_PORT", "http", "not a number: MASTER_PORT"),
+        ("MASTER_ADDR", "", "missing or not a number: MASTER_ADDR"),
+    ],
+)
+def test_a_group_that_cannot_be(name, value, message):
+    """Its processes would wait for others that never come."""
+    variables = dict(WORLD_SIZE="8", RANK="5", LOCAL_RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1234")
+    with pytest.raises(RunError, match=f"{message}.*start with torchrun"):
+        Group.from_environment(variables | {name: value})
 
 
 def test_devices_of_a_group(monkeypatch):

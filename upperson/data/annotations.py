@@ -22,6 +22,8 @@ MAX_CAPTION_CHARACTERS = 5000
 # The tokenizer would turn these texts, in OpenAI's or open_clip's spelling, into control tokens that end the caption.
 CONTROL_TOKEN = re.compile(r"<\|(startoftext|endoftext|mask)\|>|<(start|end)_of_text>", re.IGNORECASE)
 
+INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")  # categories of Unicode: control and format characters, separators
+
 MAX_NAME = 255  # bytes; file systems have no longer names of files and folders
 MOST_NAMES = 20  # limit of fields listed in an error
 
@@ -169,6 +171,8 @@ def _caption_problem(caption: Any) -> str | None:
         return f"expected a string, found {_named(caption)}"
     if not caption.strip():
         return f"expected text, found {'only white space' if caption else 'an empty string'}"
+    if all(unicodedata.category(character) in INVISIBLE for character in caption):  # ends at the first visible one
+        return f"expected text, found only invisible characters, {ascii(caption)[:40]}"
     if "\0" in caption:
         return f"expected plain text, found a NUL character in {short(caption)}"
     if len(caption) > MAX_CAPTION_CHARACTERS:
