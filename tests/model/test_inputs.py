@@ -117,6 +117,7 @@ def test_a_tower_without_end_tokens_needs_none(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_values_are_not_read_where_operations_are_recorded(model):
     """Under a counter, in a transform and in a trace."""
     images, _ = inputs()
