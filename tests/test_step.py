@@ -229,6 +229,10 @@ def quick(monkeypatch, plain_operators, full_size):
     monkeypatch.setattr(step, "count_apart", lambda batch: list(full_size.values()))
 
 
+def time_only(monkeypatch, *names: str) -> None:
+    monkeypatch.setattr(paths, "TIMED", {name: paths.TIMED[name] for name in names})
+
+
 def run_main(monkeypatch, *arguments) -> int:
     monkeypatch.setattr(sys, "argv", ["step.py", *map(str, arguments)])
     return step.main()
@@ -262,6 +266,7 @@ def test_each_path_is_written_before_the_next_is_timed(quick, tmp_path, monkeypa
         timed.append(name)
         return row_of(name, *rest)
 
+    time_only(monkeypatch, "plain", "full fine-tuning", "ours")
     monkeypatch.setattr(step, "row_of", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run_main(monkeypatch, "--batch", "2", "--seconds", "0.01", "--json", tmp_path / "step.json")
@@ -273,6 +278,7 @@ def test_each_path_is_written_before_the_next_is_timed(quick, tmp_path, monkeypa
 @needs_no_gpu
 def test_paths_that_disagree_are_not_timed(quick, monkeypatch, capsys):
     explicit = paths.explicit_attention
+    time_only(monkeypatch, "plain", "ours")
     monkeypatch.setattr(paths, "explicit_attention", lambda qkv, *rest, **others: explicit(1.5 * qkv, *rest, **others))
     assert run_main(monkeypatch, "--batch", "2", "--seconds", "0.01") == 1
     printed = capsys.readouterr()
@@ -282,6 +288,7 @@ def test_paths_that_disagree_are_not_timed(quick, monkeypatch, capsys):
 
 @needs_no_gpu
 def test_a_compiled_path_that_is_wrong_is_left_out(quick, monkeypatch, capsys):
+    time_only(monkeypatch, "plain", "ours", "ours, compiled")
     monkeypatch.setattr(
         paths.AdaptedCLIP, "compile_blocks", lambda model: model.image_blocks[0].prefix.value.data.add_(1)
     )

@@ -220,14 +220,16 @@ def saved(call: Callable[[], Any], others: Iterable[Tensor]) -> tuple[tuple[Grou
     return groups(allocation for _, allocation in kept.values()), operators.flops
 
 
-def without_memory(*things: nn.Module | Tensor) -> tuple[FakeTensorMode, list[Any]]:
+def without_memory(*things: nn.Module | Tensor, shared: Iterable[Any] = ()) -> tuple[FakeTensorMode, list[Any]]:
     """The mode in which operators compute shapes alone, and copies of models and tensors for it.
 
-    Real tensors may still be used within it where their values count, such as the lengths of packed sequences.
+    Real tensors may still be used within it where their values count, such as the lengths of packed sequences. Objects
+    in `shared` are not copied, such as a tokenizer, whose vocabulary takes longer to copy than a model.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    kept = {id(thing): thing for thing in shared}
     with FakeCopyMode(mode):
-        return mode, [copy.deepcopy(thing) for thing in things]
+        return mode, [copy.deepcopy(thing, dict(kept)) for thing in things]
 
 
 def count(name: str, path: paths.Path, config: Config, batch: int) -> dict[str, Any]:
@@ -240,7 +242,7 @@ def count(name: str, path: paths.Path, config: Config, batch: int) -> dict[str, 
     real = paths.build(path, config)
     batches = paths.random_batches(config, real.tokenizer, real.context_length, batch, 1)
     prepared = paths.prepare(real, batches, torch.device("cpu"))  # the captions' lengths are real
-    mode, (model,) = without_memory(real)
+    mode, (model,) = without_memory(real, shared=[real.tokenizer])
     with mode:
         step = paths.Step(model, prepared, "bf16", path.configuration(config).train)
         step.take_gradients_of_zero()
