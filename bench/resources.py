@@ -19,8 +19,8 @@ the very arguments. For each kernel, from its code:
                    (tcgen05)
     matrix         and for the units of all GPUs
 
-Counts of instructions are missing (–) where a loop's number of steps is not known before it runs: in the kernels for
-attention of any length, and on Blackwell, whose code waits in loops.
+Where programs of a launch differ, as in the kernels for attention of any length, instructions, special and loads are
+the mean of all programs. A loop that waits counts once (harness/sass.py).
 
 For each call, the least time on GPUs whose rates are known: the time to issue these instructions, or the floor, which
 is the time for the least bytes or the useful operations. The share of the floor follows. Latencies are not in it: a
@@ -40,15 +40,17 @@ import torch
 import triton
 from harness import absent_gpu
 from harness.absent_gpu import SHARED_MEMORY, Launch
+from harness.branches import Branches, adapter_branches, attention_branches
 from harness.device import KNOWN_RATES
 from harness.options import json_path
 from harness.output import save_json, table
-from harness.sass import MATRIX, WARPGROUP, code_of
+from harness.sass import MATRIX, WARPGROUP, Branch, code_of
 from torch import Tensor
 from tqdm import tqdm
 from upperson_kernels import tiles
 from upperson_kernels.adapter import launch as adapter
 from upperson_kernels.attention import launch as attention
+from upperson_kernels.backend import capability
 from upperson_kernels.quick_gelu import launch as quick_gelu
 
 from upperson.errors import exit_status
@@ -57,9 +59,8 @@ TARGETS = (80, 89, 90, 100)  # A100, RTX 40, H100 and H200, B200
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 WARPS = {80: 64, 89: 48, 90: 64, 100: 64}  # that one multiprocessor holds at most
 REGISTERS = 65536  # of a multiprocessor
-ANY_LENGTH = ("attention.device.forward_kernel", "attention.device.backward_kernel")  # loops of unknown length
-# Of KNOWN_RATES: the target, and warp instructions a second that its multiprocessors issue.
-ISSUE = {"H100": (90, 0.93e12), "H200": (90, 0.93e12), "RTX 4090": (89, 1.29e12)}
+# Of KNOWN_RATES: the target, and warp instructions a second that its multiprocessors issue, four a cycle each.
+ISSUE = {"H100": (90, 0.93e12), "H200": (90, 0.93e12), "B200": (100, 1.09e12), "RTX 4090": (89, 1.29e12)}
 LEFT = ("shape", "kernel")
 SAMPLES, PREFIX, HEAD_WIDTH = 128, 10, 64
 CAPTION = 26  # tokens of a usual caption
@@ -67,12 +68,12 @@ CAPTION = 26  # tokens of a usual caption
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an operator. `trips`: the steps of the loops of its kernels, by the kernel's name."""
+    """One call of an operator. `branches`: how often the loops of its kernels are taken."""
 
     name: str
     shape: str
     run: Callable[[], object]
-    trips: dict[str, int]
+    branches: Branches
     bytes: float = 0.0  # at least read and written
     flops: float = 0.0  # useful
 
@@ -110,7 +111,7 @@ def attention_calls(
 ) -> Iterator[Call]:
     tokens = SAMPLES * length
     qkv = torch.empty(*((tokens,) if packed else (SAMPLES, length)), 3, heads, HEAD_WIDTH, dtype=dtype)
-    key, value = torch.empty(2, PREFIX, heads, HEAD_WIDTH)
+    key, value = torch.empty(2, PREFIX, heads, HEAD_WIDTH, dtype=dtype)  # as kept weights hand them over
     prefix = attention.Prefix(key, value, torch.tensor(10.0))
     offsets = length * torch.arange(SAMPLES + 1, dtype=torch.int32)
     inputs = (qkv, prefix, attention.Packing(offsets if packed else None, length))
@@ -119,11 +120,12 @@ def attention_calls(
     needs = attention.Needs(qkv=True, key=True, value=True, scale=True)
     visible = (length * (length + 1) / 2 if causal else length**2) + length * PREFIX
     forward = 4 * heads * HEAD_WIDTH * SAMPLES * visible
-    trips = {"resident.forward_kernel": triton.cdiv(length, 64), "prefix_gradient_kernel": triton.cdiv(SAMPLES, 8)}
+    shape_of_columns = (length, PREFIX, HEAD_WIDTH, qkv.element_size(), capability(qkv))
+    branches = attention_branches(*shape_of_columns, causal, packed, SAMPLES)
     moved = 4 * out.nbytes + lse.nbytes
-    yield Call("attention forward", shape, lambda: attention.forward(*inputs, *options), trips, moved, forward)
+    yield Call("attention forward", shape, lambda: attention.forward(*inputs, *options), branches, moved, forward)
     backward = partial(attention.backward, torch.empty_like(out), *inputs, out, lse, *options, needs)
-    yield Call("attention backward", shape, backward, trips, moved + 4 * out.nbytes, 2.5 * forward)
+    yield Call("attention backward", shape, backward, branches, moved + 4 * out.nbytes, 2.5 * forward)
 
 
 def adapter_calls(
@@ -146,25 +148,13 @@ def adapter_calls(
     needs = adapter.Needs(True, False, False, True, True, True, True, True, own_norm, own_norm)
     flops, statistics = 4 * rows * width * hidden, 8 * rows
     forward = partial(adapter.forward, x, x if residual else None, norm, layers, own, 1e-5)
+    branches = adapter_branches(rows, width, hidden, own_norm, dtype)
     moved = (2 + 2 * residual + own_norm) * x.nbytes + statistics
-    yield Call("adapter forward", shape, forward, adapter_trips(rows, width, hidden, dtype), moved, flops)
+    yield Call("adapter forward", shape, forward, branches, moved, flops)
     dstream = x if residual or own_norm else None
     backward = partial(adapter.backward, x, dstream, x, norm.weight, layers, own, saved, needs)
     moved = (3 + (residual or own_norm)) * x.nbytes + statistics
-    yield Call("adapter backward", shape, backward, adapter_trips(rows, width, hidden, dtype), moved, 2 * flops)
-
-
-def adapter_trips(rows: int, width: int, hidden: int, dtype: torch.dtype) -> dict[str, int]:
-    x = torch.empty(0, dtype=dtype)
-    over_width = triton.cdiv(width, adapter.row_tiles(x, rows, hidden)["BLOCK_C"])
-    chosen = tiles.choose("adapter_parameters", hidden, x.element_size(), adapter.capability(x))
-    blocks, shares = triton.cdiv(rows, chosen["BLOCK_T"]), adapter.shares_of(x, rows, width, chosen)
-    return {
-        "forward_kernel": over_width,
-        "input_gradient_kernel": over_width,
-        "parameter_gradient_kernel": triton.cdiv(blocks, shares),
-        "finish_kernel": shares,
-    }
+    yield Call("adapter backward", shape, backward, branches, moved, 2 * flops)
 
 
 def measure(job: tuple[int, str]) -> list[dict[str, Any]]:
@@ -177,16 +167,14 @@ def measure(job: tuple[int, str]) -> list[dict[str, Any]]:
         call.run()
         for launch in absent_gpu.launches:
             row = dict(call=call.name, shape=call.shape, target=target, dtype=dtype, floor=[call.bytes, call.flops])
-            rows.append(row | figures(launch, target, call.trips))
+            rows.append(row | figures(launch, target, call.branches.get(launch.name, [])))
     return rows
 
 
-def figures(launch: Launch, target: int, trips: dict[str, int]) -> dict[str, Any]:
+def figures(launch: Launch, target: int, branches: list[Branch]) -> dict[str, Any]:
     code, programs = code_of(launch.cubin), launch.grid[0] * launch.grid[1]
     registers, stack = code.resources
-    steps = next((steps for name, steps in trips.items() if launch.name.endswith(name)), 0)
-    countable = target < 100 and launch.name not in ANY_LENGTH
-    counts = code.counts([steps] * len(code.loops)) if countable else None
+    counts = code.counts(launch.warps, branches)
     return dict(
         kernel=launch.name,
         registers=registers,
@@ -195,9 +183,9 @@ def figures(launch: Launch, target: int, trips: dict[str, int]) -> dict[str, Any
         warps=launch.warps,
         occupancy=occupancy(target, registers, launch.shared, launch.warps),
         programs=programs,
-        instructions=counts and counts.instructions * launch.warps,
-        special=counts and counts.special * launch.warps,
-        loads=counts and counts.loads * launch.warps * programs / 1e6,
+        instructions=round(counts.instructions),
+        special=round(counts.special),
+        loads=counts.loads * programs / 1e6,
         warpgroup=code.products(WARPGROUP),
         matrix=code.products(MATRIX),
         unaligned=launch.unaligned,
@@ -211,7 +199,7 @@ def occupancy(target: int, registers: int, shared: int, warps: int) -> float:
 
 
 def least_times(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The least microseconds of each call whose instructions are counted, and the share of the floor, by GPU."""
+    """The least microseconds of each call, and the share of the floor, by GPU."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for gpu, (target, issued_per_second) in ISSUE.items():
         rates = KNOWN_RATES[gpu]
@@ -220,8 +208,6 @@ def least_times(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
             if row["target"] == target:
                 by_call.setdefault((row["call"], row["shape"], row["dtype"]), []).append(row)
         for (call, shape, dtype), kernels in by_call.items():
-            if any(kernel["instructions"] is None for kernel in kernels):
-                continue
             issue = 1e6 * sum(kernel["instructions"] * kernel["programs"] for kernel in kernels) / issued_per_second
             floor = rates.floor(*kernels[0]["floor"])
             line = found.setdefault((call, shape), {"call": call, "shape": shape})
@@ -251,7 +237,7 @@ def main() -> int:
         found = tqdm(pool.imap(measure, jobs), "compiling", len(jobs), unit="target", leave=False, disable=None)
         rows = [row for of_target in found for row in of_target]
     shown = [{name: value for name, value in row.items() if name not in ("floor", "unaligned")} for row in rows]
-    print(table([{name: "–" if value is None else value for name, value in row.items()} for row in shown], left=LEFT))
+    print(table(shown, left=LEFT))
     spilled = sum(row["stack"] > 0 for row in rows)
     text = f"{len(rows)} launches compiled by Triton {triton.__version__}; {spilled} spill.\n\n"
     if least := least_times(rows):

@@ -40,13 +40,18 @@ LOADS = {"image": 0.22, "image, λ on logits": 0.22}  # GB of attention's backwa
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+def report(tmp_path_factory):
     if sys.platform != "linux":
         pytest.skip("Triton compiles on Linux")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     report = tmp_path_factory.mktemp("compiled") / "resources.json"
     subprocess.run([sys.executable, RESOURCES, "--dtype", "bf16", "--json", report], env=environment, check=True)
-    return json.loads(report.read_text())["rows"]
+    return json.loads(report.read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(report):
+    return report["rows"]
 
 
 @pytest.mark.parametrize("target", SHARED_MEMORY)
@@ -69,7 +74,22 @@ def test_production_calls_compile_without_spills(target, rows):
         assert row["stack"] <= STACK, row
         assert row["shared"] <= SHARED_MEMORY[target] * 1024, row
         assert 0 < row["occupancy"] <= 1, row
+        assert row["instructions"] > 0, row
         assert row["unaligned"] == [], row  # every tensor and stride: loads of 16 bytes
+
+
+def test_every_call_has_a_predicted_time_on_every_gpu(report, rows):
+    """And a share of the floor. Blackwell's waiting loops count once, so that its instructions are about Hopper's."""
+    lines = report["text"].splitlines()
+    head = next(line for line in lines if line.startswith("| call"))
+    assert all(f"{gpu}, bf16" in head for gpu in ("H100", "H200", "B200", "RTX 4090"))
+    predicted = [line for line in lines if line.startswith(("| attention", "| adapter", "| QuickGELU"))]
+    assert len(predicted) == len({(row["call"], row["shape"]) for row in rows})
+    assert all(line.count(" µs (") == 4 for line in predicted), predicted
+    executed = {(row["target"], row["kernel"], row["shape"], row["call"]): row["instructions"] for row in rows}
+    for (target, *launch), instructions in executed.items():
+        if target == 100:
+            assert 0.25 < instructions / executed[(90, *launch)] < 4, launch
 
 
 def test_which_kernels_run_where(rows):
