@@ -24,7 +24,9 @@ PORT = 8765
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, or 1 after an error of one line. Wrong arguments exit with 2, as in argparse."""
-    return exit_status(lambda: _search(argv), "stopped; what has been indexed is kept, and the same command continues")
+    indexing = list(sys.argv[1:] if argv is None else argv)[:1] == ["index"]
+    kept = "; what has been indexed is kept, and the same command continues" if indexing else ""
+    return exit_status(lambda: _search(argv), f"stopped{kept}")
 
 
 def _search(argv: Sequence[str] | None) -> int:

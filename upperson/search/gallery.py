@@ -211,7 +211,7 @@ class Gallery:
         parts = [
             *([self.searcher.encode_texts(query.sentences)] if query.sentences else []),
             *([self.searcher.encode_images(query.images)] if query.images else []),
-            *([self.store.vectors(query.like)] if query.like else []),
+            *([self.store.vectors(self.possible(query.like))] if query.like else []),
         ]
         avoid = self.searcher.encode_texts(query.avoid) if query.avoid else np.empty((0, 1), np.float32)
         directions = combined(np.concatenate(parts), avoid, query.avoid_weight, query.every)
@@ -225,6 +225,13 @@ class Gallery:
             Hit(rank, min(max(similarity, -1.0), 1.0), rows[id].entry(id))
             for rank, (id, similarity) in enumerate(kept, 1)
         ]
+
+    def possible(self, ids: Sequence[int]) -> Sequence[int]:
+        """These ids. Raises SearchError for one that no store can hold."""
+        for id in ids:
+            if not 0 < id < 2**63:
+                raise SearchError(f"{self.name}: no image has the id {id}")
+        return ids
 
     def reranked(self, found: list[tuple[int, float]]) -> list[tuple[int, float]]:
         """The first BEST in the order of their k-reciprocal neighbours, then the others. Similarities stay."""
@@ -255,7 +262,7 @@ class Gallery:
 
         Raises SearchError for an unknown id, and for a file that has gone or changed.
         """
-        row = self.store.rows([id]).get(id)
+        row = self.store.rows(self.possible([id])).get(id)
         if row is None:
             raise SearchError(f"{self.name}: no image has the id {id}")
         content = self.thumbnails.read(id)

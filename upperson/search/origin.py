@@ -65,9 +65,7 @@ def by_pattern(path: PurePath, pattern: re.Pattern[str] | None) -> tuple[str | N
     except ValueError:
         time = time_in(text)
     if time is None or time.tzinfo is not None:
-        raise DataError(
-            f"{path}: the pattern found the time {text!r}; expected a local time such as 2026-01-31T23:59:59"
-        )
+        raise DataError(f"{path}: the pattern found the time {text!r}; expected one such as 2026-01-31T23:59:59")
     return groups.get("camera"), time
 
 

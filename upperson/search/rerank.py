@@ -11,7 +11,7 @@ BEST = 200  # images that are ranked again
 
 
 def rerank(distances: np.ndarray, k1: int = K1, k2: int = K2, weight: float = LAMBDA) -> np.ndarray:
-    """(N,) float64: the final distance of the query to each of N images, equation 12.
+    """(N,) float64: the final distance d* of the query to each of N images.
 
     Args:
         distances: (N + 1, N + 1), of the query, which comes first, and the images, among each other.
@@ -26,12 +26,12 @@ def rerank(distances: np.ndarray, k1: int = K1, k2: int = K2, weight: float = LA
     vectors = np.zeros_like(distances)
     for row in range(len(distances)):
         members = sets[row].copy()
-        for other in np.flatnonzero(sets[row]):  # equation 4
+        for other in np.flatnonzero(sets[row]):  # R* of the paper
             if 3 * (sets[row] & halves[other]).sum() >= 2 * halves[other].sum():
                 members |= halves[other]
-        vectors[row][members] = np.exp(-distances[row][members])  # equation 7
-    vectors = vectors[order[:, :k2]].mean(1)  # equation 11, the image itself among its neighbours
-    smaller = np.minimum(vectors[0], vectors[1:]).sum(1)  # equations 8 to 10
+        vectors[row][members] = np.exp(-distances[row][members])  # V of the paper
+    vectors = vectors[order[:, :k2]].mean(1)  # the paper's local query expansion
+    smaller = np.minimum(vectors[0], vectors[1:]).sum(1)  # the Jaccard distance of weighted sets
     larger = np.maximum(vectors[0], vectors[1:]).sum(1)
     return (1 - weight) * (1 - smaller / larger) + weight * distances[0, 1:]
 
@@ -39,7 +39,8 @@ def rerank(distances: np.ndarray, k1: int = K1, k2: int = K2, weight: float = LA
 def reciprocal_sets(order: np.ndarray, k: int) -> np.ndarray:
     """(M, M) bool: R(p, k) of each row p, the images that have p among their k nearest, and are among those of p.
 
-    `order` are the neighbours of each row, itself among them; so k neighbours are the first k + 1 (equations 1 and 2).
+    `order` are the neighbours of each row, itself first; so k neighbours are the first k + 1, as in the
+    authors' program.
     """
     near = np.zeros(order.shape, bool)
     np.put_along_axis(near, order[:, : k + 1], True, axis=1)

@@ -30,9 +30,13 @@ class Searcher:
     """The model of a checkpoint on a device. Threads may compute at once."""
 
     def __init__(self, checkpoint: Path, device: str):
-        found, self.precision = device_and_precision(device, "auto")
         loaded = load_checkpoint(checkpoint)
         self.config: Config = loaded.config
+        try:
+            self.config.replace(device=device)
+        except ValueError as error:
+            raise SearchError(str(error)) from error
+        found, self.precision = device_and_precision(device, "auto")
         backend = self.config.model.backend
         if found.type != "cuda" and backend == "triton":
             backend = "auto"  # the model was trained on a GPU

@@ -10,6 +10,7 @@ from PIL import Image
 from upperson.files import write_atomically
 from upperson.search.media import TAG
 
+END = b"\xff\xd9"  # of a JPEG file
 SIZE = (1024, 384)  # at most, width and height in pixels
 SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n# thumbnails of upperson search; they can be made again\n"
 
@@ -33,8 +34,10 @@ class Thumbnails:
         return self.folder / f"{id // 1000}" / f"{id}.jpg"
 
     def read(self, id: int) -> bytes | None:
+        """The file; None for one that is lost, or that a power failure has damaged."""
         with suppress(FileNotFoundError):
-            return self.path(id).read_bytes()
+            content = self.path(id).read_bytes()
+            return content if content.endswith(END) else None
         return None
 
     def write(self, id: int, content: bytes) -> None:

@@ -23,6 +23,7 @@ from upperson.search.entry import Entry
 EPOCH = datetime(1970, 1, 1)
 FORMAT = 1  # of an index; another number is refused
 MILVUS = ".milvus.db"
+LARGEST = 1.01  # cosine, with the rounding of float16
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Row:
         return json.dumps(fields)
 
 
-def row_of(path: str, camera: str | None, time: int | None, rest: str) -> Row:
+def row_of(index: str, path: str, camera: str | None, time: int | None, rest: str) -> Row:
     """The inverse of Row.rest and microseconds. Raises SearchError for values that they do not write."""
     try:
         fields = parse_json(rest)
@@ -60,11 +61,12 @@ def row_of(path: str, camera: str | None, time: int | None, rest: str) -> Row:
         found = Row(path, camera, None if time is None else EPOCH + timedelta(microseconds=time), **fields)
         numbers = (found.size, found.mtime, found.parts, *(() if found.frame is None else (found.frame,)))
         whole = all(type(number) is int for number in (*numbers, *(box or ())))
-        if not whole or len(box or (0,) * 4) != 4 or not isinstance(found.seconds, float | int | None):
+        texts = all(isinstance(text, str) for text in (path, camera or "", found.digest, found.cut))
+        if not whole or not texts or len(box or (0,) * 4) != 4 or not isinstance(found.seconds, float | int | None):
             raise ValueError("a field has another type")
         return found if box is None else Row(**{**vars(found), "box": tuple(box)})
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise SearchError(f"the index is damaged: the entry of {path!r} cannot be read ({error})") from error
+        raise SearchError(f"{index}: the index is damaged: the entry of {path!r} cannot be read ({error})") from error
 
 
 def microseconds(time: datetime) -> int:
@@ -186,8 +188,13 @@ def read_settings(index: str, text: str) -> dict[str, Any]:
     )
 
 
-def best(ids: np.ndarray, similarities: np.ndarray, top: int) -> list[tuple[int, float]]:
-    """The `top` ids of the highest similarities, best first, ties by id. Both are (N,)."""
+def best(index: str, ids: np.ndarray, similarities: np.ndarray, top: int) -> list[tuple[int, float]]:
+    """The `top` ids of the highest similarities, best first, ties by id. Both are (N,).
+
+    Raises SearchError for a similarity that two vectors of length 1 cannot have.
+    """
+    if not (np.abs(similarities) <= LARGEST).all():  # also not for NaN
+        raise SearchError(f"{index}: the index is damaged: a vector is not of length 1")
     if top < len(ids):
         bound = np.partition(similarities, len(ids) - top)[len(ids) - top]
         kept = similarities >= bound

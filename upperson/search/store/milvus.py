@@ -48,8 +48,11 @@ class MilvusStore:
         if settings is None and not is_server(index) and not Path(index).exists():
             raise missing(index)
         with self.reported():
-            token = os.environ.get(TOKEN, "")
-            self.client = MilvusClient(address, token=token if is_server(index) else "", timeout=SECONDS)
+            if is_server(index):
+                options: dict[str, Any] = dict(token=os.environ.get(TOKEN, ""), timeout=SECONDS)
+            else:  # the server of Milvus Lite ends connections that ask every ten seconds whether it lives
+                options = dict(grpc_options={"grpc.keepalive_time_ms": 3_600_000})
+            self.client = MilvusClient(address, **options)
             if settings is not None and not self.client.has_collection(self.texts):
                 self.create(settings)
             if not self.client.has_collection(self.texts):
@@ -193,7 +196,7 @@ class MilvusStore:
     def row(self, entity: Mapping[str, Any]) -> Row:
         time = entity["time"]
         camera = bytes.fromhex(entity["camera"]).decode() or None
-        return row_of(entity["path"], camera, None if time == NO_TIME else time, entity["rest"])
+        return row_of(self.name, entity["path"], camera, None if time == NO_TIME else time, entity["rest"])
 
     def windows(self, condition: str, names: list[str]) -> Iterator[dict[str, Any]]:
         """The fields of all entries that fit, by id. An answer of a server is limited, so ids are asked for in turn."""
@@ -232,7 +235,7 @@ class MilvusStore:
                 for start in range(0, len(ids), WINDOW):
                     found += self.lowest(queries, top, f"id in {ids[start : start + WINDOW]}")
         table = np.array(found, [("id", np.int64), ("similarity", np.float64)])
-        return best(table["id"], table["similarity"], top)
+        return best(self.name, table["id"], table["similarity"], top)
 
     def lowest(self, queries: np.ndarray, top: int, condition: str) -> list[tuple[int, float]]:
         """As Store.search. More entries are asked for until no other can belong to the result.

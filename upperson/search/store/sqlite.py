@@ -14,7 +14,6 @@ import json
 import os
 import secrets
 import sqlite3
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
@@ -34,7 +33,6 @@ HEADER = len(MAGIC) + 16  # bytes; the second half is the index's own key
 BLOCK = 2**14  # vectors multiplied at once
 AT_ONCE = 500  # ids in one statement
 WAIT = 30.0  # seconds for another process's transaction
-PAGE_SIZE, PAGES = struct.Struct(">16xH"), struct.Struct(">28xI")  # in SQLite's header
 
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value NOT NULL);
@@ -98,18 +96,13 @@ class SQLiteStore:
             self.connection.execute(f"PRAGMA application_id = {APPLICATION}")
 
     def checked_settings(self) -> dict[str, Any]:
-        """Raises SearchError for a file that is not an index, is cut, or whose vectors do not belong to it."""
+        """Raises SearchError for a file that is not an index, and for one whose vectors are missing or of another."""
         with self.reading():
             tables = self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             if not tables:
                 raise missing(self.name)
             if self.connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
                 raise SearchError(f"{self.path}: a SQLite file, but not an index of upperson search")
-            with open(self.path, "rb") as file:
-                header = file.read(32)
-            size, (pages,) = PAGE_SIZE.unpack_from(header)[0], PAGES.unpack_from(header)
-            if self.path.stat().st_size < pages * (65536 if size == 1 else size):
-                raise SearchError(f"{self.path}: the index is cut: it is shorter than its header says")
             settings = read_settings(self.name, str(self.value("settings")))
             self.settings, self.dtype = settings, np.dtype(settings["dtype"])
             self.mapped()
@@ -127,6 +120,12 @@ class SQLiteStore:
             raise SearchError(f"{self.path}: the index is damaged: the setting {name} is {value!r}")
         return value
 
+    def key(self) -> bytes:
+        key = self.value("key")
+        if not isinstance(key, bytes):
+            raise SearchError(f"{self.path}: the index is damaged: the setting key is {key!r}")
+        return key
+
     def vectors_file(self, generation: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{generation}.vectors")
 
@@ -138,7 +137,7 @@ class SQLiteStore:
             raise SearchError(f"{path}: the vectors of {self.path} are missing; restore both, or index again")
         require_regular(path)
         with open(path, "rb") as file:
-            if file.read(HEADER) != MAGIC + bytes(self.value("key")):
+            if file.read(HEADER) != MAGIC + self.key():
                 raise SearchError(f"{path}: not the vectors of {self.path}; restore both, or index again")
         length = HEADER + used * width * self.dtype.itemsize
         if path.stat().st_size < length:
@@ -162,8 +161,8 @@ class SQLiteStore:
                 text = "not an index: it is not a SQLite file"
             elif "malformed" in text or "no such" in text:
                 text = f"the index is damaged ({text})"
-            elif "full" in text:
-                text = f"the disk is full ({text}); what was indexed before is kept"
+            elif "full" in text or "I/O" in text:
+                text = f"the disk is full or fails ({text}); what was indexed before is kept"
             elif "locked" in text:
                 text = f"another process has kept the index for {WAIT:.0f} seconds"
             else:
@@ -293,7 +292,7 @@ class SQLiteStore:
             blocks = [
                 seen.vectors[seen.positions[start : start + BLOCK]] for start in range(0, len(seen.positions), BLOCK)
             ]
-            self.write_whole(self.vectors_file(generation + 1), bytes(self.value("key")), blocks)
+            self.write_whole(self.vectors_file(generation + 1), self.key(), blocks)
             self.connection.executemany(
                 "UPDATE entries SET position = ? WHERE id = ?", list(enumerate(seen.ids.tolist()))
             )
@@ -316,13 +315,13 @@ class SQLiteStore:
                 some = list(ids[start : start + AT_ONCE])
                 marks = ",".join("?" * len(some))
                 query = f"SELECT id, path, camera, time, rest FROM entries WHERE id IN ({marks})"
-                found |= {id: row_of(*fields) for id, *fields in self.connection.execute(query, some)}
+                found |= {id: row_of(self.name, *fields) for id, *fields in self.connection.execute(query, some)}
         return found
 
     def all_rows(self) -> Iterator[tuple[int, Row]]:
         with self.reading():
             query = "SELECT id, path, camera, time, rest FROM entries ORDER BY id"
-            yield from [(id, row_of(*fields)) for id, *fields in self.connection.execute(query)]
+            yield from [(id, row_of(self.name, *fields)) for id, *fields in self.connection.execute(query)]
 
     def vectors(self, ids: Sequence[int]) -> np.ndarray:
         with self.reading():
@@ -348,7 +347,7 @@ class SQLiteStore:
         else:
             picked = np.array_split(positions, -(-len(positions) // BLOCK))
             similarities = np.concatenate([lowest(seen.vectors[some], queries) for some in picked])
-        return best(ids, similarities, top)
+        return best(self.name, ids, similarities, top)
 
     def fitting(self, where: Filter) -> np.ndarray | None:
         """(N,) int64: the ids that fit, rising; None: all."""
