@@ -448,7 +448,7 @@ def command_lines(folder):
             return True
         last = (err.getvalue().splitlines() or [""])[-1]
         assert status in (1, 2), (arguments, status)
-        assert re.match(r"(upperson( \w+)?: )?error: \S", last) and "Traceback" not in err.getvalue(), (
+        assert re.match(r"(upperson( \w+)*: )?error: \S", last) and "Traceback" not in err.getvalue(), (
             arguments,
             err.getvalue(),
         )

@@ -503,7 +503,7 @@ def killed_index(tmp_path, images, kills):
         child = fork.Process(target=index_whole, args=(index, folder))
         child.start()
         while stored(index) < target and child.is_alive():
-            time.sleep(chance.random() * 0.01)
+            time.sleep(chance.random() * 0.02)
         child.kill()
         child.join()
         stopped.append(stored(index))
@@ -537,8 +537,8 @@ forks = pytest.mark.skipif(sys.platform != "linux", reason="the test forks")
 
 @forks
 def test_an_index_that_is_killed_ends_as_one_that_is_not(tmp_path):
-    killed, whole, stopped = killed_index(tmp_path, 600, 3)
-    assert len(whole) == 600 and 0 < stopped[0] < 600
+    killed, whole, stopped = killed_index(tmp_path, 300, 2)
+    assert len(whole) == 300 and 0 < stopped[0] < 300
     assert_same_index(killed, whole)
 
 

@@ -199,18 +199,10 @@ def test_rerank_brings_a_neighbour_forward():
     assert final[4] < final[3]
 
 
-def test_distances_keep_the_ranking_of_the_query():
-    generator = np.random.default_rng(0)
-    vectors = unit(generator.standard_normal((12, 6)) + 2)
-    similarities = -np.sort(-generator.uniform(0.1, 0.3, 12))
-    distances = distances_of(similarities, vectors)
-    assert distances.shape == (13, 13) and np.array_equal(distances, distances.T)
-    assert (np.diff(distances[0, 1:]) >= 0).all()
-    np.testing.assert_allclose(distances[1:, 1:], 1 - vectors @ vectors.T, atol=1e-12)
-    among = (1 - vectors @ vectors.T)[~np.eye(12, dtype=bool)]
-    assert distances[0, 1:].mean() == pytest.approx(among.mean()) and distances[0, 1:].std() == pytest.approx(
-        among.std()
-    )
+def test_distances_of_a_query_and_images():
+    vectors = unit(np.random.default_rng(0).standard_normal((12, 6)))
+    distances = distances_of(vectors[:1] @ vectors[1:].T, vectors[1:])
+    np.testing.assert_allclose(distances, 1 - vectors @ vectors.T, atol=1e-12)
     assert distances_of(np.ones(1), vectors[:1]).shape == (2, 2)
 
 

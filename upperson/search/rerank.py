@@ -21,19 +21,15 @@ def rerank(distances: np.ndarray, k1: int = K1, k2: int = K2, weight: float = LA
     distances = np.asarray(distances, np.float64)
     itself = np.eye(len(distances), dtype=bool)
     order = np.argsort(np.where(itself, -np.inf, distances), axis=1, kind="stable")  # each is its own first neighbour
-    sets = reciprocal_sets(order, k1)
-    halves = reciprocal_sets(order, round(k1 / 2))
-    vectors = np.zeros_like(distances)
-    for row in range(len(distances)):
-        members = sets[row].copy()
-        for other in np.flatnonzero(sets[row]):  # R* of the paper
-            if 3 * (sets[row] & halves[other]).sum() >= 2 * halves[other].sum():
-                members |= halves[other]
-        vectors[row][members] = np.exp(-distances[row][members])  # V of the paper
+    sets, halves = reciprocal_sets(order, k1), reciprocal_sets(order, round(k1 / 2))
+    shared = sets.astype(np.float32) @ halves.T.astype(np.float32)  # |R(p, k1) & R(q, k1 / 2)|
+    joined = sets & (3 * shared >= 2 * halves.sum(1))  # the q of p whose halves are joined
+    larger = sets | (joined.astype(np.float32) @ halves.astype(np.float32) > 0)  # R* of the paper
+    vectors = np.where(larger, np.exp(-distances), 0.0)  # V of the paper
     vectors = vectors[order[:, :k2]].mean(1)  # the paper's local query expansion
-    smaller = np.minimum(vectors[0], vectors[1:]).sum(1)  # the Jaccard distance of weighted sets
-    larger = np.maximum(vectors[0], vectors[1:]).sum(1)
-    return (1 - weight) * (1 - smaller / larger) + weight * distances[0, 1:]
+    inner = np.minimum(vectors[0], vectors[1:]).sum(1)  # the Jaccard distance of weighted sets
+    outer = np.maximum(vectors[0], vectors[1:]).sum(1)
+    return (1 - weight) * (1 - inner / outer) + weight * distances[0, 1:]
 
 
 def reciprocal_sets(order: np.ndarray, k: int) -> np.ndarray:
@@ -48,19 +44,8 @@ def reciprocal_sets(order: np.ndarray, k: int) -> np.ndarray:
 
 
 def distances_of(similarities: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """(N + 1, N + 1): cosine distances of a query and N images, from its similarities (N,) and their vectors (N, E).
-
-    A sentence is less similar to all images than they are to each other, so it would be nobody's neighbour. Its
-    similarities are first shifted and scaled to the mean and deviation of those of two images. Its own ranking stays.
-    This step is not part of the paper, which compares images only.
-    """
-    among = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
-    pairs = among[~np.eye(len(among), dtype=bool)]
-    own = similarities.astype(np.float64)
-    if len(pairs) and own.std() > 0:
-        own = (own - own.mean()) * (pairs.std() / own.std()) + pairs.mean()
-    whole = np.ones((len(among) + 1, len(among) + 1))
-    whole[1:, 1:] = among
-    whole[0, 1:] = whole[1:, 0] = own
-    np.fill_diagonal(whole, 1)
+    """(N + 1, N + 1): cosine distances of a query and N images, from its similarities (N,) and their vectors (N, E)."""
+    whole = np.ones((len(vectors) + 1, len(vectors) + 1))
+    whole[1:, 1:] = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
+    whole[0, 1:] = whole[1:, 0] = similarities
     return np.maximum(1 - whole, 0)
