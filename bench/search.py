@@ -31,7 +31,7 @@ from upperson.search.store import FORMAT, Filter, Row, open_store
 
 WIDTH = 512
 BATCH = 5000
-QUERIES = 10
+QUERIES, FILTERED = 10, 3  # without and with a filter
 TOP = 20
 START = datetime(2026, 1, 1)
 STORES = {"sqlite": ("people.db", "float32"), "sqlite-half": ("people.db", "float16"),
@@ -84,7 +84,7 @@ def measure(name: str, size: int) -> dict[str, Any]:
         for label, where in FILTERS.items():
             store.search(queries[:1], TOP, where)  # the first one opens files
             wall, busy = [], []
-            for query in queries[: QUERIES // 3 if label else QUERIES]:
+            for query in queries[: FILTERED if label else QUERIES]:
                 began, used = time.perf_counter(), processor_seconds()
                 hits = store.search(query[None], TOP, where)
                 wall.append(time.perf_counter() - began)
@@ -115,6 +115,24 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def report(rows: list[dict[str, Any]], load: float, output: Path | None) -> str:
+    """The table of what has been measured so far, which is also written to `output`."""
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    machine = (
+        f"{os.cpu_count()} cores, {threads} threads for products. Load average before and after: {load:.1f}, "
+        f"{os.getloadavg()[0]:.1f}. NumPy {np.__version__}, Python {sys.version.split()[0]}."
+    )
+    text = (
+        f"{table(list(map(cells, rows)), 'pipe')}\n\n{WIDTH} numbers a vector, in batches of {BATCH:,}; medians of "
+        f"{QUERIES} queries for {TOP} images each, of {FILTERED} with a filter. Memory is the growth of the process's "
+        f"peak, mapped files included.\n{machine}\n"
+    )
+    if output:
+        write_atomically(output / "search-cpu.md", f"# Stores of the search\n\n{text}")
+        save_json(output / "search-cpu.json", dict(machine=machine, rows=rows))
+    return text
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     option = parser.add_argument
@@ -131,21 +149,8 @@ def main() -> int:
             with multiprocessing.get_context("spawn").Pool(1) as fresh:
                 rows.append(fresh.apply(measure, (name, size)))
             print(f"{name}, {size:,} vectors: measured", flush=True)
-    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
-    machine = (
-        f"{os.cpu_count()} cores, {threads} threads for products. Load average before and after: {load:.1f}, "
-        f"{os.getloadavg()[0]:.1f}. NumPy {np.__version__}, Python {sys.version.split()[0]}."
-    )
-    text = (
-        f"{table(list(map(cells, rows)), 'pipe')}\n\n{WIDTH} numbers a vector, in batches of {BATCH:,}; medians of "
-        f"{QUERIES} queries for {TOP} images each, and of {QUERIES // 3} with a filter. Memory is the growth of the "
-        f"process's peak, mapped files included.\n"
-        f"{machine}\n"
-    )
+            text = report(rows, load, arguments.output)
     print(f"\n{text}", end="")
-    if arguments.output:
-        write_atomically(arguments.output / "search-cpu.md", f"# Stores of the search\n\n{text}")
-        save_json(arguments.output / "search-cpu.json", dict(machine=machine, rows=rows))
     return 0
 
 

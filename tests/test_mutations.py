@@ -466,7 +466,7 @@ COUNTS = {
     run_configurations: (30, 1000),
     tiles_of_kernels: (30, 1000),
     caches: (15, 400),
-    indexes: (30, 1000),
+    indexes: (30, 500),
     boxes: (30, 1000),
     resume_states: (3, 100),
     command_lines: (15, 400),

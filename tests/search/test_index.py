@@ -211,6 +211,9 @@ def test_paths(gallery, photos, monkeypatch):
     for wrong in ("no-such-folder", "../no/../such", "0.png/x"):
         with pytest.raises(SearchError, match="does not exist"):
             gallery.add([wrong])
+    for wrong in ("x" * 5000, "a\0b", "~no-such-user/x"):
+        with pytest.raises(SearchError, match="cannot be a path"):
+            gallery.add([wrong])
     (photos / "nothing").mkdir()
     with pytest.raises(SearchError, match="nothing: no image or video is in this folder"):
         gallery.add([photos / "cam1", photos / "nothing"])
@@ -337,6 +340,8 @@ def test_boxes(gallery, photos):
     ("lines", "message"),
     [
         (["cam0/9.png,0,0,1,1,"], "line 2, field path: .*cam0/9.png does not exist"),
+        (["x" * 5000 + ",0,0,1,1,"], "line 2, field path: 'x{60}' cannot be a path"),
+        (["~no-such-user/x.png,0,0,1,1,"], "line 2, field path: .*~no-such-user/x.png does not exist"),
         (["cam0,0,0,1,1,"], "line 2, field path: .* or is not a file"),
         ([",0,0,1,1,"], "line 2, field path: empty"),
         (["cam0/0.png,0,0,1,1,", "cam0/0.png,-1,0,1,1,"], "line 3, field x: '-1'; expected a whole number from 0"),

@@ -91,8 +91,12 @@ def parsed(file: Path, line: int, header: list[str], row: list[str]) -> tuple[Pa
     width, height = (number(place, name, fields[name], 1) for name in ("width", "height"))
     if not fields["path"]:
         raise DataError(f"{place}, field path: empty; expected the path of an image or video")
-    path = absolute(file.absolute().parent / fields["path"])
-    if not path.is_file():
+    try:
+        path = absolute(file.absolute().parent / fields["path"])
+        exists = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, NUL, an unknown user after ~
+        raise DataError(f"{place}, field path: {fields['path'][:60]!r} cannot be a path ({error})") from error
+    if not exists:
         raise DataError(f"{place}, field path: {path} does not exist, or is not a file")
     text = fields.get("frame", "")
     if bool(text) != is_video(path):

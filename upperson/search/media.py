@@ -45,8 +45,12 @@ def find_media(given: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
     found: dict[Path, None] = {}
     problems: list[str] = []
     for name in given:
-        path = absolute(name)
-        if not path.exists():
+        try:
+            path = absolute(name)
+            exists = path.exists()
+        except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, NUL, an unknown user after ~
+            raise SearchError(f"{name}: cannot be a path ({error})") from error
+        if not exists:
             raise SearchError(f"{name}: the file or folder does not exist")
         files = [path] if not path.is_dir() else list(below(path, problems))
         if not files:

@@ -306,7 +306,7 @@ class SQLiteStore:
 
     def __len__(self) -> int:
         with self.reading():
-            return self.connection.execute("SELECT count(*) FROM entries").fetchone()[0]
+            return len(self.snapshot().ids)
 
     def rows(self, ids: Sequence[int]) -> dict[int, Row]:
         found: dict[int, Row] = {}
@@ -321,7 +321,8 @@ class SQLiteStore:
     def all_rows(self) -> Iterator[tuple[int, Row]]:
         with self.reading():
             query = "SELECT id, path, camera, time, rest FROM entries ORDER BY id"
-            yield from [(id, row_of(self.name, *fields)) for id, *fields in self.connection.execute(query)]
+            found = [(id, row_of(self.name, *fields)) for id, *fields in self.connection.execute(query)]
+        yield from found
 
     def vectors(self, ids: Sequence[int]) -> np.ndarray:
         with self.reading():
