@@ -76,6 +76,10 @@ def measure(name: str, size: int) -> dict[str, Any]:
             store.add(rows, vectors)
             inserting += processor_seconds() - busy
             inserted += time.perf_counter() - began
+        began, busy = time.perf_counter(), processor_seconds()
+        store.tidy()
+        inserting += processor_seconds() - busy
+        inserted += time.perf_counter() - began
         disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2**20
         found: dict[str, Any] = dict(
             store=name, size=size, insert_cpu_s=inserting, insert_wall_s=inserted, disk_mb=disk

@@ -212,8 +212,9 @@ def test_paths(gallery, photos, monkeypatch):
         with pytest.raises(SearchError, match="does not exist"):
             gallery.add([wrong])
     for wrong in ("x" * 5000, "a\0b", "~no-such-user/x"):
-        with pytest.raises(SearchError, match="cannot be a path"):
+        with pytest.raises(SearchError, match="cannot be a path|does not exist") as raised:
             gallery.add([wrong])
+        assert "\n" not in str(raised.value)
     (photos / "nothing").mkdir()
     with pytest.raises(SearchError, match="nothing: no image or video is in this folder"):
         gallery.add([photos / "cam1", photos / "nothing"])

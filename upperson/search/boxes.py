@@ -95,7 +95,7 @@ def parsed(file: Path, line: int, header: list[str], row: list[str]) -> tuple[Pa
         path = absolute(file.absolute().parent / fields["path"])
         exists = path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, NUL, an unknown user after ~
-        raise DataError(f"{place}, field path: {fields['path'][:60]!r} cannot be a path ({error})") from error
+        raise DataError(f"{place}, field path: {fields['path'][:60]!r} cannot be a path") from error
     if not exists:
         raise DataError(f"{place}, field path: {path} does not exist, or is not a file")
     text = fields.get("frame", "")

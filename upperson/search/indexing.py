@@ -352,6 +352,7 @@ class Indexing:
             image = load_image(drawings[name])
             self.append(Row(name, None, None, parts=1), load_pixels(image, self.size), thumbnail(image))
         self.flush()
+        self.store.tidy()
         self.report.added, self.report.unchanged = len(new), len(drawings) - len(new)
         return self.report
 

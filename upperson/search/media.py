@@ -49,7 +49,8 @@ def find_media(given: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
             path = absolute(name)
             exists = path.exists()
         except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, NUL, an unknown user after ~
-            raise SearchError(f"{name}: cannot be a path ({error})") from error
+            reason = isinstance(error, OSError) and error.strerror or error
+            raise SearchError(f"{str(name)[:200]!r} cannot be a path ({reason})") from error
         if not exists:
             raise SearchError(f"{name}: the file or folder does not exist")
         files = [path] if not path.is_dir() else list(below(path, problems))

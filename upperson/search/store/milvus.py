@@ -164,7 +164,9 @@ class MilvusStore:
                 self.client.delete(self.entries, ids=list(ids[start : start + WINDOW]))
 
     def tidy(self) -> None:
-        """Milvus gives space back by itself."""
+        """Milvus gives space back by itself; but it finds new entries forty times faster once they are in its files."""
+        with self.reported():
+            self.client.flush(self.entries)
 
     # -------------------------------------------------------------------------------- reading
 
