@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import socket
 import sqlite3
 import sys
 import time
@@ -442,6 +443,20 @@ def test_videos_that_are_broken(gallery, video, photos):
     assert counts_of(report) == {"added": 1} and len(report.problems) == 3 and len(gallery) == 4
     report = gallery.add([], boxes=boxes_file(video.parent, f"{video.name},1,2,10,20,3", f"{video.name},1,2,10,20,99"))
     assert "frame 99 is wanted" in report.problems[0] and len(gallery) == 4  # the earlier entries stay
+
+
+@pytest.mark.parametrize("name", ["list.mp4", "list.ts"])
+def test_a_playlist_named_as_a_video_opens_no_address(tmp_path, name):
+    pytest.importorskip("av", reason="the extra video is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/secret.ts"
+        text = f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{address}\n#EXT-X-ENDLIST\n"
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match="video is broken"):
+            list(frames(tmp_path / name, 1.0))
+        with pytest.raises(TimeoutError):
+            server.accept()
 
 
 def test_without_pyav(gallery, tmp_path, monkeypatch):

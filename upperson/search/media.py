@@ -91,7 +91,7 @@ def frames(path: Path, every: float | None, wanted: Iterable[int] = ()) -> Itera
         ) from error
     try:
         require_regular(path)
-        with av.open(str(path)) as container:
+        with av.open(str(path), options={"protocol_whitelist": "file"}) as container:  # a playlist may name addresses
             yield from _picked(path, container, every, set(wanted))
     except DataError:
         raise
