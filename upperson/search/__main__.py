@@ -85,11 +85,13 @@ def _query(parser: Parser, options: argparse.Namespace) -> int:
 
 
 def _serve(parser: Parser, options: argparse.Namespace) -> int:
+    from upperson.search.page import listen, serve
+
+    opened = listen(options.host, options.port, options.token)  # first, since a gallery takes seconds to open
     from upperson.search.gallery import Gallery
-    from upperson.search.page import serve
 
     with Gallery.find(options.index, options.checkpoint, device=options.device) as gallery:
-        serve(gallery, options.host, options.port, options.token)
+        serve(gallery, options.host, options.port, options.token, opened=opened)
     return 0
 
 
@@ -182,9 +184,15 @@ def _parser() -> Parser:
 
     serve = command("serve", "a page on this computer that searches the index")
     option = serve.add_argument
-    option("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1); others need --token")
+    option("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this computer alone)")
     option("--port", type=int, default=PORT, help=f"(default: {PORT})")
-    option("--token", help="a secret of at least 16 characters, which the page then asks for")
+    option(
+        "--token",
+        help=(
+            "a secret of at least 16 characters that every request must know (default: none on this computer alone, "
+            "else one is made and printed)"
+        ),
+    )
 
     forget = command("forget", "remove images from the index, with their vectors and thumbnails")
     forget.add_argument("paths", nargs="+", metavar="PATH", help="files, or folders with all that is below them")
