@@ -176,6 +176,14 @@ def test_other_names_are_no_image(client, name):
     assert client.get(f"/image/{name}").status_code == 404
 
 
+def test_an_image_whose_file_has_gone_spares_the_others():
+    gallery = GalleryInMemory(people=2)
+    del gallery.images[1]
+    client = TestClient(make_app(gallery), HERE)
+    assert client.get("/").status_code == 200 and ids(client.get("/")) == list(range(1, 9))
+    assert client.get("/image/1").status_code == 404 and client.get("/image/2").status_code == 200
+
+
 @pytest.mark.parametrize(
     "name", ["../app.py", "%2e%2e/app.py", "..%2fapp.py", "%2e%2e%2f%2e%2e%2fhtml.py", "/etc/passwd"]
 )

@@ -58,6 +58,15 @@ def test_nothing_found(gallery):
     assert "The filters leave no image of 32 images" in page and "<img" not in page
 
 
+def test_an_image_whose_file_has_gone():
+    gallery = GalleryInMemory(people=2)
+    hits = gallery.search(Query(("red",)))
+    del gallery.images[hits[1].entry.id]
+    page = results_page(Query(("red",)), hits, gallery)
+    assert page.count("<img") == 7 and page.count("The file has gone or changed.") == 1
+    assert re.findall(r'class="rank">(\d)<', page) == list("12345678")
+
+
 def test_details():
     entry = Entry(1, "a.mp4", "3", START, 3723.46, (1, 2, 30, 40))
     assert list(details(entry)) == ["camera 3", "2026-01-31 08:30:00", "video at 1:02:03.5", "box 1, 2, 30 × 40"]

@@ -4,6 +4,7 @@ import base64
 import io
 import statistics
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from upperson.errors import SearchError
 from upperson.search.entry import Entry, Hit, Query
 
 if TYPE_CHECKING:
@@ -22,11 +24,8 @@ SHAPES = ((0.37, "slim"), (0.45, "tall"), (0.7, "half"), (1.2, "square"))  # lar
 
 
 def results_page(query: Query, hits: list[Hit], gallery: "Gallery") -> str:
-    """One HTML page of the results that needs no other file: the images are inside it, and it has no script.
-
-    Raises SearchError for a hit that is no longer in the index.
-    """
-    thumbnails = {hit.entry.id: gallery.thumbnail(hit.entry.id) for hit in hits}
+    """One HTML page of the results that needs no other file: the images are inside it, and it has no script."""
+    pictures = thumbnails(gallery, [hit.entry.id for hit in hits])
     return render(
         "saved.html",
         asked=in_words(query, gallery),
@@ -35,8 +34,8 @@ def results_page(query: Query, hits: list[Hit], gallery: "Gallery") -> str:
         name=gallery.name,
         model=gallery.model,
         style=(PAGE / "static" / "style.css").read_text(encoding="utf-8"),
-        sources={id: data_uri(jpeg) for id, jpeg in thumbnails.items()},
-        shape=shape(thumbnails.values()),
+        sources={id: data_uri(jpeg) for id, jpeg in pictures.items()},
+        shape=shape(pictures.values()),
     )
 
 
@@ -73,6 +72,15 @@ def environment() -> Environment:
     )
     made.filters |= {"count": count, "details": details, "folder": folder, "file_name": file_name}
     return made
+
+
+def thumbnails(gallery: "Gallery", ids: Iterable[int]) -> dict[int, bytes]:
+    """The JPEG files of some images by id; without those whose files have gone or changed since they were indexed."""
+    found = {}
+    for id in ids:
+        with suppress(SearchError):
+            found[id] = gallery.thumbnail(id)
+    return found
 
 
 def data_uri(jpeg: bytes) -> str:

@@ -14,7 +14,7 @@ from starlette.staticfiles import StaticFiles
 
 from upperson.errors import USER_ERRORS, DataError, one_line
 from upperson.search.entry import Hit
-from upperson.search.html import PAGE, render, shape
+from upperson.search.html import PAGE, render, shape, thumbnails
 from upperson.search.page import asked
 from upperson.search.page.guard import LOCAL, Guard
 from upperson.search.page.uploads import MAX_BYTES, Uploads
@@ -97,7 +97,7 @@ class Page:
             ],
             cameras=self.gallery.cameras(),
             times=self.gallery.times(),
-            shape=shape([self.gallery.thumbnail(entry.id) for entry in first[:7]]),
+            shape=shape(thumbnails(self.gallery, [entry.id for entry in first[:7]]).values()),
             sentences=asked.lines(params, "q"),
             avoid=asked.lines(params, "not"),
             weight=params.get("weight") or "0.5",
