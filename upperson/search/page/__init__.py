@@ -6,6 +6,7 @@ import importlib.util
 import ipaddress
 import secrets
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from upperson.errors import SearchError
@@ -89,7 +90,6 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         print(f"{gallery.name}: {len(gallery):,} images; Ctrl-C ends", flush=True)
         print(f"http://{shown}:{port}/" + (f"?token={token}" if token else ""), flush=True)
-        try:
+        with suppress(KeyboardInterrupt):  # raised by uvicorn once the running requests have been answered
             server.run(sockets=[bound])
-        except KeyboardInterrupt:  # raised by uvicorn once the running requests have been answered
-            print("stopped", flush=True)
+        print("stopped", flush=True)

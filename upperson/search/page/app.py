@@ -1,5 +1,6 @@
 """The server of the page: what each address answers. Searches run in threads, so that the others need not wait."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -162,9 +163,9 @@ def link_to_similar(params: QueryParams) -> str:
 
 
 def sentence(error: Exception) -> str:
-    """An error's message as a sentence."""
+    """An error's message as a sentence. A message that begins with a path keeps its first letter."""
     text = one_line(str(error))
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", "!")) else ".")
+    return (text[:1].upper() + text[1:] if re.match("[a-z]+ ", text) else text) + ("" if text.endswith((".", "?", "!")) else ".")
 
 
 def plain(request: Request, error: Exception) -> Response:
