@@ -1,7 +1,7 @@
 """A picture of the search's page for the README: the page in Chromium, after a sentence was searched.
 
-python train.py                    the model and the synthetic people whom the page shows
-python bench/screenshot.py         writes bench/results/search-page.png; needs the extra 'serve', playwright and Chromium
+python train.py               the model, and the synthetic people whom the page shows
+python bench/screenshot.py    writes bench/results/search-page.png; needs the extra 'serve', playwright and Chromium
 """
 
 import argparse

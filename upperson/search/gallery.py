@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from upperson.data import Sample, gallery, load_image, read_splits
 from upperson.embedded.drawing import Drawing
 from upperson.errors import DataError, SearchError
-from upperson.search.entry import Hit, Query
+from upperson.search.entry import Entry, Hit, Query
 from upperson.search.indexing import Indexing, Report, require_numbers
 from upperson.search.media import absolute, frames, is_video
 from upperson.search.rerank import BEST, distances_of, rerank
@@ -240,6 +240,11 @@ class Gallery:
         final = rerank(distances_of(np.array([similarity for _, similarity in first]), vectors))
         return [first[place] for place in np.argsort(final, kind="stable")] + others
 
+    def sample(self, number: int) -> list[Entry]:
+        """At most `number` images, spread over the index."""
+        rows = self.store.rows(self.store.some(number))
+        return [row.entry(id) for id, row in sorted(rows.items())]
+
     def cameras(self) -> list[str]:
         """The names of all cameras."""
         return self.store.cameras()
@@ -249,11 +254,11 @@ class Gallery:
         return self.store.times()
 
     def examples(self) -> list[str]:
-        """Some sentences for this gallery: captions of the synthetic people, or of people in general."""
+        """Some sentences for this gallery: short captions of the synthetic people, or of people in general."""
         if not self.searcher.config.data.is_synthetic:
             return list(SENTENCES)
-        captions = list(dict.fromkeys(sample.caption for sample in self.samples))
-        return random.Random(0).sample(captions, min(EXAMPLES, len(captions)))
+        captions = sorted({sample.caption for sample in self.samples}, key=lambda caption: (len(caption), caption))
+        return random.Random(0).sample(captions[: max(EXAMPLES, len(captions) // 10)], min(EXAMPLES, len(captions)))
 
     # -------------------------------------------------------------------------------- images
 

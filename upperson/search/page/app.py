@@ -50,6 +50,7 @@ class Page:
 
     def __init__(self, gallery: "Gallery"):
         self.gallery = gallery
+        self.known: tuple[int, dict[str, Any]] | None = None
         self.uploads = Uploads()
         self.decoding = anyio.CapacityLimiter(DECODED_AT_ONCE)
 
@@ -89,15 +90,8 @@ class Page:
             **found,
             hits=hits,
             title=", ".join(asked.lines(params, "q")),
-            name=self.gallery.name,
-            model=self.gallery.model,
-            total=len(self.gallery),
+            **self.about(),
             asked_for=asked.is_asked(params),
-            examples=[
-                {"name": text, "link": asked.address(QueryParams({"q": text}))} for text in self.gallery.examples()
-            ],
-            cameras=self.gallery.cameras(),
-            times=self.gallery.times(),
             shape=shape(thumbnails(self.gallery, [entry.id for entry in first[:7]]).values()),
             sentences=asked.lines(params, "q"),
             avoid=asked.lines(params, "not"),
@@ -123,6 +117,20 @@ class Page:
                 for id in asked.lines(params, "image")
             ],
         )
+
+    def about(self) -> dict[str, Any]:
+        """What the page shows of the gallery. It is asked again when the number of images has changed.
+
+        Some stores go through all entries for the cameras and times.
+        """
+        total = len(self.gallery)
+        if self.known is None or self.known[0] != total:
+            examples = [
+                {"name": text, "link": asked.address(QueryParams({"q": text}))} for text in self.gallery.examples()
+            ]
+            found = {"cameras": self.gallery.cameras(), "times": self.gallery.times(), "examples": examples}
+            self.known = total, {"name": self.gallery.name, "model": self.gallery.model, "total": total, **found}
+        return self.known[1]
 
     async def image(self, request: Request) -> Response:
         """The thumbnail of an image of the index by its number; a path is never accepted."""
@@ -165,7 +173,9 @@ def link_to_similar(params: QueryParams) -> str:
 def sentence(error: Exception) -> str:
     """An error's message as a sentence. A message that begins with a path keeps its first letter."""
     text = one_line(str(error))
-    return (text[:1].upper() + text[1:] if re.match("[a-z]+ ", text) else text) + ("" if text.endswith((".", "?", "!")) else ".")
+    return (text[:1].upper() + text[1:] if re.match("[a-z]+ ", text) else text) + (
+        "" if text.endswith((".", "?", "!")) else "."
+    )
 
 
 def plain(request: Request, error: Exception) -> Response:

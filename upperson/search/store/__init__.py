@@ -121,6 +121,10 @@ class Store(Protocol):
         """All ids and rows, by id."""
         ...
 
+    def some(self, number: int) -> list[int]:
+        """At most `number` ids, spread over the index."""
+        ...
+
     def vectors(self, ids: Sequence[int]) -> np.ndarray:
         """(len(ids), E) float32, in this order. Raises SearchError for an unknown id."""
         ...

@@ -178,6 +178,12 @@ class MilvusStore:
         fields = self.fields(ids, ["path", "camera", "time", "rest"])
         return {id: self.row(entity) for id, entity in fields.items()}
 
+    def some(self, number: int) -> list[int]:
+        with self.reported():
+            end = self.next_id()  # the first id is 1
+            spread = np.linspace(1, end, min(number, end - 1), endpoint=False).astype(np.int64).tolist()
+        return sorted(self.fields(spread, []))
+
     def vectors(self, ids: Sequence[int]) -> np.ndarray:
         found = self.fields(ids, ["vector"])
         for id in ids:

@@ -324,6 +324,11 @@ class SQLiteStore:
             found = [(id, row_of(self.name, *fields)) for id, *fields in self.connection.execute(query)]
         yield from found
 
+    def some(self, number: int) -> list[int]:
+        with self.reading():
+            ids = self.snapshot().ids
+        return ids[np.linspace(0, len(ids), min(number, len(ids)), endpoint=False).astype(np.int64)].tolist()
+
     def vectors(self, ids: Sequence[int]) -> np.ndarray:
         with self.reading():
             seen = self.snapshot()
