@@ -132,6 +132,11 @@ def test_what_cannot_be_searched_is_said_in_a_sentence(client, asked, words):
     assert words in message(answer) and not ids(answer)
 
 
+def test_an_address_that_asks_for_too_much(client):
+    assert client.get("/?" + "camera=a&" * 500 + "q=red").status_code == 414
+    assert client.get("/?" + "camera=a&" * 499 + "q=red").status_code == 200
+
+
 def test_an_error_of_the_index_is_shown(client):
     answer = client.get("/", params={"q": "broken"})
     assert answer.status_code == 400

@@ -57,6 +57,8 @@ class Page:
     async def search(self, request: Request) -> Response:
         """The page, with the results of the query in the address if there is one."""
         params = request.query_params
+        if len(params.multi_items()) > asked.PARAMETERS:
+            raise HTTPException(414, f"The address asks for too much; expected at most {asked.PARAMETERS} parameters.")
         found: dict[str, Any] = {"hits": [], "sample": [], "error": None}
         status = 200
         try:

@@ -11,6 +11,7 @@ from upperson.search.entry import Query
 
 CHARACTERS = 500  # of a text; a CLIP reads at most 77 tokens
 TEXTS = 20  # sentences, images or words to avoid
+PARAMETERS = 500  # of an address
 MOST = 200  # results on one page
 TOP = 24
 LARGEST_ID = 2**63 - 1

@@ -4,9 +4,14 @@
 
 const $ = (selector) => document.querySelector(selector);
 const SLOW = 8000; // ms after which the page says that a search still runs
+let shown = here(); // the address of the search on the page
 let running = null; // AbortController of the request whose answer is awaited
 
 document.documentElement.classList.add("scripted");
+
+function here() {
+  return location.pathname + location.search;
+}
 
 /** Loads the search at `url`. `keep`: leave the form as the user has just filled it in. */
 async function load(url, { keep = false, push = true } = {}) {
@@ -20,7 +25,9 @@ async function load(url, { keep = false, push = true } = {}) {
     if (!(answer.headers.get("Content-Type") || "").startsWith("text/html")) throw new Error(text.trim());
     const page = new DOMParser().parseFromString(text, "text/html");
     if (push) history.pushState(null, "", url);
+    shown = here();
     show(page, keep);
+    if (push && !keep) scrollTo({ top: 0 });
   } catch (error) {
     if (request.signal.aborted) return;
     fail(error);
@@ -47,7 +54,6 @@ function show(page, keep) {
     $("main").replaceWith(page.querySelector("main"));
     $("#more").open = opened;
     $("#results").focus({ preventScroll: true });
-    scrollTo({ top: 0 });
   }
   prepare();
   announce($("#results .count, #results .message:not(.error)")?.innerText ?? "");
@@ -139,7 +145,9 @@ document.addEventListener("click", (event) => {
   load(link.getAttribute("href"));
 });
 
-addEventListener("popstate", () => load(location.pathname + location.search, { push: false }));
+addEventListener("popstate", () => {
+  if (here() !== shown) load(here(), { push: false }); // else only the part after # has changed
+});
 
 document.addEventListener("input", (event) => {
   if (event.target.id === "weight") prepare();
