@@ -19,6 +19,7 @@ from gallery_in_memory import GalleryInMemory, jpeg
 from starlette.testclient import TestClient
 
 from upperson.errors import SearchError
+from upperson.search.__main__ import main
 from upperson.search.page import app as page_app
 from upperson.search.page import listen, serve, uploads
 from upperson.search.page.app import make_app
@@ -372,6 +373,14 @@ def test_where_it_cannot_listen(arguments, words):
     with pytest.raises(SearchError) as refused:
         listen(**{"port": 0, **arguments})
     assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_the_command_refuses_before_it_opens_an_index(capsys):
+    with listen(port=0) as taken:
+        for port in (taken.getsockname()[1], 65536):
+            assert main(["serve", "--port", str(port), "--index", "there is none.db"]) == 1
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith("error: ") and str(port) in line
 
 
 @pytest.mark.parametrize("missing", ["starlette", "uvicorn"])

@@ -18,6 +18,7 @@ from upperson.errors import SearchError
 from upperson.evaluate.embed import embed
 from upperson.search import Gallery, Query
 from upperson.search.__main__ import main
+from upperson.search.html import results_page
 from upperson.search.rerank import distances_of, rerank
 from upperson.search.store import Filter
 
@@ -357,3 +358,32 @@ def test_filters_of_paths():
         ("synthetic/test/*", "synthetic/test/0001", True),
     ]:
         assert Filter(path=pattern).fits_path(path) == fits, (pattern, path)
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_shows_what_the_gallery_finds(gallery):
+    pytest.importorskip("starlette", reason="the extra serve is not installed")
+    pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+    from starlette.testclient import TestClient
+
+    from upperson.search.page.app import make_app
+
+    client = TestClient(make_app(gallery), "http://localhost")
+
+    def shown(**asked):
+        answer = client.get("/", params=asked)
+        assert answer.status_code == 200
+        return [int(id) for id in re.findall(r'<img src="/image/(\d+)" alt="/', answer.text)]
+
+    ids = [entry.id for entry in gallery.sample(99)]
+    assert len(ids) == 9 and shown() == ids
+    assert [client.get(f"/image/{id}").content for id in ids] == [gallery.thumbnail(id) for id in ids]
+    found = gallery.search(Query(("a red coat",), cameras=("0", "2"), since=datetime(2026, 1, 3), rerank=True))
+    asked = {"q": "a red coat", "camera": ["0", "2"], "since": "2026-01-03T00:00", "rerank": "1"}
+    assert shown(**asked) == [hit.entry.id for hit in found]
+    assert shown(like=ids[3])[0] == ids[3]
+    assert client.get("/", params={"like": max(ids) + 1}).status_code == 400
+    saved = results_page(Query(("a red coat",)), found, gallery)
+    assert saved.count("data:image/jpeg;base64,") == len(found) > 0

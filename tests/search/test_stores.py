@@ -150,6 +150,14 @@ def test_cameras_and_times(store):
     assert rows[7].entry(ids[7]) == Entry(ids[7], "/photos/entrance/7.jpg", ODD, rows[7].time, 0.875, (1, 2, 3, 8))
 
 
+def test_some_are_spread_over_the_index(store):
+    assert store.some(5) == []
+    ids = store.add(*rows_and_vectors(10))
+    assert store.some(2) == [ids[0], ids[5]] and store.some(50) == ids
+    store.remove(ids[:5])
+    assert store.some(50) == ids[5:] and set(store.some(2)) <= set(ids[5:])
+
+
 def test_an_index_that_is_missing(index):
     with pytest.raises(SearchError, match="no index; make one with upperson search index"):
         open_store(index)
