@@ -53,6 +53,12 @@ def test_it_says_what_was_asked(page):
     assert "Use it responsibly" in page and "runs/embedded-1/best.safetensors" in page
 
 
+def test_its_order_is_named(page, gallery):
+    assert "4 images, the most similar first" in page
+    query = replace(QUERY, rerank=True)
+    assert "4 images, re-ranked" in results_page(query, gallery.search(query), gallery)
+
+
 def test_nothing_found(gallery):
     page = results_page(Query(("red",), path="nowhere"), [], gallery)
     assert "The filters leave no image of 32 images" in page and "<img" not in page

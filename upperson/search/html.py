@@ -30,6 +30,7 @@ def results_page(query: Query, hits: list[Hit], gallery: "Gallery") -> str:
         "saved.html",
         asked=in_words(query, gallery),
         hits=hits,
+        rerank=query.rerank,
         total=len(gallery),
         name=gallery.name,
         model=gallery.model,
