@@ -10,13 +10,14 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from upperson.errors import Parser, RunError, exit_status
 from upperson.files import write_atomically
 
-SIZE = (1200, 820)
+SIZE: Any = {"width": 1200, "height": 820}
 COLOURS = 256  # of the PNG file, which stays below 400 KB
 SENTENCE = "a woman in a red coat with a small white handbag"
 
@@ -44,7 +45,7 @@ def main() -> int:
         thread.start()
         try:
             address = f"http://127.0.0.1:{opened.getsockname()[1]}/"
-            png = screenshot(chromium, address, options.sentence, "dark" if options.dark else "light")
+            png = screenshot(chromium, address, options.sentence, options.dark)
         finally:
             server.should_exit = True
             thread.join()
@@ -55,13 +56,13 @@ def main() -> int:
     return 0
 
 
-def screenshot(chromium: str, address: str, sentence: str, scheme: str) -> bytes:
+def screenshot(chromium: str, address: str, sentence: str, dark: bool) -> bytes:
     """PNG of the window after `sentence` was typed and searched."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport=dict(zip(("width", "height"), SIZE, strict=True)), color_scheme=scheme)
+        page = browser.new_page(viewport=SIZE, color_scheme="dark" if dark else "light")
         page.goto(address)
         page.get_by_role("searchbox").fill(sentence)
         page.keyboard.press("Enter")
