@@ -40,16 +40,16 @@ def test_every_command_has_help(name, capsys):
 
 
 def test_an_unknown_command(capsys):
-    assert main(["search", "x"]) == 2
+    assert main(["find", "x"]) == 2
     assert capsys.readouterr().err.startswith(
-        "upperson: error: unknown command 'search'; expected one of train, evaluate"
+        "upperson: error: unknown command 'find'; expected one of train, evaluate"
     )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_argument_with_a_line_feed_gives_one_line(command, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main([command, *(["V"] if command == "tables" else ["x"] * 2), "a\nb"])
+        main([command, *{"tables": ["V"], "search": ["serve"]}.get(command, ["x"] * 2), "a\nb"])
     last = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2 and last.startswith(f"upperson {command}: error: ") and r"a\nb" in last
 
@@ -64,8 +64,8 @@ def test_an_error_is_one_line_whatever_it_quotes():
 def test_names_of_the_package():
     assert set(upperson.__all__) <= set(dir(upperson))
     assert all(getattr(upperson, name) is not None for name in upperson.__all__)
-    with pytest.raises(AttributeError, match="module 'upperson' has no attribute 'search'"):
-        _ = upperson.search
+    with pytest.raises(AttributeError, match="module 'upperson' has no attribute 'find'"):
+        _ = upperson.find
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import zipfile
+from datetime import datetime
 from pathlib import Path
 
 import open_clip
@@ -40,11 +41,14 @@ from upperson.__main__ import main
 from upperson.config.files import read_changes, read_configuration
 from upperson.data import ImageCache, gallery, load_image, queries, read_dataset
 from upperson.data.images import load_pixels
-from upperson.errors import BackboneError, CheckpointError, DataError, MethodError, RunError, one_line
+from upperson.errors import BackboneError, CheckpointError, DataError, MethodError, RunError, SearchError, one_line
 from upperson.evaluate.results import Results
 from upperson.methods.zero_shot import ZeroShot
 from upperson.model.backbone import build_clip, random_clip
 from upperson.model.checkpoint import build_model, copy_parameters, load_checkpoint, save_checkpoint
+from upperson.search import Gallery
+from upperson.search.boxes import read_boxes
+from upperson.search.store import Filter, Row, open_store
 from upperson.train.fit import fit
 from upperson.train.resume import load_state
 
@@ -358,6 +362,51 @@ def resume_states(folder):
     return trial
 
 
+def indexes(folder):
+    """The rows or the vectors of an index; a change that SQLite does not see may change an entry."""
+    path = folder / "people.db"
+    settings = dict(format=1, dimensions=8, dtype="float32", checkpoint="none", identity={})
+    store = open_store(str(path), settings)
+    vectors = torch.nn.functional.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0))).numpy()
+    store.add([Row(f"/photos/{i}.jpg", str(i % 3), datetime(2026, 1, 1 + i % 30), box=(i, 1, 2, 3)) for i in range(40)],
+              vectors)  # fmt: skip
+    store.close()
+    files = {each: each.read_bytes() for each in (path, folder / "people.db.1.vectors")}
+
+    def use():
+        with contextlib.closing(open_store(str(path))) as opened:
+            rows = dict(opened.all_rows())
+            found = opened.search(vectors[:2], 5, Filter(("1",), datetime(2026, 1, 2), path="*.jpg"))
+            assert len(opened.search(vectors[:1], 100, Filter())) == len(rows) and {id for id, _ in found} <= set(rows)
+            assert opened.cameras() and opened.times()
+
+    def trial(generator):
+        for each, content in files.items():
+            each.write_bytes(content)
+        damaged = generator.choice(list(files))
+        damaged.write_bytes(mutated_bytes(files[damaged], generator))
+        return ends(use, path, SearchError)
+
+    return trial
+
+
+def boxes(folder):
+    for number in range(3):
+        write_image(folder / f"{number}.jpg", number)
+    path = folder / "boxes.csv"
+    text = "path,x,y,width,height,frame\n0.jpg,1,2,10,20,\n1.jpg,0,0,5,5,\n1.jpg,2,0,5,5,\n2.jpg,3,3,3,3,\n"
+
+    def use():
+        for image, found in read_boxes(path).items():
+            assert image.is_file() and all(box.width > 0 and box.frame is None for box in found)
+
+    def trial(generator):
+        path.write_bytes(mutated_text(text, generator))
+        return ends(use, path, DataError)
+
+    return trial
+
+
 def command_lines(folder):
     config = tiny_training(folder, embedded_identities=(3, 2, 2), run_dir=folder / "run")
     (folder / "run.json").write_text(config.to_json())
@@ -367,6 +416,9 @@ def command_lines(folder):
     checkpoint = folder / "best.safetensors"
     save_checkpoint(checkpoint, model.trained_parameters(), config, {"epoch": 1}, model.fingerprint)
     cuhk_pedes(folder / "cuhk", train=2, test=2)
+    index = folder / "people.db"
+    with Gallery.open(index, checkpoint) as searched:
+        searched.add([folder / "cuhk"], progress=False)
     bases = [
         "train --preset embedded --epochs 3 --warmup-epochs 1 --learning-rate 0.01 --image-size 48 16 --losses sdm "
         "--device cpu --no-mask-captions --embedded-identities 3 2 2 --freeze none --run-dir new",
@@ -375,6 +427,10 @@ def command_lines(folder):
         f"train --preset cuhk-pedes --data-root {folder / 'cuhk'} --check-data --embedded-identities 2 1 1",
         f"evaluate {checkpoint} --split test --output out --batch-size 4 --device cpu --precision fp32 --workers 0",
         f"merge {checkpoint} merged.safetensors --rest rest.safetensors",
+        f"search query red --index {index} --top 3 --not hat --weight 0.3 --camera 1 --since 2026-01-01 --json",
+        f"search query red coat --all --index {index} --until 2026-01-01T12:00 --path */a*.jpg --rerank --device cpu",
+        f"search index {folder / 'cuhk'} --index new.db --checkpoint {checkpoint} --every 2 --batch-size 4 --workers 0",
+        f"search forget {folder / 'cuhk'} --index {index}",
         "tables V --seeds 2 --jobs 1 --output tables --device cpu --list",
     ]
 
@@ -398,7 +454,7 @@ def command_lines(folder):
             return True
         last = (err.getvalue().splitlines() or [""])[-1]
         assert status in (1, 2), (arguments, status)
-        assert re.match(r"(upperson( \w+)?: )?error: \S", last) and "Traceback" not in err.getvalue(), (
+        assert re.match(r"(upperson( \w+)*: )?error: \S", last) and "Traceback" not in err.getvalue(), (
             arguments,
             err.getvalue(),
         )
@@ -416,6 +472,8 @@ COUNTS = {
     run_configurations: (30, 1000),
     tiles_of_kernels: (30, 1000),
     caches: (15, 400),
+    indexes: (30, 500),
+    boxes: (30, 1000),
     resume_states: (3, 100),
     command_lines: (15, 400),
 }

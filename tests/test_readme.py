@@ -5,10 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny import build, stirred, tiny_clip, tiny_config
-
-from upperson import Config
-from upperson.model.checkpoint import save_checkpoint
+from tiny import tiny_run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -18,6 +15,7 @@ PAGES = [
     "bench/README.md",
     "upperson/data/README.md",
     "upperson/methods/README.md",
+    "upperson/search/README.md",
     "upperson/tables/README.md",
 ]
 
@@ -37,22 +35,21 @@ def test_the_kernels_alone(capsys):
 
 def test_search_of_a_folder(tmp_path, monkeypatch, capsys):
     """The example prints the images of a folder, the most similar first."""
-    config = tiny_config(tmp_path, tiny_clip(context_length=77))
-    run_folder, images = tmp_path / "runs" / "embedded-1", tmp_path / "my" / "images"
-    run_folder.mkdir(parents=True)
+    tiny_run(tmp_path)
+    images = tmp_path / "my" / "images"
     images.mkdir(parents=True)
-    model = stirred(build(config)).eval()
-    save_checkpoint(run_folder / "best.safetensors", model.trained_parameters(), Config(config), {})
     paths = [images / f"{colour}.jpg" for colour in ("red", "green", "blue")]
     for path in paths:
         Image.new("RGB", (30, 80), path.stem).save(path)
     monkeypatch.chdir(tmp_path)
-    exec(example("README.md", "load_model"), {})
-    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    exec(example("README.md", "Gallery"), {})
+    report, *lines = capsys.readouterr().out.splitlines()
+    assert report == "3 added"
+    printed = [line.split() for line in lines]
     similarities = [float(similarity) for similarity, _ in printed]
     assert similarities == sorted(similarities, reverse=True)
     assert all(abs(similarity) <= 1 for similarity in similarities)
-    assert {name for _, name in printed} == {f"my/images/{path.name}" for path in paths}
+    assert {name for _, name in printed} == set(map(str, paths))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -71,4 +68,4 @@ def test_named_functions_exist():
     rows = re.findall(r"`(\w+)` in `([\w/.]+)`", (ROOT / "README.md").read_text())
     assert len(rows) >= 6
     for name, path in rows:
-        assert re.search(rf"^(?:def|class) {name}\b", (ROOT / path).read_text(), re.MULTILINE), (name, path)
+        assert re.search(rf"^ *(?:def|class) {name}\b", (ROOT / path).read_text(), re.MULTILINE), (name, path)

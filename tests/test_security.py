@@ -1,4 +1,4 @@
-"""SECURITY.md: what a training, an evaluation and a merge open, write, start and send, by Python's audit events.
+"""SECURITY.md: what training, evaluation, merge and search open, write, start and send, by Python's audit events.
 
 The commands run in a process of their own, since an audit hook stays for the life of a process. Compiled code raises no
 audit events; so the folders to which it could write are empty before, and are compared afterwards.
@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny_clip, write_clip
+from tiny import tiny_clip, write_clip, write_image
 
 OUTPUTS = ("random", "embedded", "evaluation", "merged.safetensors")
+INDEX = ("people.db", "people.db.1.vectors", "people.db.lock", "people.db.thumbnails")
 WATCHED = """
 import json, os, sys
 
@@ -53,6 +54,9 @@ def watched(tmp_path_factory):
     work, home, temporary = (place / name for name in ("work", "home", "temporary"))
     for folder in (work, home, temporary):
         folder.mkdir()
+    photos = place / "photos"
+    for number in range(3):
+        write_image(photos / f"{number}.png", number)
     model = write_clip(place, tiny_clip(layers=2, context_length=24))
     data = ["--embedded-identities", 4, 2, 2, "--embedded-views", 1, "--workers", 0, "--device", "cpu"]
     short = [*data, "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 4, "--backend", "torch"]
@@ -64,6 +68,9 @@ def watched(tmp_path_factory):
         ["train", *short, "--run-dir", "embedded"],
         ["evaluate", "embedded/best.safetensors", "--output", "evaluation"],
         ["merge", "random/best.safetensors", "merged.safetensors"],
+        ["search", "index", photos, "--checkpoint", "embedded/best.safetensors", "--device", "cpu"],
+        ["search", "query", "a man", "--not", "a hat", "--rerank", "--json", "--device", "cpu"],
+        ["search", "forget", photos / "1.png"],
     ]
     commands = [list(map(str, command)) for command in commands]
     environment = {
@@ -91,10 +98,10 @@ def test_no_program_is_started(watched):
 
 def test_files_are_written_only_where_the_user_asks(watched):
     found, place = watched
-    outputs = [place / "work" / name for name in OUTPUTS]
+    outputs = [place / "work" / name for name in (*OUTPUTS, *INDEX[1:])]  # SQLite writes its file itself
     written = [Path(path) for path in found["written"]]
     assert {path for path in outputs if path in written} == set(outputs)  # the hook has seen these at least
-    allowed = [*outputs, place / "home", place / "temporary", Path(os.devnull)]
+    allowed = [*outputs, place / "work" / INDEX[0], place / "home", place / "temporary", Path(os.devnull)]
     staged = str(place / "work" / ".merge-")  # a merge collects its output beside the output
     elsewhere = [
         path for path in written if not {path, *path.parents} & set(allowed) and not str(path).startswith(staged)
@@ -105,7 +112,7 @@ def test_files_are_written_only_where_the_user_asks(watched):
 def test_nothing_is_left_elsewhere(watched):
     """Matplotlib keeps a list of fonts in the home folder; PyTorch makes an empty folder for its compiler."""
     _, place = watched
-    assert {path.name for path in (place / "work").iterdir()} == set(OUTPUTS)
+    assert {path.name for path in (place / "work").iterdir()} == {*OUTPUTS, *INDEX}
     for folder in (place / "home").iterdir():
         assert {path.name for path in folder.iterdir()} == {"matplotlib"}, folder
     for folder in (place / "temporary").iterdir():

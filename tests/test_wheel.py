@@ -82,6 +82,8 @@ def test_data_files_are_in_the_wheel(wheel):
         "upperson/embedded/clip.json",
         "upperson/embedded/clip.safetensors",
         "upperson/tables/paper.csv",
+        "upperson/search/page/static/script.js",
+        "upperson/search/page/templates/page.html",
     ):
         assert file in names, file
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "bench/"))]

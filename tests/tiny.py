@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from upperson import AdaptedCLIP, Config, ModelConfig, preset
 from upperson.losses.objective import Objective
 from upperson.machine import SINGLE_PROCESS
-from upperson.model.checkpoint import load_checkpoint
+from upperson.model.checkpoint import load_checkpoint, save_checkpoint
 from upperson.petl import ADAPTERS, LOW_RANK, PREFIXES
 from upperson.train.interruption import Interruption
 from upperson.train.loop import Job, Training
@@ -204,6 +204,16 @@ def flags_of(config):
         elif value is not None:
             flags += [flag, *(value if isinstance(value, tuple) else [value])]
     return flags
+
+
+def tiny_run(folder, **changes):
+    """The checkpoint in the run folder of a tiny model with random trained parameters, as if training had ended."""
+    config = tiny_training(folder, **changes)
+    model = stirred(build(config.model, config.train.seed))
+    path = folder / "runs" / "embedded-1" / "best.safetensors"
+    path.parent.mkdir(parents=True)
+    save_checkpoint(path, model.adaptation(), config, {}, model.fingerprint)
+    return path
 
 
 def run_command(monkeypatch, *flags):

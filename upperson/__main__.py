@@ -10,6 +10,7 @@ from upperson.errors import exit_status
 COMMANDS = {
     "train": ("upperson.train.__main__", "train, select and test a method; the same as python train.py"),
     "evaluate": ("upperson.evaluate.__main__", "evaluate a checkpoint on any data set, in both directions"),
+    "search": ("upperson.search.__main__", "find a person in your own images: index, query, serve, forget"),
     "merge": ("upperson.deploy.merge", "fold a checkpoint into the weights of a plain CLIP"),
     "tables": ("upperson.tables.__main__", "train and print the tables of the paper"),
 }

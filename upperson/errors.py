@@ -60,6 +60,10 @@ class RunError(OneLine, RuntimeError):
     """A run that cannot start or continue."""
 
 
+class SearchError(OneLine, RuntimeError):
+    """An index, a gallery or a query that cannot be used."""
+
+
 class Diverged(RunError):
     """A non-finite loss or gradient."""
 
@@ -80,6 +84,7 @@ USER_ERRORS = (
     MethodError,
     RetrievalError,
     RunError,
+    SearchError,
     OSError,
 )
 

@@ -29,8 +29,10 @@ KINDS = {
 }
 
 
-def write_atomically(path: Path, *content: bytes | memoryview | str) -> None:
+def write_atomically(path: Path, *content: bytes | memoryview | str, durable: bool = True) -> None:
     """Writes a file, from its parts, completely or not at all: to `temporary_of(path)`, which is synced and renamed.
+
+    A file that can be made again need not be `durable`: it is not synced, and may be damaged after a power failure.
 
     Text is written in UTF-8. Half of a surrogate pair, as in the path of a file whose name is not UTF-8, becomes a
     backslash escape. Raises OSError, which names the path. An earlier version of the file is then unchanged.
@@ -40,10 +42,12 @@ def write_atomically(path: Path, *content: bytes | memoryview | str) -> None:
         with open(temporary, "wb") as file:
             for part in content:
                 file.write(part.encode("utf-8", "backslashreplace") if isinstance(part, str) else part)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if durable:
+            _sync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()

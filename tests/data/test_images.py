@@ -28,7 +28,9 @@ def loaded(content: bytes | Image.Image, folder: Path, **options) -> np.ndarray:
         path.write_bytes(content)
     else:
         content.save(path, **options)
-    return np.asarray(load_image(path)).astype(int)
+    found = np.asarray(load_image(path)).astype(int)
+    assert np.array_equal(load_image(path.read_bytes()), found)  # the content alone is read as the file is
+    return found
 
 
 def png(pixels: np.ndarray, bits: int, kind: int, *chunks: tuple[bytes, bytes]) -> bytes:

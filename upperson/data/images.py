@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -62,44 +62,52 @@ TURNS = {
 _drawn: WeakKeyDictionary[Drawing, np.ndarray] = WeakKeyDictionary()
 
 
-def load_image(image: Path | Drawing | Image.Image) -> Image.Image:
-    """The decoded RGB image, upright and without transparency.
+def load_image(image: Path | bytes | Drawing | Image.Image) -> Image.Image:
+    """The decoded RGB image, upright and without transparency, of a file, the content of a file, or a drawing.
 
     Raises DataError with the path of an image that is missing, broken, larger than MAX_PIXELS, of more than MAX_SCANS,
     of an unsupported format or mode, or that is not a regular file.
     """
     if isinstance(image, Image.Image):
         return _decoded(image, getattr(image, "filename", "") or "the image")
-    if not isinstance(image, Path):
+    if not isinstance(image, (Path, bytes)):
         pixels = _drawn.get(image)
         if pixels is None:
             pixels = _drawn[image] = np.asarray(image.draw().convert("RGB"))
         return Image.fromarray(pixels)
+    name = image if isinstance(image, Path) else "the image"
     try:
-        require_regular(image)
-        # Pillow maps a file that is given by its path, and then garbles a TIFF image that EXIF turns by 90 degrees.
-        with open(image, "rb") as file, Image.open(file, formats=_readable_formats()) as opened:
+        with _opened(image) as file, Image.open(file, formats=_readable_formats()) as opened:
             if opened.format in ("JPEG", "MPO"):
                 file.seek(0)
                 scans = file.read().count(START_OF_SCAN)
                 if scans > MAX_SCANS:
-                    raise DataError(f"{image}: expected a JPEG image of at most {MAX_SCANS} scans, found {scans}")
-            return _decoded(opened, image)
+                    raise DataError(f"{name}: expected a JPEG image of at most {MAX_SCANS} scans, found {scans}")
+            return _decoded(opened, name)
     except (DataError, MemoryError):
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{image}: image is missing") from error
+        raise DataError(f"{name}: image is missing") from error
     except Image.UnidentifiedImageError as error:
         raise DataError(
-            f"{image}: image is broken (expected one of the formats {', '.join(_readable_formats())})"
+            f"{name}: image is broken (expected one of the formats {', '.join(_readable_formats())})"
         ) from error
     except Image.DecompressionBombError as error:  # raised by Image.open for much more than MAX_PIXELS
-        raise DataError(f"{image}: expected an image of at most {MAX_PIXELS:,} pixels ({error})") from error
+        raise DataError(f"{name}: expected an image of at most {MAX_PIXELS:,} pixels ({error})") from error
     except OSError as error:
         problem = f"cannot be read ({error.strerror})" if error.errno else f"is broken ({error})"  # by system or Pillow
-        raise DataError(f"{image}: image {problem}") from error
+        raise DataError(f"{name}: image {problem}") from error
     except Exception as error:  # the formats raise many types: SyntaxError, ValueError, struct.error, ...
-        raise DataError(f"{image}: image is broken ({error})") from error
+        raise DataError(f"{name}: image is broken ({error})") from error
+
+
+def _opened(image: Path | bytes) -> BinaryIO:
+    """The content of an image file. Pillow maps a file that it opens by its path, and then garbles a TIFF image that
+    EXIF turns by 90 degrees."""
+    if isinstance(image, bytes):
+        return io.BytesIO(image)
+    require_regular(image)
+    return open(image, "rb")
 
 
 @cache

@@ -83,7 +83,7 @@ def train_loader(
     pixels = _pixel_loader(image_size, cache)
     pairs = TrainingPairs(samples, pixels, RandomAugmentation(image_size), tokenizer, seed, mask_captions, mask_labels)
     batches = EpochBatches(len(samples), batch_size, seed, epoch, first_batch, rank, world_size)
-    return _loader(
+    return data_loader(
         pairs,
         workers,
         batch_sampler=batches,
@@ -105,7 +105,7 @@ def image_loader(
     Image files are read from `cache` if given. Raises ValueError if the cache has another image size.
     """
     dataset = EvaluationImages(images, _pixel_loader(preprocess.image_size, cache), preprocess)
-    return _loader(dataset, workers, batch_size=batch_size)
+    return data_loader(dataset, workers, batch_size=batch_size)
 
 
 def caption_loader(
@@ -119,7 +119,7 @@ def caption_loader(
     def collate(texts: list[str]) -> Any:
         return tokenizer(texts) if pack is None else pack(tokenizer(texts))
 
-    return _loader(captions, workers=0, batch_size=batch_size, collate_fn=collate)
+    return data_loader(captions, workers=0, batch_size=batch_size, collate_fn=collate)
 
 
 def _collate(pairs: list[dict[str, Any]], pack: Packer | None) -> dict[str, Any]:
@@ -140,7 +140,8 @@ def _leave_process_group(_: int) -> None:
         os.setpgid(0, 0)
 
 
-def _loader(dataset: Any, workers: int, **options: Any) -> DataLoader:
+def data_loader(dataset: Any, workers: int, **options: Any) -> DataLoader:
+    """PyTorch's loader with `workers` processes; `options` are its own."""
     # With its own generator, a DataLoader does not use the global one.
     return DataLoader(
         dataset,
