@@ -164,7 +164,7 @@ def text(result: dict[str, Any]) -> str:
         f"{first['model']} at {height}×{width}, batch {first['batch']}, {first['precision']}; torch "
         f"{found['torch']}, {found['date']}. Both towers, SDM loss, backward, Adam. A matrix product reaches "
         f"{rates['flops_per_second'] / 1e12:,.2f} TFLOP/s here (measured now). Captions fill "
-        f"{result['fill']:.0%} of {CONTEXT} tokens (normally distributed, {paths.WORDS} ± {paths.DEVIATION} words).",
+        f"{result['fill']:.0%} of {CONTEXT} tokens (normally distributed, {paths.TOKENS} ± {paths.DEVIATION} tokens).",
         *filter(None, [rates["warning"] and f"Warning: {rates['warning']}."]),
         table([cells(row, first) for row in rows], "pipe"),
         "All figures are of one step. Bytes touched are those that the operators read and write one by one, which "

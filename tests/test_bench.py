@@ -51,7 +51,7 @@ def run_main(module, monkeypatch, *arguments) -> int:
 # ---------------------------------------------------------------------------------------- the commands
 
 
-@pytest.mark.parametrize("name", ["adapter", "attn", "loader", "report", "resources", "step", "tune"])
+@pytest.mark.parametrize("name", ["adapter", "attn", "loader", "report", "resources", "step", "street", "tune"])
 def test_the_help_is_printed_whatever_the_encoding(monkeypatch, name):
     output = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="ascii"))

@@ -158,8 +158,8 @@ def test_captions_are_as_long_as_those_of_cuhk_pedes():
     batches = paths.random_batches(paths.small(), model.tokenizer, 77, 64, 4)
     tokens = torch.cat([(batch.tokens != 0).sum(1) for batch in batches])
     assert len({len(batch.tokens) for batch in batches}) == 1 and len(set(tokens.tolist())) > 20
-    assert tokens.float().mean() - 2 == pytest.approx(paths.WORDS, abs=0.1)  # without start and end
-    assert paths.fill(batches) == pytest.approx(25.5 / 77, abs=0.005)
+    assert tokens.float().mean() == pytest.approx(paths.TOKENS, abs=0.1)
+    assert paths.fill(batches) == pytest.approx(28.7 / 77, abs=0.005)
 
 
 # ---------------------------------------------------------------------------------------- full size

@@ -284,7 +284,10 @@ class _Figure(Brush):
                 self.oval(u, 0.928, 0.012, 0.009, (235, 235, 232))
                 self.oval(u, 0.928, 0.007, 0.008, _DARK)
             self.line((-0.014, 0.888), (0.014, 0.888), width=1.1, fill=mouth)
-        {"front": self._hair_front, "back": self._hair_back, "side": self._hair_side}[self._aspect()]()
+        if self.person.beard and not self.back:
+            self._beard()
+        if self.person.hair.kind != "bald":
+            {"front": self._hair_front, "back": self._hair_back, "side": self._hair_side}[self._aspect()]()
         if self.person.glasses and not self.back:
             for u in (0.045,) if self.side else (-0.022, 0.022):
                 self.oval(u, 0.93, 0.018, 0.015, _DARK)
@@ -294,6 +297,14 @@ class _Figure(Brush):
 
     def _aspect(self) -> str:
         return "side" if self.side else "front" if self.front else "back"
+
+    def _beard(self) -> None:
+        hair = self.person.hair.rgb
+        if self.side:
+            self.dome(0.022, 0.9, 0.042, 0.048, hair, -20, 110)
+        else:
+            self.dome(0, 0.905, 0.046, 0.052, hair, 10, 170)
+            self.line((-0.012, 0.886), (0.012, 0.886), width=1.0, fill=shade(self.person.skin, 0.6))
 
     def _hair_front(self) -> None:
         kind, hair = self.person.hair.kind, self.person.hair.rgb

@@ -38,10 +38,12 @@ _UPPER = {
     "dress": 1.5,
 }
 _LOWER = {"trousers": 5.0, "jeans": 4.0, "shorts": 2.5, "skirt": 2.0, "long skirt": 1.0}
-_LOWER_UNDER_COAT = {"trousers": 5.0, "jeans": 4.0, "long skirt": 1.0}  # a coat would hide shorter kinds
+_UNDER_COAT = ("trousers", "jeans", "long skirt")
 _SHOES = dict(zip(SHOES, (5.0, 3.0, 2.0, 1.5), strict=True))
 _BAGS = dict(zip(BAGS, (5.0, 3.0, 2.0, 2.0, 1.0), strict=True))
-_HAIR = dict(zip(HAIR, (5.0, 4.0, 3.0, 2.0, 2.0), strict=True))
+_MENS_LOWER = {"trousers": 5.0, "jeans": 5.0, "shorts": 3.0}
+_HAIR = dict(zip(HAIR, (1.0, 4.0, 3.0, 2.0, 1.5, 0.0), strict=True))
+_MENS_HAIR = {"short hair": 6.0, "curly hair": 1.0, "bald": 0.8}
 _HAIR_COLOURS = dict(zip(HAIR_COLOURS, (6.0, 4.0, 2.0, 1.0, 1.0), strict=True))
 
 
@@ -49,6 +51,7 @@ _HAIR_COLOURS = dict(zip(HAIR_COLOURS, (6.0, 4.0, 2.0, 1.0, 1.0), strict=True))
 class Identity:
     """The properties of a person that are the same in all views."""
 
+    woman: bool
     skin: RGB
     girth: float  # 1 is average
     hair: Item
@@ -59,6 +62,7 @@ class Identity:
     bag_hand: int  # +1: the person's left hand, -1: the right hand
     hat: Item | None
     glasses: bool
+    beard: bool
     inner: RGB  # the shirt in the neckline of a jacket or coat
 
     @property
@@ -85,21 +89,28 @@ class View:
 
 
 def draw_identity(rng: random.Random) -> Identity:
-    """Samples a person. Black, white, grey and blue clothes are more frequent, as on the street."""
-    skin = rng.choice(SKIN)
-    upper_kind = _choose(rng, _UPPER)
+    """Samples a person. Black, white, grey and blue clothes are more frequent, as on the street.
+
+    Skirts, dresses, handbags and long hair are drawn on women; beards and bald heads on men. Captions in this field
+    say "woman" and "man" by such signs.
+    """
+    skin, woman = rng.choice(SKIN), rng.random() < 0.5
+    upper_kind = _choose(rng, {kind: weight for kind, weight in _UPPER.items() if woman or kind != "dress"})
     upper = _unlike(skin, lambda: pick_item(rng, upper_kind, patterned=0.4))
+    bags = {kind: weight for kind, weight in _BAGS.items() if woman or kind != "handbag"}
     return Identity(
+        woman=woman,
         skin=skin,
-        girth=rng.uniform(0.86, 1.16),
-        hair=_unlike(skin, lambda: _draw_hair(rng)),
+        girth=rng.uniform(0.86, 1.1) if woman else rng.uniform(0.94, 1.18),
+        hair=_unlike(skin, lambda: _draw_hair(rng, woman)),
         upper=upper,
-        lower=None if upper.kind == "dress" else _draw_lower(rng, upper),
+        lower=None if upper.kind == "dress" else _draw_lower(rng, upper, woman),
         shoes=pick_item(rng, _choose(rng, _SHOES)),
-        bag=pick_item(rng, _choose(rng, _BAGS)) if rng.random() < 0.65 else None,
+        bag=pick_item(rng, _choose(rng, bags)) if rng.random() < 0.65 else None,
         bag_hand=rng.choice((-1, 1)),
         hat=pick_item(rng, rng.choice(tuple(HATS))) if rng.random() < 0.2 else None,
         glasses=rng.random() < 0.2,
+        beard=not woman and rng.random() < 0.3,
         inner=rng.choice(COLOURS[rng.choice(("white", "grey", "black", "light blue"))].shades),
     )
 
@@ -133,13 +144,16 @@ def _draw_view(rng: random.Random, facing: str, place: str) -> View:
     )
 
 
-def _draw_hair(rng: random.Random) -> Item:
+def _draw_hair(rng: random.Random, woman: bool) -> Item:
     colour = _choose(rng, _HAIR_COLOURS)
-    return Item(_choose(rng, _HAIR), colour, rng.choice(HAIR_COLOURS[colour]))
+    return Item(_choose(rng, _HAIR if woman else _MENS_HAIR), colour, rng.choice(HAIR_COLOURS[colour]))
 
 
-def _draw_lower(rng: random.Random, upper: Item) -> Item:
-    kind = _choose(rng, _LOWER_UNDER_COAT if upper.kind == "coat" else _LOWER)
+def _draw_lower(rng: random.Random, upper: Item, woman: bool) -> Item:
+    kinds = _LOWER if woman else _MENS_LOWER
+    if upper.kind == "coat":  # it would hide shorter kinds
+        kinds = {kind: weight for kind, weight in kinds.items() if kind in _UNDER_COAT}
+    kind = _choose(rng, kinds)
     among = DENIM if kind == "jeans" else tuple(COLOURS)
     patterned = 0.12 if kind in ("skirt", "long skirt", "shorts") else 0.0
     return _unlike(upper.rgb, lambda: pick_item(rng, kind, among, patterned).without_logo())

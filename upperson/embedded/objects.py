@@ -3,16 +3,18 @@
 from collections.abc import Callable
 
 from upperson.embedded.drawing import Brush, Canvas, Paint, crease, edge, shade
-from upperson.embedded.vocabulary import LOWER, SHOES, UPPER, Item
+from upperson.embedded.vocabulary import HAIR, LOWER, SHOES, UPPER, Item
 
 
-def draw_item(canvas: Canvas, item: Item, x: float, y: float, size: float) -> None:
-    """Draws an item with its centre (x, y) and half size in pixels."""
-    b = _Brush(canvas, item, x, y, size)
+def draw_item(canvas: Canvas, item: Item, x: float, y: float, size: float, height: float = 0) -> None:
+    """Draws an item with its centre (x, y), half its width and half its height (the same without it) in pixels."""
+    b = _Brush(canvas, item, x, y, size, height or size)
     if item.kind in UPPER:
         _upper(b, item)
     elif item.kind in LOWER:
         _lower(b, item.kind)
+    elif item.kind in HAIR:
+        _wig(b, item.kind)
     elif item.kind in SHOES:
         for offset in (-0.55, 0.55):
             _shoe(b, item, offset)
@@ -23,8 +25,8 @@ def draw_item(canvas: Canvas, item: Item, x: float, y: float, size: float) -> No
 class _Brush(Brush):
     """A brush with the colours of one item."""
 
-    def __init__(self, canvas: Canvas, item: Item, x: float, y: float, size: float):
-        super().__init__(canvas, x, y, size, size)
+    def __init__(self, canvas: Canvas, item: Item, x: float, y: float, size: float, height: float):
+        super().__init__(canvas, x, y, size, height)
         self.paint, self.rgb = Paint.of(item), item.rgb
         self.edge, self.crease = edge(item.rgb), crease(item.rgb)
 
@@ -133,6 +135,27 @@ def _shoe(b: _Brush, item: Item, x: float) -> None:
         b.line((x - 0.05, 0.0), (x + 0.12, -0.05), width=1.2, fill=white)
     else:
         b.line((x - 0.45, 0.5), (x + 0.5, 0.5), width=2.0, fill=shade(item.rgb, 0.6))
+
+
+def _wig(b: _Brush, kind: str) -> None:
+    """Hair on a stand."""
+    b.line((0, 0.2), (0, 1.1), width=2.4, fill=(120, 120, 124))
+    if kind == "bald":
+        return b.oval(0, 0, 0.55, 0.7, (214, 196, 176))
+    if kind == "long hair":
+        for s in (-1, 1):
+            b.tube((s * 0.42, -0.1), (s * 0.55, 1.0), radii=0.24, paint=b.rgb)
+    elif kind == "curly hair":
+        for x, y in ((-0.6, -0.1), (-0.5, -0.5), (0, -0.7), (0.5, -0.5), (0.6, -0.1), (-0.5, 0.3), (0.5, 0.3)):
+            b.oval(x, y, 0.36, 0.34, b.rgb)
+    elif kind == "ponytail":
+        b.tube((0.35, -0.4), (0.8, 0.1), (0.7, 0.9), radii=(0.16, 0.24, 0.1), paint=shade(b.rgb, 1.18))
+        b.oval(0.42, -0.38, 0.13, 0.13, (200, 60, 80))
+    elif kind == "bun":
+        b.oval(0, -0.9, 0.34, 0.32, b.rgb)
+        b.oval(0, -0.9, 0.2, 0.18, shade(b.rgb, 1.3))
+    b.dome(0, 0.15, 0.6, 0.85, b.rgb)
+    b.both((0.6, 0.1), (0.52, 0.4), (0.3, 0.1), paint=b.rgb)
 
 
 def _backpack(b: _Brush) -> None:
@@ -311,6 +334,103 @@ def _horse(b: _Brush) -> None:
     b.line((0.58, -0.05), (0.75, 0.5), width=3.0, fill=b.edge)
 
 
+def _scarf(b: _Brush) -> None:
+    b.tube((-0.5, -0.5), (0, -0.7), (0.5, -0.5), (0, -0.3), radii=0.17, paint=b.rgb)
+    b.shape((-0.1, -0.4), (0.35, -0.4), (0.45, 0.9), (0.05, 0.9), paint=b.paint)
+    b.line((0.05, 0.9), (0.45, 0.9), width=2.4, fill=b.edge)
+
+
+def _tie(b: _Brush) -> None:
+    b.both((0.18, -0.95), (0.1, -0.65), paint=b.edge)
+    b.both((0.1, -0.65), (0.27, 0.65), (0, 0.95), paint=b.paint)
+
+
+def _belt(b: _Brush) -> None:
+    b.shape((-1.0, -0.15), (1.0, -0.15), (1.0, 0.15), (-1.0, 0.15), paint=b.paint)
+    b.shape((-0.95, -0.22), (-0.55, -0.22), (-0.55, 0.22), (-0.95, 0.22), paint=(206, 178, 90))
+    b.shape((-0.85, -0.1), (-0.65, -0.1), (-0.65, 0.1), (-0.85, 0.1), paint=b.paint)
+
+
+def _watch(b: _Brush) -> None:
+    b.both((0.24, -0.95), (0.24, 0.95), paint=b.paint)
+    b.oval(0, 0, 0.46, 0.46, b.edge)
+    b.oval(0, 0, 0.35, 0.35, (240, 240, 236))
+    b.line((0, -0.26), (0, 0), (0.2, 0.08), width=1.2, fill=(30, 30, 30))
+
+
+def _socks(b: _Brush) -> None:
+    for x in (-0.6, 0.25):
+        b.shape((x, -0.9), (x + 0.35, -0.9), (x + 0.35, 0.2), (x + 0.75, 0.5), (x + 0.7, 0.75), (x, 0.6), paint=b.paint)
+        b.shape((x, -0.9), (x + 0.35, -0.9), (x + 0.35, -0.72), (x, -0.72), paint=b.edge)
+
+
+def _gloves(b: _Brush) -> None:
+    for s in (-1, 1):
+        b.shape((s * 0.25, -0.3), (s * 0.75, -0.3), (s * 0.7, 0.85), (s * 0.3, 0.85), paint=b.paint)
+        for finger in (0.3, 0.43, 0.57, 0.7):
+            b.tube((s * finger, -0.2), (s * finger, -0.8), radii=0.07, paint=b.rgb)
+        b.tube((s * 0.3, 0.3), (s * 0.1, -0.1), radii=0.08, paint=b.rgb)
+
+
+def _phone(b: _Brush) -> None:
+    b.both((0.42, -0.85), (0.42, 0.85), paint=b.paint)
+    b.both((0.34, -0.68), (0.34, 0.6), paint=(176, 204, 220))
+    b.oval(0, 0.72, 0.08, 0.08, b.edge)
+
+
+def _book(b: _Brush) -> None:
+    b.shape((-0.6, -0.8), (0.55, -0.8), (0.55, 0.8), (-0.6, 0.8), paint=b.paint)
+    b.shape((0.55, -0.76), (0.68, -0.7), (0.68, 0.76), (0.55, 0.76), paint=(244, 242, 234))
+    b.line((-0.45, -0.8), (-0.45, 0.8), width=1.6, fill=b.edge)
+    b.line((-0.2, -0.4), (0.35, -0.4), width=2.0, fill=b.edge)
+
+
+def _glasses(b: _Brush) -> None:
+    for s in (-1, 1):
+        b.oval(s * 0.45, 0, 0.36, 0.3, b.rgb)
+    b.line((-0.9, -0.1), (0.9, -0.1), width=1.2, fill=b.rgb)
+
+
+def _bicycle(b: _Brush) -> None:
+    for x in (-0.6, 0.6):
+        b.oval(x, 0.35, 0.4, 0.4, (36, 36, 38))
+        b.oval(x, 0.35, 0.32, 0.32, (206, 206, 206))
+    for bar in (((-0.6, 0.35), (-0.25, -0.3), (0.45, -0.3), (0.0, 0.35), (-0.6, 0.35)), ((0.6, 0.35), (0.4, -0.55))):
+        b.line(*bar, width=2.6, fill=b.rgb)
+    b.line((0.0, 0.35), (-0.3, -0.45), width=2.6, fill=b.rgb)
+    b.line((-0.45, -0.47), (-0.15, -0.47), width=2.8, fill=b.edge)
+    b.line((0.4, -0.55), (0.62, -0.6), width=2.4, fill=b.edge)
+
+
+def _leggings(b: _Brush) -> None:
+    b.both((0.34, -0.9), (0.36, -0.5), (0.22, 1.0), (0.08, 1.0), (0.02, -0.3), paint=b.paint)
+
+
+def _tree(b: _Brush) -> None:
+    b.line((0, 0.1), (0, 1.0), width=4.0, fill=(96, 72, 50))
+    for x, y in ((-0.35, -0.1), (0.35, -0.1), (0, -0.5)):
+        b.oval(x, y, 0.48, 0.42, b.paint)
+
+
+def _star(b: _Brush) -> None:
+    b.both((0, -0.9), (0.22, -0.28), (0.88, -0.26), (0.36, 0.14), (0.56, 0.78), (0, 0.4), paint=b.paint)
+
+
+def _stroller(b: _Brush) -> None:
+    b.dome(0, 0.1, 0.65, 0.75, b.rgb)
+    b.shape((-0.65, 0.1), (0.65, 0.1), (0.4, 0.5), (-0.4, 0.5), paint=b.edge)
+    b.line((0.6, 0.1), (1.0, -0.45), width=2.2, fill=(80, 80, 84))
+    for x in (-0.4, 0.4):
+        b.oval(x, 0.75, 0.2, 0.2, (40, 40, 42))
+
+
+def _guitar(b: _Brush) -> None:
+    b.line((0, 0), (0, -1.0), width=3.4, fill=b.edge)
+    b.oval(0, 0.5, 0.45, 0.42, b.paint)
+    b.oval(0, 0.0, 0.34, 0.32, b.paint)
+    b.oval(0, 0.25, 0.14, 0.14, (40, 34, 30))
+
+
 _THINGS: dict[str, Callable[[_Brush], None]] = {
     "backpack": _backpack,
     "shoulder bag": _shoulder_bag,
@@ -336,4 +456,19 @@ _THINGS: dict[str, Callable[[_Brush], None]] = {
     "blanket": _blanket,
     "boat": _boat,
     "horse": _horse,
+    "scarf": _scarf,
+    "tie": _tie,
+    "belt": _belt,
+    "watch": _watch,
+    "socks": _socks,
+    "gloves": _gloves,
+    "phone": _phone,
+    "book": _book,
+    "glasses": _glasses,
+    "bicycle": _bicycle,
+    "leggings": _leggings,
+    "tree": _tree,
+    "star": _star,
+    "stroller": _stroller,
+    "guitar": _guitar,
 }

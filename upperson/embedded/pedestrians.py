@@ -35,8 +35,12 @@ class Pedestrian:
         parts = {"upper": person.upper, "lower": person.lower, "hair": person.hair, "hat": person.hat}
         if facing != "front":
             parts["upper"] = person.upper.without_logo()
-        if person.hat or (facing == "front" and person.hair.kind in ("ponytail", "bun")):
+        if person.hair.kind == "bald":
+            parts["hair"] = None if person.hat else person.hair
+        elif person.hat or (facing == "front" and person.hair.kind in ("ponytail", "bun")):
             parts["hair"] = replace(person.hair, kind="hair")  # the colour is visible, the style is not
+        if person.beard and facing != "back":
+            parts["beard"] = Item("beard", person.hair.colour, person.hair.rgb)
         if person.glasses and facing != "back":
             parts["glasses"] = Item("glasses", "black", (25, 25, 30))
         if not self.view.occluded:
@@ -44,6 +48,14 @@ class Pedestrian:
         if person.bag and _bag_shows(person.bag, person.bag_hand, facing):
             parts["bag"] = person.bag
         return {part: item for part, item in parts.items() if item is not None}
+
+    def looks_like(self) -> str:
+        """ "woman" or "man" where this view shows a sign of it, otherwise "person"."""
+        shown = self.visible()
+        kinds = {item.kind for item in shown.values()}
+        if kinds & {"skirt", "long skirt", "dress", "handbag", "long hair", "ponytail", "bun"}:
+            return "woman"
+        return "man" if kinds & {"beard", "bald"} or (not self.identity.woman and "short hair" in kinds) else "person"
 
 
 def _bag_shows(bag: Item, hand: int, facing: str) -> bool:

@@ -1,15 +1,26 @@
-"""Synthetic scenes without people, for pretraining: garments, bags, shoes and toys in several places."""
+"""Synthetic scenes without people, for pretraining: garments, bags, shoes, toys and clothes on a stand."""
 
 import random
 from dataclasses import dataclass
 
 from PIL import Image
 
-from upperson.embedded.backgrounds import ROOMS, draw_background
+from upperson.embedded.backgrounds import PLACES, ROOMS, draw_background
 from upperson.embedded.captions import listed, noun_phrase
 from upperson.embedded.drawing import Canvas, Light
 from upperson.embedded.objects import draw_item
-from upperson.embedded.vocabulary import BAGS, COLOURS, DENIM, HATS, LOWER, NAMES, SHOES, UPPER, Item, pick_item
+from upperson.embedded.outfits import (
+    HEIGHT,
+    SYNONYMS,
+    WIDTH,
+    describe_outfit,
+    draw_garment,
+    draw_hair,
+    draw_outfit,
+    draw_stand,
+)
+from upperson.embedded.sentences import MISSPELT, SHOP, WEARERS
+from upperson.embedded.vocabulary import BAGS, HAIR, HATS, LOWER, NAMES, SHOES, UPPER, Item, pick_item
 
 SIZE = 128
 
@@ -30,9 +41,23 @@ TOYS = {
     "blanket": ("blanket", "rug"),
     "boat": ("boat", "sailing boat"),
     "horse": ("horse", "toy horse"),
+    "scarf": ("scarf", "shawl"),
+    "tie": ("tie", "necktie"),
+    "belt": ("belt", "belt with a buckle"),
+    "watch": ("watch", "wristwatch"),
+    "socks": ("socks", "ankle socks"),
+    "gloves": ("gloves", "winter gloves"),
+    "phone": ("cell phone", "phone", "cellphone"),
+    "book": ("book", "notebook", "folder"),
+    "bicycle": ("bicycle", "bike"),
+    "leggings": ("leggings", "tights"),
+    "tree": ("tree",),
+    "star": ("star",),
+    "stroller": ("stroller", "baby stroller"),
+    "guitar": ("guitar",),
 }
 _NAMES = {**NAMES, **TOYS}
-_PATTERNED_TOYS = ("ball", "box", "cup", "flag", "umbrella", "balloon", "blanket", "fish")
+_PATTERNED_TOYS = ("ball", "box", "cup", "flag", "umbrella", "balloon", "blanket", "fish", "scarf", "tie", "socks")
 
 
 @dataclass(frozen=True)
@@ -47,39 +72,69 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image for pretraining, with its caption."""
+    """An image for pretraining, with its caption: placed items, or an outfit on a stand."""
 
     things: tuple[Placed, ...]
+    outfit: tuple[tuple[str, Item], ...]  # parts and their items
     place: str
     light: Light
     caption: str
     seed: int
 
     def draw(self) -> Image.Image:
-        """Draws the RGB image of 128 x 128 pixels. The pixels are always the same."""
-        canvas = Canvas(SIZE, SIZE, (128, 128, 128), scale=2)
-        draw_background(canvas, self.place, random.Random(self.seed))
+        """Draws the RGB image, always with the same pixels: 128 x 128, or with an outfit 192 x 64 (height x width)."""
+        rng = random.Random(self.seed)
+        width, height = (WIDTH, HEIGHT) if self.outfit else (SIZE, SIZE)
+        canvas = Canvas(width, height, (128, 128, 128), scale=2)
+        draw_background(canvas, self.place, rng)
         for thing in self.things:
             draw_item(canvas, thing.item, thing.x, thing.y, thing.size)
+        if self.outfit:
+            draw_stand(canvas, dict(self.outfit), rng)
         return self.light.apply(canvas.finish(), self.seed)
 
+    def items(self) -> list[Item]:
+        """All visible items."""
+        return [thing.item for thing in self.things] + [item for _, item in self.outfit]
 
-def draw_scene(seed: int, index: int) -> Scene:
-    """Scene `index` of the infinite series of a seed."""
-    rng = random.Random(f"scene/{seed}/{index}")
-    things, words = rng.choices((_side_by_side, _shelf, _alone), (4, 2, 3))[0](rng)
-    place = rng.choice(tuple(ROOMS))
-    if rng.random() < 0.3:
-        words += " " + rng.choice(ROOMS[place])
-    warmth = rng.gauss(0, 0.03)
+
+def draw_scene(seed: int, index: int, outfit: bool = False) -> Scene:
+    """Scene `index` of the infinite series of a seed: placed items, or an outfit."""
+    rng = random.Random(f"{'outfit' if outfit else 'scene'}/{seed}/{index}")
+    place = rng.choice((*ROOMS, *PLACES) if outfit else tuple(ROOMS))
+    things, parts = [], {}
+    if outfit:
+        setting = " " + rng.choice((ROOMS | PLACES)[place]) if rng.random() < 0.15 else ""
+        parts = draw_outfit(rng)
+        caption = describe_outfit(rng, parts, setting)
+    else:
+        things, words = rng.choices((_side_by_side, _shelf, _alone), (4, 2, 3))[0](rng)
+        if rng.random() < 0.3:
+            words += " " + rng.choice(ROOMS[place])
+        caption = words[0].upper() + words[1:] + "."
+    caption = _with_sentences(rng, caption, share=0.15 if outfit else 0.75)
+    warmth = rng.gauss(0, 0.05)
     light = Light(
-        brightness=rng.uniform(0.9, 1.1),
-        contrast=rng.uniform(0.9, 1.05),
+        brightness=rng.uniform(0.75, 1.12),
+        contrast=rng.uniform(0.75, 1.1),
         cast=(1 + warmth, 1.0, 1 - warmth),
-        slope=rng.uniform(-0.15, 0.15),
-        noise=rng.uniform(0, 4),
+        slope=rng.uniform(-0.3, 0.3),
+        noise=rng.uniform(0, 7),
+        blur=rng.choice((0, 0, 0.5)),
     )
-    return Scene(tuple(things), place, light, words[0].upper() + words[1:] + ".", rng.getrandbits(63))
+    return Scene(tuple(things), tuple(parts.items()), place, light, caption, rng.getrandbits(63))
+
+
+def _with_sentences(rng: random.Random, caption: str, share: float) -> str:
+    """The caption, often with a sentence about what the picture does not show, and rarely with misspelt words."""
+    if rng.random() < share:
+        more = rng.choice(rng.choice((WEARERS, SHOP)))
+        caption = f"{caption} {more}" if rng.random() < 0.8 else f"{more} {caption}"
+    if rng.random() < 0.06:
+        for word, spellings in MISSPELT.items():
+            if f" {word} " in caption:
+                caption = caption.replace(f" {word} ", f" {rng.choice(spellings)} ", 1)
+    return caption
 
 
 # -- arrangements: the placed items, and their description
@@ -122,19 +177,18 @@ def _alone(rng: random.Random) -> tuple[list[Placed], str]:
 
 
 def _words(rng: random.Random, item: Item) -> str:
-    """An item in words without synonyms: only the captions of pedestrians contain synonyms."""
-    return noun_phrase(rng, item, _NAMES, synonyms=False)
-
-
-def _garment(rng: random.Random, kind: str) -> Item:
-    among = DENIM if kind == "jeans" else tuple(COLOURS)
-    patterned = 0.5 if kind in UPPER else 0.15 if kind in LOWER and kind != "jeans" else 0.0
-    item = pick_item(rng, kind, among, patterned)
-    return item if kind in UPPER else item.without_logo()
+    """An item in words."""
+    if item.kind in HAIR:
+        return "a wig with " + rng.choice(HAIR[item.kind]).format(item.colour)
+    return noun_phrase(rng, item, _NAMES, synonyms=rng.random() < SYNONYMS)
 
 
 def _anything(rng: random.Random) -> Item:
-    if rng.random() < 0.5:
-        return _garment(rng, rng.choice(tuple(rng.choice((UPPER, LOWER, SHOES, BAGS, HATS)))))
+    choice = rng.random()
+    if choice < 0.05:
+        hair = draw_hair(rng)
+        return hair if hair.kind != "bald" else draw_garment(rng, rng.choice(tuple(HATS)))
+    if choice < 0.6:
+        return draw_garment(rng, rng.choice(tuple(rng.choice((UPPER, LOWER, SHOES, BAGS, HATS)))))
     kind = rng.choice(tuple(TOYS))
     return pick_item(rng, kind, patterned=0.4 if kind in _PATTERNED_TOYS else 0.0).without_logo()
