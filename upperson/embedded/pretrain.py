@@ -29,7 +29,7 @@ from upperson.embedded.weights import CLIP_WEIGHTS, build_embedded_clip, save_em
 WARMUP_STEPS = 100
 LARGEST_SCALE = math.log(100)
 TEXT_CHUNKS = 4
-OUTFITS_EVERY = 8  # with more outfits, zero-shot is better, and little is left to adapt
+OUTFITS_EVERY = 8
 
 
 class Scenes(Dataset):
