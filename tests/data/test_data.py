@@ -245,9 +245,15 @@ class TestBadAnnotations:
             ({"captions": ["a", 3]}, ", field 'captions', caption 1: expected a string, found an integer, 3"),
             ({"captions": ["a", ""]}, ", field 'captions', caption 1: expected text, found an empty string"),
             ({"captions": [" \t\n"]}, ", field 'captions', caption 0: expected text, found only white space"),
-            ({"captions": ["\u200b"]}, ": expected text, found only invisible characters, '.u200b'"),
-            ({"captions": ["\ufeff"]}, ": expected text, found only invisible characters"),
-            ({"captions": ["\u202e \u00ad"]}, ": expected text, found only invisible characters"),
+            (
+                {"captions": ["\u200b"]},
+                ", field 'captions', caption 0: expected text, found only invisible characters, '\\u200b'",
+            ),
+            ({"captions": ["\ufeff"]}, ", field 'captions', caption 0: expected text, found only invisible characters"),
+            (
+                {"captions": ["\u202e \u00ad"]},
+                ", field 'captions', caption 0: expected text, found only invisible characters",
+            ),
             ({"captions": ["a" * 5001]}, ", field 'captions', caption 0: expected at most 5000 characters"),
         ],
     )

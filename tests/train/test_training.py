@@ -233,14 +233,7 @@ def test_a_step_is_read_after_the_next_one_is_launched(config, whole, monkeypatc
 
 @pytest.mark.parametrize("step", [1, slow_case(3), 4, slow_case(5), slow_case(10)])
 def test_a_step_that_is_not_finite_is_found_before_anything_is_saved(config, monkeypatch, step, fused_adam):
-    real = Training.launch
-
-    def launch(run, batch, pairs):
-        if run.progress.step + 1 == step:
-            batch = batch | {"images": batch["images"] * float("nan")}
-        return real(run, batch, pairs)
-
-    monkeypatch.setattr(Training, "launch", launch)
+    fail_at(monkeypatch, step, lambda loss: loss * math.nan)
     with pytest.raises(Diverged, match=rf"step {step}: the loss is nan, and the step was skipped"):
         fit(config)
     state = load_state(config.train.run_dir)

@@ -161,7 +161,7 @@ class SQLiteStore:
                 text = "not an index: it is not a SQLite file"
             elif "malformed" in text or "no such" in text:
                 text = f"the index is damaged ({text})"
-            elif "full" in text or "I/O" in text:
+            elif "disk is full" in text or "I/O" in text:
                 text = f"the disk is full or fails ({text}); what was indexed before is kept"
             elif "locked" in text:
                 text = f"another process has kept the index for {WAIT:.0f} seconds"
