@@ -112,10 +112,7 @@ class Block(nn.Module):
             shared: (m, C), further tokens of the stream before the block, which all tokens of all sequences attend to.
             prepared: what was computed for this block together with others.
         """
-        x, update = stream
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, update, shared = x.to(dtype), *(t if t is None else t.to(dtype) for t in (update, shared))
+        x, update, shared = in_autocast_dtype(*stream, shared)
         at_attention, at_mlp = self.active(self.adapter_attn), self.active(self.adapter_mlp)
         y, x = at_attention.normalise(self.ln_1, x, update, self.backend, prepared.adapter_attn)
         if read is None:
@@ -215,3 +212,11 @@ class Block(nn.Module):
 def rows_of(x: Tensor, read: Tensor) -> Tensor:
     """The token at `read` of each sequence, (B, C), from (B, N, C) or packed (T, C)."""
     return x[read] if x.dim() == 2 else x[torch.arange(x.shape[0], device=x.device), read]
+
+
+def in_autocast_dtype(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The residual stream in the dtype of autocast, where that is on: LayerNorms then read and write 16 bits."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), *(other if other is None else other.to(dtype) for other in others)
