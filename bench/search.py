@@ -123,7 +123,7 @@ def report(rows: list[dict[str, Any]], load: float, output: Path | None) -> str:
     """The table of what has been measured so far, which is also written to `output`."""
     threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
     machine = (
-        f"{os.cpu_count()} cores, {threads} threads for products. Load average before and after: {load:.1f}, "
+        f"{os.cpu_count()} cores, OMP_NUM_THREADS {threads}. Load average before and after: {load:.1f}, "
         f"{os.getloadavg()[0]:.1f}. NumPy {np.__version__}, Python {sys.version.split()[0]}."
     )
     text = (
