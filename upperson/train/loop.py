@@ -37,7 +37,7 @@ from upperson.train.progress import Clock, Progress
 from upperson.train.resume import RESUME, random_states, save_state, set_random_states
 from upperson.train.run_folder import BEST, CURVE, LAST, SHOWN, TOP_TEN
 
-SHOWN_QUERIES = 2  # queries in the picture, each with the images of zero-shot CLIP above those of the trained model
+SHOWN_QUERIES = 4  # queries in the picture, each with the images of zero-shot CLIP above those of the trained model
 
 
 @dataclass(frozen=True)
