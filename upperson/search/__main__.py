@@ -12,9 +12,8 @@ import json
 import sys
 from collections.abc import Sequence
 from datetime import datetime, time
-from pathlib import Path
 
-from upperson.errors import Parser, exit_status, one_line
+from upperson.errors import Parser, exit_status, one_line, path_argument
 from upperson.files import write_atomically
 from upperson.search.entry import Hit, Query
 
@@ -149,15 +148,17 @@ def _parser() -> Parser:
     def command(name: str, text: str) -> argparse.ArgumentParser:
         found = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
         found.add_argument(
-            "--index", metavar="INDEX",
+            "--index", type=_index_name, metavar="INDEX",
             help=f"a file, a file of Milvus NAME.milvus.db, or a server http://HOST:19530 (default: {INDEX})",
         )  # fmt: skip
         return found
 
     index = command("index", "index folders, images and videos; done again, only what changed")
     option = index.add_argument
-    option("photos", nargs="*", metavar="PHOTOS", help="folders, image files, video files")
-    option("--boxes", type=Path, metavar="FILE", help="CSV of path,x,y,width,height,frame: crops to index instead")
+    option("photos", nargs="*", type=path_argument, metavar="PHOTOS", help="folders, image files, video files")
+    option(
+        "--boxes", type=path_argument, metavar="FILE", help="CSV of path,x,y,width,height,frame: crops to index instead"
+    )
     option("--every", type=float, default=1.0, metavar="SECONDS", help="time between frames of a video (default: 1)")
     option("--prune", action="store_true", help="remove images that have vanished from the given folders")
     option("--pattern", metavar="REGEX", help="groups named camera and time (ISO 8601), searched for in each path")
@@ -168,7 +169,14 @@ def _parser() -> Parser:
     query = command("query", "the images that fit a sentence or an image best")
     option = query.add_argument
     option("sentence", nargs="*", metavar="SENTENCE", help="what is searched; several: their mean")
-    option("--image", type=Path, action="append", default=[], metavar="FILE", help="an image to search by; repeatable")
+    option(
+        "--image",
+        type=path_argument,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image to search by; repeatable",
+    )
     option("--all", dest="every", action="store_true", help="rank by the lowest similarity to a sentence or image")
     option("--not", dest="avoid", action="append", default=[], metavar="WORDS", help="what to avoid; repeatable")
     option("--weight", type=float, default=0.5, help="of the words to avoid, from 0 to 1; a heuristic (default: 0.5)")
@@ -180,7 +188,7 @@ def _parser() -> Parser:
     option("--rerank", action="store_true", help="re-rank the best 200 by their k-reciprocal neighbours")
     output = query.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
-    output.add_argument("--html", type=Path, metavar="FILE", help="write a page that needs no other file")
+    output.add_argument("--html", type=path_argument, metavar="FILE", help="write a page that needs no other file")
 
     serve = command("serve", "a page on this computer that searches the index")
     option = serve.add_argument
@@ -195,15 +203,22 @@ def _parser() -> Parser:
     )
 
     forget = command("forget", "remove images from the index, with their vectors and thumbnails")
-    forget.add_argument("paths", nargs="+", metavar="PATH", help="files, or folders with all that is below them")
+    forget.add_argument(
+        "paths", nargs="+", type=path_argument, metavar="PATH", help="files, or folders with all that is below them"
+    )
 
     for each in (index, query, serve):
         each.add_argument(
-            "--checkpoint", type=Path, metavar="FILE",
+            "--checkpoint", type=path_argument, metavar="FILE",
             help="a .safetensors file that training wrote (default: that of the index, or of the newest run)",
         )  # fmt: skip
         each.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     return parser
+
+
+def _index_name(text: str) -> str:
+    path_argument(text)
+    return text  # as given: a path would lose a slash of http://
 
 
 def _since(text: str) -> datetime:
