@@ -21,10 +21,12 @@ import json, os, sys
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 CHANGING = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 STARTING = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty")
+NAMELESS = getattr(os, "O_TMPFILE", 0)  # filelock tries a folder with a file without a name, which leaves nothing
 found = {"written": [], "started": [], "network": []}
 
 def watch(event, arguments):
-    if event == "open" and isinstance(arguments[0], (str, bytes)) and arguments[2] & WRITING:
+    nameless = event == "open" and NAMELESS and arguments[2] & NAMELESS == NAMELESS
+    if event == "open" and isinstance(arguments[0], (str, bytes)) and arguments[2] & WRITING and not nameless:
         found["written"].append(os.path.abspath(os.fsdecode(arguments[0])))
     elif event in CHANGING and isinstance(arguments[0], (str, bytes, os.PathLike)):
         # os.makedirs(exist_ok=True) also asks for folders that exist
