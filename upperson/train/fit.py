@@ -112,8 +112,8 @@ def fit(config: Config) -> Run:
             results = combine(config, finished)
             if group.is_main:
                 write_combined(job, [stage for stage, _ in stages], results)
-        elif done and group.is_main:
-            print(text(results), flush=True)
+        elif done:
+            group.print(text(results))
         group.wait()
         return Run(run_dir, results)
 

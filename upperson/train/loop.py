@@ -474,4 +474,4 @@ def conclude(run_dir: Path, results: Results) -> None:
     write_atomically(run_dir / TABLE, markdown(results))
     results.write(run_dir / RESULTS)
     written = [name for name in SHOWN if (run_dir / name).exists()]
-    print(f"\n{text(results)}\n\nin {run_dir}: {', '.join(written)}", flush=True)
+    SINGLE_PROCESS.print(f"\n{text(results)}\n\nin {run_dir}: {', '.join(written)}")  # the main process concludes
