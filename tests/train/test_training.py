@@ -41,7 +41,7 @@ from upperson.model import AdaptedCLIP, load_model
 from upperson.model.checkpoint import load_checkpoint
 from upperson.model.tensor_files import RESUME_STATE, VERSIONS
 from upperson.train.fit import build_model, fit
-from upperson.train.loop import Training
+from upperson.train.loop import SHOWN_QUERIES, Training
 from upperson.train.optimizer import build_optimizer, build_schedule
 from upperson.train.resume import load_state, random_states, save_state, set_random_states
 
@@ -106,7 +106,7 @@ def test_the_picture_shows_zero_shot_above_the_trained_model(config, monkeypatch
             fit(config)
     fit(config.replace(resume=True))
     ((samples, queries, tops),) = shown
-    assert list(tops) == ["zero-shot CLIP", "UP-Person"] and len(queries) == 2
+    assert list(tops) == ["zero-shot CLIP", "UP-Person"] and len(queries) == SHOWN_QUERIES
     model = load_model(config.train.run_dir / "best.safetensors")
     assert tops["UP-Person"] == evaluate(model, samples).top[queries].tolist()
     with model.zero_shot():
