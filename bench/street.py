@@ -23,7 +23,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from upperson.data import Sample
-from upperson.errors import DataError, RunError, exit_status
+from upperson.errors import DataError, RunError, exit_status, path_argument
 from upperson.evaluate.embed import evaluate
 from upperson.model import load_model
 
@@ -123,8 +123,10 @@ def chance(samples: list[Sample]) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="checkpoint of a run")
-    parser.add_argument("--video", type=Path, metavar="FILE", help="vtest.avi (default: from Debian's archive)")
+    parser.add_argument("checkpoint", type=path_argument, help="checkpoint of a run")
+    parser.add_argument(
+        "--video", type=path_argument, metavar="FILE", help="vtest.avi (default: from Debian's archive)"
+    )
     arguments = parser.parse_args()
     model = load_model(arguments.checkpoint, backend="auto").eval()
     if arguments.video:

@@ -7,6 +7,7 @@ import random
 import shutil
 import socket
 import sqlite3
+import struct
 import sys
 import time
 from contextlib import closing
@@ -212,6 +213,9 @@ def test_paths(gallery, photos, monkeypatch):
     for wrong in ("no-such-folder", "../no/../such", "0.png/x"):
         with pytest.raises(SearchError, match="does not exist"):
             gallery.add([wrong])
+    for wrong in ("", " ", "\t"):
+        with pytest.raises(SearchError, match="expected a path, found the text"):
+            gallery.add([wrong])
     for wrong in ("x" * 5000, "a\0b", "~no-such-user/x"):
         with pytest.raises(SearchError, match="cannot be a path|does not exist") as raised:
             gallery.add([wrong])
@@ -406,6 +410,36 @@ def test_frames_of_a_video(video):
     assert [number for number, _, _ in frames(video, None, [7, 33])] == [7, 33]
     with pytest.raises(DataError, match="frame 40 is wanted, but the video has 40 frames"):
         list(frames(video, None, [3, 40]))
+
+
+def test_a_video_of_a_turned_camera_is_upright(tmp_path):
+    """A phone stores its frames as the sensor lies, and in the track's matrix how to turn them."""
+    av = pytest.importorskip("av", reason="the extra video is not installed")
+    path = tmp_path / "phone.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        picture = Image.new("RGB", (64, 32), (0, 0, 255))
+        picture.paste((255, 0, 0), (0, 0, 32, 16))  # red at the upper left
+        container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    matrix = content.index(b"tkhd") + 4 + 40  # ISO/IEC 14496-12, 8.3.2: behind version, flags and 40 bytes
+    one = 1 << 16
+    corners = {
+        (one, 0, 0, one): (0, 0),
+        (0, one, -one, 0): (1, 0),
+        (-one, 0, 0, -one): (1, 1),
+        (0, -one, one, 0): (0, 1),
+    }
+    for (a, b, c, d), (right, below) in corners.items():
+        turned = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+        path.write_bytes(content[:matrix] + turned + content[matrix + 36 :])
+        ((_, _, image),) = frames(path, 1.0)
+        assert image.size == ((64, 32) if a else (32, 64))
+        width, height = image.size
+        red = [image.getpixel((4 + x * (width - 9), 4 + y * (height - 9)))[0] > 200 for x in (0, 1) for y in (0, 1)]
+        assert red == [(x, y) == (right, below) for x in (0, 1) for y in (0, 1)]
 
 
 def test_a_video_in_the_index(gallery, video, embedded):

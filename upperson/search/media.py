@@ -39,12 +39,14 @@ def absolute(path: str | Path) -> Path:
 def find_media(given: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
     """The images and videos among these files and below these folders, sorted, and the folders that cannot be read.
 
-    Hidden files and folders, links to folders, and folders with a CACHEDIR.TAG are left out. Raises SearchError for a
-    path that does not exist, and for a folder without images and videos.
+    Hidden files and folders, links to folders, and folders with a CACHEDIR.TAG are left out. Raises SearchError for an
+    empty path, a path that does not exist, and a folder without images and videos.
     """
     found: dict[Path, None] = {}
     problems: list[str] = []
     for name in given:
+        if not str(name).strip():
+            raise SearchError(f"expected a path, found the text {str(name)!r}")
         try:
             path = absolute(name)
             exists = path.exists()
