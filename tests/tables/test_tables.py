@@ -1,6 +1,7 @@
 """The tables: their rows, that nothing is trained twice, what is printed and written, and what methods cost."""
 
 import csv
+import io
 import json
 import re
 import statistics
@@ -16,13 +17,15 @@ from tiny import tiny_training
 from upperson.config.presets import with_method
 from upperson.data.splits import read_splits
 from upperson.evaluate.embed import embed
-from upperson.evaluate.results import METRICS
+from upperson.evaluate.results import METRICS, Results
 from upperson.methods import CSKT, METHODS, FullFineTuning, UPPerson
 from upperson.model.checkpoint import load_model
 from upperson.tables import __main__ as command
 from upperson.tables import costs as measurement
 from upperson.tables.costs import Peak, measure
-from upperson.tables.render import cost_cell, paper_figures
+from upperson.tables.orderings import orderings, student, summary, welch
+from upperson.tables.paper import number_of, published
+from upperson.tables.render import Measured, cost_cell, markdown, parameters_plot
 from upperson.tables.rows import (
     Setting,
     build_tables,
@@ -68,7 +71,7 @@ def run(setting, output, monkeypatch):
 @pytest.mark.parametrize("where", SETTINGS)
 def test_the_tables_are_those_of_the_paper(where):
     tables = build_tables(*SETTINGS[where])
-    assert ("IV", *tables) == command.ALL
+    assert {"IV", *tables} == set(command.ALL)
     titles = {number: [row.config.model.method.title for row in table.rows] for number, table in tables.items()}
     assert titles["V"] == [
         "zero-shot CLIP",
@@ -87,6 +90,7 @@ def test_the_tables_are_those_of_the_paper(where):
         for row, title in zip(tables["VII"].rows, titles["VII"], strict=True)
     ][1:] == [
         *((scale, "S-Prefix") for scale in (10, 50, 100, 150, 300, 500)),
+        (10, "prefix + LoRA + L-Adapter"),
         (10, "UP-Person"),
         (30, "UP-Person"),
         (50, "UP-Person"),
@@ -165,14 +169,113 @@ def test_rows_of_a_table_are_different_runs_and_tables_share_theirs(where):
     assert len({runs.folder_of(config.replace(**change)) for change in ({}, *others)}) == 1 + len(others)
 
 
-def test_the_papers_figures_have_rows_and_sources():
+# ------------------------------------------------------------------------------------ the paper's figures
+
+
+def test_the_papers_figures_belong_to_rows_of_the_real_data():
+    """Each line of paper.csv names a row that is there, and each row of a table of the paper has its figures."""
     tables = build_tables(*SETTINGS["real"])
-    numbers = [number for number in tables if paper_figures(number)]
-    assert numbers
-    for number in numbers:
-        for row, (value, source) in paper_figures(number).items():
-            assert row in {known.name for known in tables[number].rows}
-            assert 0 < float(value) < 100 and source
+    for number in ("I", "II", "III", "V", "VII", "VIII", "IX", "X", "XI", "XII", "XIII"):
+        here = {row.name for row in tables[number].rows}
+        paper = {row.ours for row in published(number) if row.ours}
+        assert {name for name in paper if not name.startswith("IRRA, ")} <= here, number
+        without = {name for name in here - paper if "zero-shot" not in name and number not in ("X", "XII")}
+        assert without <= {"S-Prefix, λ = 500", "full fine-tuning"}, (number, without)
+    assert not published("VI") and published("methods") == published("IV")
+
+
+@pytest.mark.parametrize(
+    ("number", "row", "figures"),
+    [
+        ("I", "UP-Person, ViT-L/14", {"R@1": "76.04"}),
+        ("III", "UP-Person, ViT-B/16", {"R@1": "63.15", "R@5": "83.45", "R@10": "89.75", "mAP": "48.15"}),
+        ("IV", "CSKT", {"trained parameters": "12M", "FLOPs": "13886.23M", "R@1 RSTPReid": "57.75"}),
+        ("V", "LoRA + L-Adapter", {"R@1": "73.54", "mAP": "65.89"}),
+        ("VII", "UP-Person, vanilla prefix", {"R@1": "73.64"}),
+        ("IX", "adapter, L-Adapter", {"R@1": "73.67"}),
+        ("XI", "full fine-tuning, rstpreid → icfg-pedes", {"R@1": "29.03", "mAP": "18.26"}),
+        ("XII", "UP-Person, mscoco", {"R@1": "56.51", "trained parameters": "7.4M"}),
+        ("XIII", "UP-Person, flickr30k → rstpreid", {"R@1": "24.55"}),
+    ],
+)
+def test_some_figures_of_the_paper(number, row, figures):
+    (found,) = [line.figures for line in published(number) if line.ours == row]
+    assert figures.items() <= found.items()
+
+
+def test_numbers_as_printed():
+    assert [number_of(text) for text in ("13783.40M", "1.9B", "7.4M", "74.17", "16")] == [
+        13783.4e6,
+        1.9e9,
+        7.4e6,
+        74.17,
+        16,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("t", "freedom", "p"),
+    [(0.0, 3, 1.0), (12.706, 1, 0.05), (4.303, 2, 0.05), (2.776, 4, 0.05), (2.132, 4, 0.1), (1.96, 1e5, 0.05)],
+)
+def test_students_distribution(t, freedom, p):
+    """Against its printed tables."""
+    assert student(t, freedom) == pytest.approx(p, rel=2e-3)
+
+
+def test_welchs_test():
+    assert welch([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == pytest.approx(1)
+    assert welch([3.0, 4.0, 5.0], [1.0, 2.0, 3.0]) == pytest.approx(student(2 / (2 / 3) ** 0.5, 4))
+    assert welch([2.0], [1.0, 2.0, 6.0]) == pytest.approx(student(1 / (7 / 3) ** 0.5, 2))  # zero-shot CLIP is one run
+    assert welch([1.0, 1.0], [2.0, 2.0]) == 0 and welch([1.0, 1.0], [1.0, 1.0]) == 1
+
+
+def test_orderings_are_decided_by_the_seeds():
+    paper = {"best": 80.0, "middle": 70.0, "worst": 60.0, "like the worst": 60.0, "not run": 90.0}
+    here = {
+        "best": [50.0, 51.0, 52.0],
+        "middle": [70.0, 70.5, 71.0],
+        "worst": [48.0, 51.0, 52.0],
+        "like the worst": [10.0],
+        "not in the paper": [1.0],
+    }
+    found = {(pair.better, pair.worse): pair.verdict for pair in orderings(paper, here)}
+    assert found == {
+        ("best", "middle"): "reversed",
+        ("best", "worst"): "undecided",
+        ("best", "like the worst"): "reappears",
+        ("middle", "worst"): "reappears",
+        ("middle", "like the worst"): "reappears",
+    }
+    text = summary(orderings(paper, here), "R@1")
+    assert text[0].startswith("Of the paper's 5 orderings by R@1, 3 reappear, 1 are reversed, and 1 are undecided")
+    assert any(line.startswith("* reversed: best > middle (-19.50, p ") for line in text)
+    assert orderings(paper, {"best": [1.0], "worst": [2.0]}) == []  # one seed decides nothing
+    assert summary([], "R@1") == []
+
+
+def measured(name: str, *percents: float) -> Measured:
+    runs = [
+        Results(name, "tiny", "a", "a", "test", 4, 4, dict.fromkeys(METRICS, percent), trained={"lora": 9})
+        for percent in percents
+    ]
+    return Measured(name, runs)
+
+
+def test_all_figures_of_the_paper_stand_in_the_table():
+    text = markdown("V", "t", [measured("LoRA", 20.0, 22.0), measured("new", 1.0, 2.0)], ["text_to_image"], "c")
+    lines = {line.strip("| ").split("|")[0].strip(): line for line in text.splitlines() if line.startswith("|")}
+    assert "72.56" in lines["LoRA"] and "21.00 ± 1.41" in lines["LoRA"]
+    assert lines["UP-Person (Ours)"].replace("|", " ").split()[-4:] == ["74.17", "89.70", "93.88", "65.91"]
+    assert len(lines) == 2 + 2 + 7  # head, rule, both rows, what the paper alone has
+    assert "arXiv 2504.10084, Table V, on CUHK-PEDES" in text
+    cross = markdown("XI", "t", [measured("UP-Person, embedded → embedded-night", 3.0)], ["text_to_image"], "c")
+    assert "| IRRA-CLIP, RSTPReid → ICFG-PEDES " in cross and cross.count(" → ") >= 18
+
+
+def test_accuracy_by_parameters_is_drawn_from_both():
+    rows = [measured("UP-Person", 50.0, 52.0), measured("zero-shot CLIP", 1.0), Measured("full fine-tuning", [None])]
+    with Image.open(io.BytesIO(parameters_plot(rows, "t"))) as picture:
+        assert picture.width > 2 * picture.height
 
 
 # ------------------------------------------------------------------------------------ running
@@ -185,7 +288,12 @@ def test_a_table_from_its_command(run, setting, output, capsys):
     assert "17 to run, about" in shown and "[17/17]" in shown
     rows = build_tables(setting, "embedded")["V"].rows
     text = (output / "V-embedded.md").read_text()
-    assert text in shown and "68.19" in text and "2 seeds, mean ± standard deviation" in text
+    assert (
+        text in shown
+        and "74.17" in text
+        and "orderings by R@1" in text
+        and "2 seeds, mean ± standard deviation" in text
+    )
     with open(output / "V-embedded.csv", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     runs = Runs(output / "runs", {})
@@ -259,7 +367,8 @@ def test_both_directions(run, setting, output):
     header, _, *lines = [
         line for line in (output / "XII-embedded-scenes.md").read_text().splitlines() if line.startswith("|")
     ]
-    assert "R@1, text → image" in header and "mINP, image → text" in header and len(lines) == 6
+    assert "R@1, text → image" in header and "mINP, image → text" in header
+    assert sum("embedded-scenes" in line for line in lines) == 6 and any("BEIT-3, MSCOCO" in line for line in lines)
     row = build_tables(setting, "embedded")["XII"].rows[2]
     model = load_model(Runs(output / "runs", {}).folder_of(row.config) / "best.safetensors")
     found = embed(model, read_splits(row.config.data)["test"])
@@ -272,8 +381,8 @@ def test_both_directions(run, setting, output):
 def test_figures(run, output, monkeypatch):
     points = {"lora_rank": {"1": {"lora_rank": 1}, "2": {"lora_rank": 2}}, "prefix_length": {"1": {"prefix_length": 1}}}
     monkeypatch.setattr(UPPerson, "sweeps", staticmethod(lambda synthetic: points))
-    assert run("figure6", "figure7") == 0
-    for name in ("figure6-embedded.png", "figure7-embedded.png"):
+    assert run("figure5", "figure6", "figure7") == 0
+    for name in ("figure5-embedded.png", "figure6-embedded.png", "figure7-embedded.png"):
         Image.open(output / name).verify()
     assert "lora_rank 1" in (output / "figure6-embedded.csv").read_text()
 
@@ -307,9 +416,9 @@ def test_every_method_in_one_table(run, setting, output, monkeypatch, capsys):
     for row in build_tables(setting, "embedded")["methods"].rows:
         results = json.loads((runs.folder_of(row.config) / "results.json").read_text())
         (line,) = [line for line in first if line.startswith(f"| {row.name} ")]
-        trained, *metrics, _, _, _ = (cell.strip() for cell in line.strip("| ").split("|")[1:])
+        trained, *cells = (cell.strip() for cell in line.strip("| ").split("|")[1:])
         assert trained == f"{results['trained_parameters']:,}"
-        assert metrics == [f"{results['text_to_image'][name]:.2f}" for name in METRICS]
+        assert cells[: len(METRICS)] == [f"{results['text_to_image'][name]:.2f}" for name in METRICS]
         stages = len(trainings(row.config))
         assert sum(cost["method"] == row.name for cost in costs) == 2 * stages
         assert line.count(" / ") == 3 * (stages - 1)
@@ -378,7 +487,7 @@ def test_a_damaged_file_of_a_run_is_one_line(run, setting, tmp_path, capsys, nam
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["II"], "invalid choice: 'II'"),
+        (["XIV"], "invalid choice: 'XIV'"),
         (["V", "--seeds", "0"], "--seeds: expected 1 to 1000, found 0"),
         (["V", "--device", "tpu"], "device: 'tpu' is not allowed"),
         (["V", "--workers", "-1"], "workers: -1 is not allowed"),

@@ -36,6 +36,8 @@ from upperson.tables.render import (
     heading,
     how_trained,
     markdown,
+    parameters_plot,
+    published_costs,
     sweep_plot,
 )
 from upperson.tables.rows import (
@@ -50,7 +52,9 @@ from upperson.tables.rows import (
 from upperson.tables.runs import Runs, distinct, seconds_of
 from upperson.train.run_folder import BEST
 
-PAPER = ("IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "figure6", "figure7")
+PAPER = (
+    "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "figure5", "figure6", "figure7",
+)  # fmt: skip
 ALL = (*PAPER, "methods")
 
 
@@ -244,6 +248,8 @@ def write(
     points = [(*row.point, measured) for row, measured in zip(table.rows, rows, strict=True) if row.point]
     if points:
         files[f"{name}.png"] = sweep_plot(points, title)
+    elif number == "figure5":
+        files[f"{name}.png"] = parameters_plot(rows, title)
     elif number == "figure7":
         files[f"{name}.png"] = found_images(table, runs)
     elif not table.both_directions:
@@ -270,9 +276,7 @@ def write_costs(base: Config, options: argparse.Namespace) -> None:
     costs = measure_costs(single_modules, base, options.device)
     text = "\n".join([
         f"# {heading('IV', 'What the methods cost')}", "", how_measured(base, options.device), "",
-        costs_markdown(costs),
-        "Of the paper's Table IV this project has one row: UP-Person with ViT-B/16 has 7.4 M trained parameters of "
-        "157 M and needs 3,262 MB on an RTX 4090 (arXiv 2504.10084; the memory from a summary of it).", "",
+        costs_markdown(costs), published_costs(),
     ])  # fmt: skip
     print(f"\n{text}", flush=True)
     name = f"IV-{base.data.dataset}"

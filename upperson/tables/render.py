@@ -1,4 +1,4 @@
-"""Tables as Markdown and CSV with the paper's numbers, plots of sweeps, and bar plots of rows."""
+"""Tables as Markdown and CSV with the paper's numbers, and plots: sweeps, rows, and accuracy by parameters."""
 
 import csv
 import io
@@ -6,7 +6,6 @@ import statistics
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -16,6 +15,8 @@ from upperson.evaluate.pictures import MAIN, QUIET, SECOND, STYLE, as_png
 from upperson.evaluate.results import METRICS, Results
 from upperson.evaluate.tables import pipe_table
 from upperson.tables.costs import Cost, Costs
+from upperson.tables.orderings import Ordering, orderings, summary
+from upperson.tables.paper import SOURCE, Published, number_of, published
 from upperson.tables.rows import Table, trainings
 
 ARROWS = {"text_to_image": "text → image", "image_to_text": "image → text"}
@@ -43,9 +44,13 @@ class Measured:
         return [getattr(run, direction)[metric] for run in self.runs if run is not None]
 
     @property
+    def parameters(self) -> int | None:
+        """The number of trained parameters; None if all runs diverged."""
+        return next((run.trained_parameters for run in self.runs if run is not None), None)
+
+    @property
     def trained(self) -> str:
-        counts = {run.trained_parameters for run in self.runs if run is not None}
-        return f"{counts.pop():,}" if counts else ""
+        return "" if self.parameters is None else f"{self.parameters:,}"
 
     def cell(self, direction: str, metric: str) -> str:
         """Mean ± sample standard deviation over the seeds, and the number of converged runs if some diverged."""
@@ -57,12 +62,6 @@ class Measured:
         return f"{statistics.mean(values):.2f}{spread}{others}"
 
 
-def paper_figures(number: str) -> dict[str, tuple[str, str]]:
-    """The paper's R@1 by row, with its source."""
-    with files("upperson.tables").joinpath("paper.csv").open(encoding="utf-8") as file:
-        return {row["row"]: (row["value"], row["source"]) for row in csv.DictReader(file) if row["table"] == number}
-
-
 def markdown(
     number: str,
     title: str,
@@ -71,11 +70,12 @@ def markdown(
     conditions: str,
     costs: dict[str, list[Cost]] | None = None,
 ) -> str:
-    """The table with its title, the conditions, and the paper's R@1 on CUHK-PEDES if known.
+    """The table with its title, the conditions, and all figures of the paper's table.
 
-    `costs`: the costs of a step of each row, for further columns.
+    Rows that only the paper has are below the others. `costs`: the costs of a step of each row, for further columns.
     """
-    paper = paper_figures(number)
+    paper = published(number)
+    metrics = tuple(dict.fromkeys(metric for row in paper for metric in row.figures))
     header = [
         "",
         "trained",
@@ -86,21 +86,42 @@ def markdown(
         ),
     ]
     header += [COSTS[key][0] for key in OF_A_STEP] if costs else []
-    header += ["R@1, paper"] if paper else []
+    own = len(header) - 1
+    of_row = {row.ours: row for row in paper}
     body = []
     for row in rows:
         cells = [row.cell(direction, metric) for direction in directions for metric in METRICS]
         cells += [cost_cell(costs[row.name], key) for key in OF_A_STEP] if costs else []
-        body.append([row.name, row.trained, *cells, *([paper.get(row.name, ("",))[0]] if paper else [])])
+        body.append([row.name, row.trained, *cells, *paper_cells(of_row.get(row.name), metrics)])
+    names = {row.name for row in rows}
+    several = len({row.dataset for row in paper}) > 1
+    for row in paper:
+        if row.ours not in names:
+            name = f"{row.row}, {row.dataset}" if several else row.row
+            body.append([name, *[""] * own, *paper_cells(row, metrics)])
+    header += [f"{metric}, paper" for metric in metrics]
     lines = [f"# {heading(number, title)}", "", conditions, "", pipe_table(header, body), ""]
     if paper:
-        sources = "; ".join(dict.fromkeys(source for _, source in paper.values()))
-        lines += [
-            f"The paper's figures are those on CUHK-PEDES that could be traced ({sources}); empty cells are "
-            "figures that this project does not have (upperson/tables/paper.csv).",
-            "",
-        ]
+        lines += [about_the_paper(paper), ""]
+    if len(directions) == 1:
+        lines += [line for metric in ("R@1", "mAP") for line in summary(compared(rows, paper, metric), metric)]
     return "\n".join(lines)
+
+
+def paper_cells(row: Published | None, metrics: Sequence[str]) -> list[str]:
+    return ["" if row is None else row.figures.get(metric, "") for metric in metrics]
+
+
+def about_the_paper(paper: Sequence[Published]) -> str:
+    datasets = ", ".join(dict.fromkeys(row.dataset for row in paper if row.dataset))
+    where = f", on {datasets}" if datasets else ""
+    return f'Columns "paper": {SOURCE}, Table {paper[0].table}{where}. Rows with these columns alone were not run here.'
+
+
+def compared(rows: Sequence[Measured], paper: Sequence[Published], metric: str) -> list[Ordering]:
+    """The orderings of the paper among these rows."""
+    figures = {row.ours: number_of(row.figures[metric]) for row in paper if row.ours and metric in row.figures}
+    return orderings(figures, {row.name: row.values("text_to_image", metric) for row in rows})
 
 
 def how_trained(table: Table, seeds: Sequence[int]) -> str:
@@ -144,6 +165,14 @@ def costs_markdown(tables: Costs) -> str:
         body = [[name, *(cost_cell(costs, key) for key in COSTS)] for name, costs in rows.items()]
         lines += [pipe_table(header, body), ""]
     return "\n".join(lines)
+
+
+def published_costs() -> str:
+    """The paper's Table IV as Markdown."""
+    paper = published("IV")
+    metrics = tuple(paper[0].figures)
+    body = [[row.row, *paper_cells(row, metrics)] for row in paper]
+    return "\n".join([pipe_table([f"{SOURCE}, Table IV", *metrics], body), ""])
 
 
 def cost_cell(costs: Sequence[Cost], key: str) -> str:
@@ -212,6 +241,32 @@ def bars(rows: Sequence[Measured], title: str) -> bytes:
             axes.margins(x=0.22)
             axes.grid(visible=False, axis="y")
         figure.axes[0].invert_yaxis()
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        return as_png(figure)
+
+
+def parameters_plot(rows: Sequence[Measured], title: str) -> bytes:
+    """A PNG of R@1 over the trained parameters: the rows here with each seed as a dot, and beside them the paper's."""
+    here = [(row.name, row.parameters, row.values("text_to_image", "R@1")) for row in rows]
+    paper = [
+        (row.row, number_of(row.figures["trained parameters"]), [float(row.figures["R@1 CUHK-PEDES"])])
+        for row in published("figure5")
+    ]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+        panels = zip(
+            figure.subplots(1, 2), (here, paper), ("here", f"{SOURCE}, CUHK-PEDES"), (MAIN, SECOND), strict=True
+        )
+        for axes, points, where, colour in panels:
+            for name, parameters, values in points:
+                if not parameters or not values:  # zero-shot CLIP, or diverged
+                    continue
+                axes.semilogx([parameters] * len(values), values, "o", color=colour, markersize=5)
+                axes.annotate(
+                    name, (parameters, max(values)), (0, 6), textcoords="offset points", ha="center", fontsize=9
+                )
+            axes.set(title=where, xlabel="trained parameters", ylabel="R@1, percent")
+            axes.margins(x=0.25, y=0.18)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         return as_png(figure)
 
