@@ -119,7 +119,8 @@ def describe(rng: random.Random, pedestrian: Pedestrian) -> str:
     if rng.random() < 0.06:
         setting = " " + rng.choice(PLACES[pedestrian.view.place])
     seen = rng.choice(_SEEN[pedestrian.view.facing]) if rng.random() < 0.15 else ""
-    return describe_worn(rng, mentioned(rng, pedestrian.visible()), speech, setting, seen)
+    caption = _Caption(rng, mentioned(rng, pedestrian.visible()), speech, setting, seen)
+    return " ".join(sentence[0].upper() + sentence[1:] for sentence in rng.choice(_STYLES)(caption))
 
 
 def mentioned(rng: random.Random, visible: dict[str, Item]) -> dict[str, Item]:
@@ -134,22 +135,6 @@ def mentioned(rng: random.Random, visible: dict[str, Item]) -> dict[str, Item]:
     return {part: visible[part] for part in visible if part in parts}
 
 
-def describe_worn(
-    rng: random.Random,
-    items: dict[str, Item],
-    speech: Speech,
-    setting: str = "",
-    seen: str = "",
-    synonyms: float = 1.0,
-) -> str:
-    """All items in words: what is worn, then the rest in the same or in further sentences.
-
-    `synonyms` is the share of items for which synonyms are used.
-    """
-    sentences = rng.choice(_STYLES)(_Caption(rng, items, speech, setting, seen, synonyms))
-    return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
-
-
 def listed(words: list[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
@@ -157,10 +142,7 @@ def listed(words: list[str]) -> str:
 class _Caption:
     """The parts of one caption in words."""
 
-    def __init__(
-        self, rng: random.Random, items: dict[str, Item], speech: Speech, setting: str, seen: str, synonyms: float
-    ):
-        self.synonyms = synonyms
+    def __init__(self, rng: random.Random, items: dict[str, Item], speech: Speech, setting: str, seen: str):
         self.rng, self.items, self.speech, self.setting, self.seen = rng, items, speech, setting, seen
         self.subject = rng.choice(speech.subjects)
 
@@ -178,7 +160,7 @@ class _Caption:
             return self.rng.choice(("a beard", f"a {item.colour} beard"))
         if part == "hair":
             return self.rng.choice(HAIR.get(item.kind, ("{} hair",))).format(item.colour)
-        return noun_phrase(self.rng, item, synonyms=self.rng.random() < self.synonyms)
+        return noun_phrase(self.rng, item)
 
     def has(self, part: str) -> bool:
         return part in self.items

@@ -1,9 +1,8 @@
 """Trains the small CLIP on synthetic scenes without people: `python -m upperson.embedded.pretrain`.
 
-The training is contrastive, as in CLIP (arXiv 2103.00020). Every pair is used once. Every eighth batch
-is outfits in the shape of a pedestrian's image, for which the position embedding is resized as in `fit_image_size`; the
-others are scenes in the CLIP's own shape. Scene i of an infinite series is drawn for step i // batch, so the training
-data depend only on the seed. The result is the same to the byte on one machine with the same number of threads.
+The training is contrastive, as in CLIP (arXiv 2103.00020). Every pair is used once. Scene i of an infinite series is
+drawn for step i // batch, so the training data depend only on the seed. The result is the same to the byte on one
+machine with the same number of threads.
 """
 
 import argparse
@@ -29,34 +28,21 @@ from upperson.embedded.weights import CLIP_WEIGHTS, build_embedded_clip, save_em
 WARMUP_STEPS = 100
 LARGEST_SCALE = math.log(100)
 TEXT_CHUNKS = 4
-OUTFITS_EVERY = 8
 
 
 class Scenes(Dataset):
-    """Scene i of a series: pixels [3, H, W] uint8 and token ids [77] int64. Scenes of a batch have one shape."""
+    """Scene i of a series: pixels [3, 128, 128] uint8 and token ids [77] int64."""
 
-    def __init__(self, seed: int, count: int, batch_size: int):
-        self.seed, self.count, self.batch_size = seed, count, batch_size
+    def __init__(self, seed: int, count: int):
+        self.seed, self.count = seed, count
         self.tokenizer = open_clip.SimpleTokenizer()
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        scene = draw_scene(self.seed, index, outfit=index // self.batch_size % OUTFITS_EVERY == 0)
+        scene = draw_scene(self.seed, index)
         return torch.from_numpy(np.array(scene.draw())).permute(2, 0, 1), self.tokenizer(scene.caption)[0]
-
-
-def encode_image(clip: Any, images: Tensor) -> Tensor:
-    """clip.encode_image of images of any shape (B, 3, H, W)."""
-    visual = clip.visual
-    grid = (images.shape[2] // visual.patch_size[0], images.shape[3] // visual.patch_size[1])
-    if grid == tuple(visual.grid_size):
-        return visual(images)
-    first, rest = visual.positional_embedding.split([1, visual.grid_size[0] * visual.grid_size[1]])
-    rest = rest.unflatten(0, visual.grid_size).permute(2, 0, 1).unsqueeze(0)
-    rest = F.interpolate(rest, size=grid, mode="bilinear", align_corners=False).squeeze(0).flatten(1).t()
-    return torch.func.functional_call(visual, {"positional_embedding": torch.cat([first, rest])}, (images,))
 
 
 def encode_by_length(clip: Any, tokens: Tensor) -> Tensor:
@@ -91,11 +77,11 @@ def pretrain(
     loss_of = ClipLoss()
     mean, std = list(open_clip.OPENAI_DATASET_MEAN), list(open_clip.OPENAI_DATASET_STD)
     tokens_seen: set[int] = set()
-    loader = DataLoader(Scenes(seed, steps * batch_size, batch_size), batch_size=batch_size, num_workers=workers)
+    loader = DataLoader(Scenes(seed, steps * batch_size), batch_size=batch_size, num_workers=workers)
     with tqdm(loader, desc="pretraining", unit="step") as progress:
         for pixels, tokens in progress:
             tokens_seen.update(tokens.unique().tolist())
-            images = F.normalize(encode_image(clip, normalize(pixels / 255, mean, std)), dim=-1)
+            images = F.normalize(clip.encode_image(normalize(pixels / 255, mean, std)), dim=-1)
             texts = F.normalize(encode_by_length(clip, tokens), dim=-1)
             loss = loss_of(images, texts, clip.logit_scale.exp())
             optimizer.zero_grad()
@@ -119,7 +105,7 @@ def _groups(clip: open_clip.CLIP) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,28 +1,31 @@
-"""Synthetic scenes without people, for pretraining: garments, bags, shoes, toys and clothes on a stand."""
+"""Synthetic scenes without people, for pretraining: garments, bags, shoes, hats, wigs and toys."""
 
 import random
 from dataclasses import dataclass
 
 from PIL import Image
 
-from upperson.embedded.backgrounds import PLACES, ROOMS, draw_background
+from upperson.embedded.backgrounds import ROOMS, draw_background
 from upperson.embedded.captions import listed, noun_phrase
 from upperson.embedded.drawing import Canvas, Light
 from upperson.embedded.objects import draw_item
-from upperson.embedded.outfits import (
-    HEIGHT,
-    SYNONYMS,
-    WIDTH,
-    describe_outfit,
-    draw_garment,
-    draw_hair,
-    draw_outfit,
-    draw_stand,
-)
 from upperson.embedded.sentences import MISSPELT, SHOP, WEARERS
-from upperson.embedded.vocabulary import BAGS, HAIR, HATS, LOWER, NAMES, SHOES, UPPER, Item, pick_item
+from upperson.embedded.vocabulary import (
+    BAGS,
+    DENIM,
+    HAIR,
+    HAIR_COLOURS,
+    HATS,
+    LOWER,
+    NAMES,
+    SHOES,
+    UPPER,
+    Item,
+    pick_item,
+)
 
 SIZE = 128
+SYNONYMS = 0.1  # the share of items with synonyms; captions of pedestrians have them for all items
 
 TOYS = {
     "ball": ("ball", "round ball"),
@@ -55,6 +58,7 @@ TOYS = {
     "star": ("star",),
     "stroller": ("stroller", "baby stroller"),
     "guitar": ("guitar",),
+    "glasses": ("glasses", "sunglasses"),
 }
 _NAMES = {**NAMES, **TOYS}
 _PATTERNED_TOYS = ("ball", "box", "cup", "flag", "umbrella", "balloon", "blanket", "fish", "scarf", "tie", "socks")
@@ -72,47 +76,36 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image for pretraining, with its caption: placed items, or an outfit on a stand."""
+    """An image for pretraining, with its caption."""
 
     things: tuple[Placed, ...]
-    outfit: tuple[tuple[str, Item], ...]  # parts and their items
     place: str
     light: Light
     caption: str
     seed: int
 
     def draw(self) -> Image.Image:
-        """Draws the RGB image, always with the same pixels: 128 x 128, or with an outfit 192 x 64 (height x width)."""
+        """Draws the RGB image of 128 x 128 pixels, always the same."""
         rng = random.Random(self.seed)
-        width, height = (WIDTH, HEIGHT) if self.outfit else (SIZE, SIZE)
-        canvas = Canvas(width, height, (128, 128, 128), scale=2)
+        canvas = Canvas(SIZE, SIZE, (128, 128, 128), scale=2)
         draw_background(canvas, self.place, rng)
         for thing in self.things:
             draw_item(canvas, thing.item, thing.x, thing.y, thing.size)
-        if self.outfit:
-            draw_stand(canvas, dict(self.outfit), rng)
         return self.light.apply(canvas.finish(), self.seed)
 
     def items(self) -> list[Item]:
         """All visible items."""
-        return [thing.item for thing in self.things] + [item for _, item in self.outfit]
+        return [thing.item for thing in self.things]
 
 
-def draw_scene(seed: int, index: int, outfit: bool = False) -> Scene:
-    """Scene `index` of the infinite series of a seed: placed items, or an outfit."""
-    rng = random.Random(f"{'outfit' if outfit else 'scene'}/{seed}/{index}")
-    place = rng.choice((*ROOMS, *PLACES) if outfit else tuple(ROOMS))
-    things, parts = [], {}
-    if outfit:
-        setting = " " + rng.choice((ROOMS | PLACES)[place]) if rng.random() < 0.15 else ""
-        parts = draw_outfit(rng)
-        caption = describe_outfit(rng, parts, setting)
-    else:
-        things, words = rng.choices((_side_by_side, _shelf, _alone), (4, 2, 3))[0](rng)
-        if rng.random() < 0.3:
-            words += " " + rng.choice(ROOMS[place])
-        caption = words[0].upper() + words[1:] + "."
-    caption = _with_sentences(rng, caption, share=0.15 if outfit else 0.75)
+def draw_scene(seed: int, index: int) -> Scene:
+    """Scene `index` of the infinite series of a seed."""
+    rng = random.Random(f"scene/{seed}/{index}")
+    place = rng.choice(tuple(ROOMS))
+    things, words = rng.choices((_side_by_side, _shelf, _alone), (4, 2, 3))[0](rng)
+    if rng.random() < 0.3:
+        words += " " + rng.choice(ROOMS[place])
+    caption = _with_sentences(rng, words[0].upper() + words[1:] + ".")
     warmth = rng.gauss(0, 0.05)
     light = Light(
         brightness=rng.uniform(0.75, 1.12),
@@ -122,12 +115,12 @@ def draw_scene(seed: int, index: int, outfit: bool = False) -> Scene:
         noise=rng.uniform(0, 7),
         blur=rng.choice((0, 0, 0.5)),
     )
-    return Scene(tuple(things), tuple(parts.items()), place, light, caption, rng.getrandbits(63))
+    return Scene(tuple(things), place, light, caption, rng.getrandbits(63))
 
 
-def _with_sentences(rng: random.Random, caption: str, share: float) -> str:
+def _with_sentences(rng: random.Random, caption: str) -> str:
     """The caption, often with a sentence about what the picture does not show, and rarely with misspelt words."""
-    if rng.random() < share:
+    if rng.random() < 0.75:
         more = rng.choice(rng.choice((WEARERS, SHOP)))
         caption = f"{caption} {more}" if rng.random() < 0.8 else f"{more} {caption}"
     if rng.random() < 0.06:
@@ -186,9 +179,22 @@ def _words(rng: random.Random, item: Item) -> str:
 def _anything(rng: random.Random) -> Item:
     choice = rng.random()
     if choice < 0.05:
-        hair = draw_hair(rng)
-        return hair if hair.kind != "bald" else draw_garment(rng, rng.choice(tuple(HATS)))
+        hair = _hair(rng)
+        return hair if hair.kind != "bald" else _garment(rng, rng.choice(tuple(HATS)))
     if choice < 0.6:
-        return draw_garment(rng, rng.choice(tuple(rng.choice((UPPER, LOWER, SHOES, BAGS, HATS)))))
+        return _garment(rng, rng.choice(tuple(rng.choice((UPPER, LOWER, SHOES, BAGS, HATS)))))
     kind = rng.choice(tuple(TOYS))
     return pick_item(rng, kind, patterned=0.4 if kind in _PATTERNED_TOYS else 0.0).without_logo()
+
+
+def _garment(rng: random.Random, kind: str) -> Item:
+    """A garment, a bag, a hat or shoes of a kind."""
+    patterned = 0.5 if kind in UPPER else 0.15 if kind in LOWER and kind != "jeans" else 0.0
+    item = pick_item(rng, kind, DENIM, patterned) if kind == "jeans" else pick_item(rng, kind, patterned=patterned)
+    return item if kind in UPPER else item.without_logo()
+
+
+def _hair(rng: random.Random) -> Item:
+    """A wig, or hair of a bald head, which cannot be shown alone."""
+    colour = rng.choice(tuple(HAIR_COLOURS))
+    return Item(rng.choice(tuple(HAIR)), colour, rng.choice(HAIR_COLOURS[colour]))

@@ -25,6 +25,8 @@ MISSPELT = {
 }
 
 WEARERS = (
+    "An individual wearing sunglasses was carrying the same kind, with a bag hanging at his side.",
+    "A pedestrian who is dressed in clothes like these also wears footwear to match.",
     "They would fit a tall young man or a slender adult woman of average height and build.",
     "A middle aged man of medium size could wear them, or a short boy with thin legs.",
     "It may suit a heavy set guy, a skinny teenage girl, or a kid who is about ten years old.",

@@ -103,7 +103,7 @@ PATTERNS = {
 }
 
 NAMES = {**UPPER, **LOWER, **SHOES, **BAGS, **HATS}
-PLURAL = frozenset({"trousers", "jeans", "shorts", "leggings", "socks", "gloves", *SHOES})
+PLURAL = frozenset({"trousers", "jeans", "shorts", "leggings", "socks", "gloves", "glasses", *SHOES})
 
 
 @dataclass(frozen=True)
