@@ -1,8 +1,8 @@
 """A whole small training, step by step, against the figures that it gave when they were written down.
 
-tests/golden/replay.json has the loss of every step and the metrics of every epoch, on the small CLIP with its weights. The
-released code cannot run here; that this training follows it is held by tests/model/test_golden_model.py, and said in
-bench/results/reproduction.md. `python tests/train/test_replay.py` writes the file again.
+tests/golden/replay.json has the loss of every step and the metrics of every epoch, on the small CLIP with its weights.
+The released code cannot run here; that this training follows it is held by tests/model/test_golden_model.py, and said
+in bench/results/reproduction.md. `python tests/train/test_replay.py` writes the file again.
 """
 
 import json
