@@ -427,6 +427,20 @@ def test_a_file_that_is_not_milvus(tmp_path, content):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
+def test_a_second_process_is_told_that_milvus_lite_takes_one(tmp_path):
+    pytest.importorskip("pymilvus", reason="the extra milvus is not installed")
+    pytest.importorskip("milvus_lite", reason="the extra milvus is not installed")
+    index = str(tmp_path / "people.milvus.db")
+    opened = open_store(index, SETTINGS)
+    try:
+        command = f"from upperson.search.store import open_store; open_store({index!r})"
+        second = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    finally:
+        opened.close()
+    assert "people.milvus.db: Milvus Lite cannot open the index; another process may have it open" in second.stderr
+
+
 def test_without_pymilvus(monkeypatch):
     monkeypatch.setitem(sys.modules, "pymilvus", None)
     with pytest.raises(SearchError, match=r"needs pymilvus; install it with pip install 'upperson\[milvus\]'"):

@@ -52,7 +52,15 @@ class MilvusStore:
                 options: dict[str, Any] = dict(token=os.environ.get(TOKEN, ""), timeout=SECONDS)
             else:  # the server of Milvus Lite ends connections that ask every ten seconds whether it lives
                 options = dict(grpc_options={"grpc.keepalive_time_ms": 3_600_000})
-            self.client = MilvusClient(address, **options)
+            try:
+                self.client = MilvusClient(address, **options)
+            except self.failure as error:
+                if is_server(index):
+                    raise
+                raise SearchError(
+                    f"{index}: Milvus Lite cannot open the index; another process may have it open, as only one can at "
+                    f"a time ({error.message})"
+                ) from error
             if settings is not None and not self.client.has_collection(self.texts):
                 self.create(settings)
             if not self.client.has_collection(self.texts):
