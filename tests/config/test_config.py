@@ -189,7 +189,7 @@ def test_another_method_starts_from_its_own_options():
 
 
 def test_cut_off_json():
-    with pytest.raises(ValueError, match="invalid or truncated JSON at line 69, column 5"):
+    with pytest.raises(ValueError, match="invalid or truncated JSON at line 70, column 5"):
         Config.from_json(Config().to_json()[:-20])
 
 

@@ -31,6 +31,8 @@ from upperson.model.prepared import keep_frozen_weights, prepare
 from upperson.model.prompts import run_captions, run_images
 from upperson.model.turns import Turns, takes_turns
 from upperson.model.weights import fingerprint
+from upperson.petl import Mixture
+from upperson.petl.mixture import tallied
 
 GRAPHS = 64  # limit of compiled graphs of a block, one for each kind of input; a training needs about 20
 
@@ -92,7 +94,7 @@ class AdaptedCLIP(nn.Module):
         traced models, the embeddings of such images are NaN.
         """
         visual = self.clip.visual
-        if self.config.skip_unread and visual.attn_pool is None and visual.pool_type == "tok":
+        if self.saves("skip_unread") and visual.attn_pool is None and visual.pool_type == "tok":
             pooled = visual.ln_post(self.image_stream(images, class_token_only=True))
         else:
             pooled, _ = visual._pool(self.image_stream(images))
@@ -130,7 +132,7 @@ class AdaptedCLIP(nn.Module):
         else:
             captions = self.caption_packer().words_seen(captions)
             read = self.pooled_positions(captions)
-        if self.config.skip_unread:
+        if self.saves("skip_unread"):
             return self.project_text(self.text_stream(captions, read)[0])
         return self.project_text(rows_of(self.text_stream(captions)[0], read))
 
@@ -178,8 +180,12 @@ class AdaptedCLIP(nn.Module):
         return captions if traced else self.caption_packer()(captions)
 
     def caption_packer(self) -> CaptionPacker:
-        """The object with which a loader packs captions for the current state of this model."""
-        packs = self.text_causal and pooling(self.clip)[0] == "argmax" and self.config.pack_captions
+        """The object with which a loader packs captions for the current state of this model.
+
+        That of a training is asked for where gradients are computed, that of an evaluation where they are not; see
+        `saves`.
+        """
+        packs = self.text_causal and pooling(self.clip)[0] == "argmax" and self.saves("pack_captions")
         return CaptionPacker(packs, self.first_position, self.context_length - self.first_position)
 
     @property
@@ -229,6 +235,23 @@ class AdaptedCLIP(nn.Module):
         text = text_tower(self.clip)
         x, projection = text.ln_final(x), text.text_projection
         return projection(x) if isinstance(projection, nn.Module) else x @ projection
+
+    # -------------------------------------------------------------------------------- what a loss reads
+
+    def saves(self, switch: str) -> bool:
+        """Whether a switch of ModelConfig is on: one of upperson.methods.SAVINGS.
+
+        Where gradients are computed, the method must allow it: its losses may read what the features do not depend on.
+        """
+        allowed = switch in self.config.method.savings or not torch.is_grad_enabled()
+        return getattr(self.config, switch) is not False and allowed
+
+    @contextmanager
+    def tallied(self) -> Iterator[list[Mixture]]:
+        """A context in which the mixtures of all blocks tally the routes of their tokens; see Mixture.count."""
+        mixtures = [module for module in self.trained_modules().values() if isinstance(module, Mixture)]
+        with tallied(mixtures):
+            yield mixtures
 
     # -------------------------------------------------------------------------------- trained parameters
 
