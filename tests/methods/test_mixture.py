@@ -16,8 +16,6 @@ from upperson.petl import Mixture, mixture
 from upperson.petl.mixture import tallied
 from upperson.train.fit import build_model
 
-PATHS = ("grouped", "slices", "every expert")
-
 
 @pytest.fixture
 def tiny(tmp_path):
@@ -26,12 +24,10 @@ def tiny(tmp_path):
     return config.replace(experts=4, adapter_reduction=4)
 
 
-@pytest.fixture(params=PATHS)
+@pytest.fixture(params=["slices", "every expert"])
 def path(request, monkeypatch):
-    """The ways to compute the experts, each forced."""
+    """The ways to compute the experts in float64, each forced."""
     monkeypatch.setattr(mixture, "every_expert", lambda *_: request.param == "every expert")
-    if request.param == "slices":
-        monkeypatch.setattr(mixture, "takes_grouped", lambda *_: False)
     return request.param
 
 
@@ -69,9 +65,8 @@ def written_out(module, x):
 # ---------------------------------------------------------------------------------------- what is computed
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 2e-5)], ids=str)
 @pytest.mark.parametrize("chosen", [1, 2, 3])
-def test_the_formula(path, dtype, bound, chosen):
+def test_the_formula(path, chosen, dtype=torch.float64, bound=1e-11):
     """Outputs and all gradients. An expert that no token chose gets zeros, not None."""
     module, norm = random_mixture(dtype, chosen=chosen), nn.LayerNorm(16).to(dtype)
     x = torch.randn(2, 9, 16, dtype=dtype).requires_grad_()
@@ -88,6 +83,37 @@ def test_the_formula(path, dtype, bound, chosen):
         torch.testing.assert_close(a, b, rtol=bound, atol=bound, msg=name)
         if name in ("down_weight", "down_bias", "up_weight", "up_bias"):
             assert not a[2].any() and a[0].any(), name
+
+
+def test_grouped_products_are_those_of_slices(monkeypatch):
+    """In bfloat16, of widths that PyTorch's grouped product takes; other widths are sliced."""
+    x, found = torch.randn(3, 9, 16).bfloat16().requires_grad_(), []
+    for takes in (mixture.takes_grouped, lambda *_: False):
+        monkeypatch.setattr(mixture, "takes_grouped", takes)
+        module = random_mixture(torch.bfloat16)
+        out = module.normalise(nn.LayerNorm(16).bfloat16(), x, None, None)[1]
+        found.append([out, *torch.autograd.grad(out.float().sin().sum(), [x, *module.parameters()])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+    monkeypatch.undo()
+    rows = torch.empty(4, 8, dtype=torch.bfloat16)
+    assert mixture.takes_grouped(rows, rows) and not mixture.takes_grouped(rows[:, :4], rows)
+    assert not mixture.takes_grouped(rows[:0], rows) and not mixture.takes_grouped(rows.float(), rows.float())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_as_one_graph(dtype):
+    module, norm = random_mixture(dtype), nn.LayerNorm(16).to(dtype)
+    x = torch.randn(3, 9, 16, dtype=dtype).requires_grad_()
+    found = []
+    for call in (module.normalise, torch.compile(module.normalise, backend="aot_eager", fullgraph=True)):
+        with tallied([module]):
+            out, tally = call(norm, x, None, None)[1], module.tallied_routes()
+        loss = out.float().sin().sum() + tally[0].square().sum()
+        found.append([out, tally, *torch.autograd.grad(loss, [x, *module.parameters()])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2)
 
 
 def test_gradients_are_those_of_finite_differences(path):
@@ -220,7 +246,7 @@ def test_two_passes_are_tallied_together(tiny):
     """With mlm, the text tower computes masked and unmasked captions."""
     _, tokens = inputs(torch.float64)
     model = stirred(build(tiny).double())
-    with model.tallied() as mixtures:
+    with model.computing_losses() as mixtures:
         model.encode_text(tokens)
         once = mixtures[-1].tallied_routes()
         model.encode_text(tokens)
@@ -242,6 +268,11 @@ def test_savings_are_off_where_gradients_are_computed(tiny):
         whole = build(tiny.replace(skip_unread=False, pack_captions=False))
         assert not whole.saves("skip_unread") and whole.caption_packer()(tokens) is tokens
         torch.testing.assert_close(whole.encode_text(tokens), saved, rtol=1e-5, atol=1e-6)
+        batch = dict(images=inputs()[0], captions=tokens, person_ids=torch.arange(4))
+        without = Objective("sdm+balance", 0.02, 16, 49408, ())(model, batch)[1]
+    with_gradients = Objective("sdm+balance", 0.02, 16, 49408, ())(model, batch)[1]
+    for name, loss in with_gradients.items():  # of all tokens in both
+        torch.testing.assert_close(without[name], loss)
     other = build(tiny.replace(method="up-person"))
     assert other.saves("skip_unread") and other.saves("pack_captions")
 
@@ -280,11 +311,11 @@ def test_where_the_balance_loss_is_not_defined(tiny, tmp_path):
     batch = dict(images=images, captions=tokens, person_ids=torch.arange(4))
     goal = Objective("sdm+balance", 0.02, 16, 49408, ())
     model = build(tiny)
-    with pytest.raises(ValueError, match="balance: expected a model with mixtures of experts, and padded captions"):
+    with pytest.raises(ValueError, match="balance: expected a model whose tokens choose among experts"):
         goal(build(tiny.replace(method="cskt", prompt_length=1)), batch)
     with torch.no_grad():
         packed = model.pack_captions(tokens)
-    with pytest.raises(ValueError, match="and padded captions"):
+    with pytest.raises(ValueError, match="these losses read padding; expected padded captions, found packed ones"):
         goal(model, batch | dict(captions=packed))
     config = tiny_training(tmp_path, losses="sdm+balance")
     with pytest.raises(MethodError, match="losses: balance needs experts .* method up-person has none"):

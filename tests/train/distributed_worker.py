@@ -20,7 +20,7 @@ PEOPLE = (4, 4, 9, 2, 7, 2, 9)
 # Losses, and pairs of a batch: even shares, uneven ones, and an empty one where the loss does not compare pairs.
 CASES = [(losses, size) for losses in ("sdm", "itc", "cmpm", "id", "mlm", "sdm+0.5*id+mlm") for size in (6, 5)]
 CASES += [("id", 1), ("mlm", 1)]
-CASES += [("sdm+0.5*balance", 6), ("sdm+0.5*balance", 5), ("balance", 1)]
+CASES += [("sdm+0.5*balance", 6), ("sdm+0.5*balance", 5), ("id+balance", 1)]
 
 
 def losses_and_gradients(

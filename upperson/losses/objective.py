@@ -6,7 +6,6 @@ With several processes, all losses are those of the whole batch; see upperson/ma
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +52,7 @@ class Objective(nn.Module):
         self.weights = parse_losses(losses)
         self.temperature = temperature
         self.mask_captions = mask_captions
+        self.reads_padding = "balance" in self.weights or ("mlm" in self.weights and mlm_reads_padding)
         self.group = group
         self.id = IdentityClassifier(width, person_ids) if "id" in self.weights else None
         self.mlm = (
@@ -79,11 +79,13 @@ class Objective(nn.Module):
         batch.
         """
         pairs = len(batch["person_ids"]) if pairs is None else pairs
-        with model.tallied() if "balance" in self.weights else nullcontext() as mixtures:
-            if mixtures is not None and not (mixtures and isinstance(batch["captions"], Tensor)):
-                raise ValueError("balance: expected a model with mixtures of experts, and padded captions")
+        if self.reads_padding and not isinstance(batch["captions"], Tensor):
+            raise ValueError("captions: these losses read padding; expected padded captions, found packed ones")
+        with model.computing_losses() as mixtures:
             losses = self.losses_of_features(model, batch, pairs)
-            if mixtures:
+            if "balance" in self.weights:
+                if not mixtures:
+                    raise ValueError("balance: expected a model whose tokens choose among experts")
                 tallies = torch.stack([mixture.tallied_routes() for mixture in mixtures])
                 counted = len(self.group.share_of(pairs)) > 0  # otherwise the pair is another process's as well
                 losses["balance"] = balance_loss(self.group.total(tallies * counted), mixtures[0].chosen)

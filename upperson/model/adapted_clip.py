@@ -71,6 +71,7 @@ class AdaptedCLIP(nn.Module):
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
         self.frozen_dtype: torch.dtype | None = None
         self.projections: dict[str, Tensor | None] = {}  # packed, of all blocks of a tower; see keep_frozen_weights
+        self.computes_losses = False
         self.turns = Turns()
         self.put_modules(self.new_modules(config))
         if config.method.trains_clip:
@@ -241,17 +242,26 @@ class AdaptedCLIP(nn.Module):
     def saves(self, switch: str) -> bool:
         """Whether a switch of ModelConfig is on: one of upperson.methods.SAVINGS.
 
-        Where gradients are computed, the method must allow it: its losses may read what the features do not depend on.
+        Where gradients or losses are computed, the method must allow it: its losses may read what the features do not
+        depend on.
         """
-        allowed = switch in self.config.method.savings or not torch.is_grad_enabled()
-        return getattr(self.config, switch) is not False and allowed
+        trains = torch.is_grad_enabled() or self.computes_losses
+        return getattr(self.config, switch) is not False and (switch in self.config.method.savings or not trains)
 
     @contextmanager
-    def tallied(self) -> Iterator[list[Mixture]]:
-        """A context in which the mixtures of all blocks tally the routes of their tokens; see Mixture.count."""
-        mixtures = [module for module in self.trained_modules().values() if isinstance(module, Mixture)]
-        with tallied(mixtures):
-            yield mixtures
+    def computing_losses(self) -> Iterator[list[Mixture]]:
+        """A context in which all is computed that the losses read. The mixtures of all blocks tally their routes."""
+        mixtures = self.mixtures()
+        self.computes_losses = True
+        try:
+            with tallied(mixtures):
+                yield mixtures
+        finally:
+            self.computes_losses = False
+
+    def mixtures(self) -> list[Mixture]:
+        """The mixtures of all blocks."""
+        return [module for module in self.trained_modules().values() if isinstance(module, Mixture)]
 
     # -------------------------------------------------------------------------------- trained parameters
 

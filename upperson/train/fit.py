@@ -225,9 +225,8 @@ def require_losses(config: Config, model: AdaptedCLIP) -> None:
     if "balance" not in parse_losses(config.train.losses):
         return
     method = config.model.method
-    with model.tallied() as mixtures:
-        if not mixtures:
-            raise MethodError(f"losses: balance needs experts among which tokens choose; method {method.name} has none")
+    if not model.mixtures():
+        raise MethodError(f"losses: balance needs experts among which tokens choose; method {method.name} has none")
     if method.savings:
         raise MethodError(
             f"losses: balance counts all tokens, but method {method.name} allows {' and '.join(method.savings)}"
