@@ -507,6 +507,21 @@ def test_ctrl_c_saves_and_resumes(config, whole, monkeypatch, step):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["cskt", "dm-adapter", "irra"])
+def test_every_kind_of_method_is_resumed(method, tmp_path, monkeypatch):
+    """In the middle of an epoch, with losses and learning rates of the method's own recipe."""
+    whole = tiny_training(tmp_path, method, run_dir=tmp_path / "whole")
+    stopped = whole.replace(run_dir=tmp_path / "stopped")
+    fit(whole)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 3, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(stopped)
+    fit(stopped.replace(resume=True))
+    assert_same_run(whole.train.run_dir, stopped.train.run_dir)
+
+
+@pytest.mark.slow
 def test_killed_with_sigkill_and_resumed_ends_the_same(shared, tmp_path):
     whole = shared.replace(epochs=3, embedded_identities=(20, 3, 4), run_dir=tmp_path / "whole")
     killed = whole.replace(run_dir=tmp_path / "killed")

@@ -127,7 +127,7 @@ def measure(config: Config, batch_size: int) -> Cost:
     costs["query_seconds"] = 1000 / QUERIES * seconds
     if parameters:
         costs["step_gflops"] = flops(step) / batch_size
-    with autocast(device, precision):  # gradients are on, since the counter uses them to follow the modules
+    with autocast(device, precision), torch.no_grad():  # with gradients, a method may need all tokens
         costs["inference_gflops"] = flops(
             lambda: (model.encode_image(batch["images"][:1]), model.encode_text(batch["captions"][:1]))
         )
