@@ -134,7 +134,7 @@ def test_every_method_is_timed(plain_operators):
     for name, path in dict(paths.further_methods()).items():
         model = paths.build(path, plain_operators)
         trained = set(model.trained_parameters())
-        if path.stage == "encoders":
+        if model.config.method.trains_clip:
             assert trained == set(model.clip_parameters())
         else:
             assert trained and not trained & set(model.clip_parameters())

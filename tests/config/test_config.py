@@ -189,7 +189,7 @@ def test_another_method_starts_from_its_own_options():
 
 
 def test_cut_off_json():
-    with pytest.raises(ValueError, match="invalid or truncated JSON at line 69, column 5"):
+    with pytest.raises(ValueError, match="invalid or truncated JSON at line 70, column 5"):
         Config.from_json(Config().to_json()[:-20])
 
 
@@ -206,6 +206,18 @@ def test_cut_off_json():
         (TrainConfig, dict(precision="int8"), "precision: 'int8' .* one of auto, fp32, bf16, fp16"),
         (TrainConfig, dict(seed=2**63), "seed: .* at most 64 bits"),
         (TrainConfig, dict(losses="sdm+tdm"), "losses: 'sdm\\+tdm' is not allowed; expected a sum of sdm, itc,"),
+        (TrainConfig, dict(learning_rates=""), "learning_rates: '' is not allowed; expected parts of names, each with"),
+        (TrainConfig, dict(learning_rates="bias"), "learning_rates: 'bias' is not allowed; expected parts of names"),
+        (TrainConfig, dict(learning_rates="=1"), "learning_rates: '=1' is not allowed"),
+        (
+            TrainConfig,
+            dict(learning_rates="bias=fast"),
+            "learning_rates: 'bias=fast' .* with a rate above 0",
+        ),
+        (TrainConfig, dict(learning_rates="bias=0"), "learning_rates: 'bias=0' is not allowed; .* a rate above 0"),
+        (TrainConfig, dict(learning_rates="bias=nan"), "learning_rates: 'bias=nan' is not allowed"),
+        (TrainConfig, dict(learning_rates="a=1, b=1e3"), "learning_rates: .* at most 100, such as bias=2e-5"),
+        (TrainConfig, dict(learning_rates="a=1,b=2,a=3"), "learning_rates: 'a=1,b=2,a=3' .* contains a twice"),
         (DataConfig, dict(dataset="imagenet"), "dataset: 'imagenet' .* one of embedded, .*cuhk-pedes"),
         (DataConfig, dict(workers=-1), "workers: -1 .* at least 0"),
         (DataConfig, dict(embedded_identities=(5, 0, 5)), r"embedded_identities: \(5, 0, 5\) .* at least 1"),

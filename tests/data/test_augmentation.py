@@ -17,12 +17,12 @@ from upperson.data.images import load_pixels
 from upperson.model.captions import pack_captions
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-SIZES = [(384, 128), (192, 64), (48, 16), (12, 8)]  # the last so low that there is no border
+SIZES = [(384, 128), (224, 224), (192, 64), (48, 16), (12, 8)]  # the last so low that there is no border
 
 
 def one_at_a_time(size: tuple[int, int], *, train: bool = True) -> v2.Compose:
     """The released code's recipe, by torchvision alone: PIL image -> [3, H, W] float32."""
-    border = round(10 * size[0] / 384)
+    border = 10 if size[0] >= 224 else round(10 * size[0] / 384)
     return v2.Compose(
         [
             v2.Resize(size, v2.InterpolationMode.BILINEAR, antialias=True),
@@ -95,7 +95,14 @@ class TestDrawing:
         assert 450 <= drawn((192, 64), range(1000))[:, 0].sum() <= 550  # 3.2 standard deviations
 
     @pytest.mark.parametrize(
-        ("size", "border"), [slow_case((384, 128), 10), slow_case((192, 64), 5), ((48, 16), 1), ((12, 8), 0)]
+        ("size", "border"),
+        [
+            slow_case((384, 128), 10),
+            slow_case((224, 224), 10),
+            slow_case((192, 64), 5),
+            ((48, 16), 1),
+            ((12, 8), 0),
+        ],
     )
     def test_crops_reach_every_border(self, size, border):
         for column in drawn(size, range(400))[:, 1:3].unbind(1):

@@ -188,6 +188,26 @@ def test_mlm_of_a_caption_does_not_depend_on_its_batch():
     assert model(image, text, ends, torch.full_like(ids, NOT_MASKED)).item() == 0
 
 
+def test_mlm_that_reads_padding(tiny, batch):
+    """Other padding is another loss, so captions stay padded to one length; without gradients as well."""
+    model = stirred(build(tiny.replace(method="irra")))
+    torch.manual_seed(0)
+    goal = Objective("sdm+mlm", 0.02, 16, WORDS, PEOPLE, mlm_reads_padding=True)
+    hidden = objective("sdm+mlm")
+    assert not model.saves("pack_captions") and model.saves("skip_unread")
+    (_, reads), (_, hides) = goal(model, batch), hidden(model, batch)
+    assert reads["sdm"].item() == hides["sdm"].item() and abs(reads["mlm"] - hides["mlm"]) > 1e-4
+    with torch.no_grad():
+        assert model.saves("pack_captions")
+        torch.testing.assert_close(goal(model, batch)[1]["mlm"], reads["mlm"])
+        packed = {name: model.pack_captions(batch[name]) for name in ("captions", "masked_captions")}
+    with pytest.raises(ValueError, match="captions: these losses read padding; expected padded captions"):
+        goal(model, batch | packed)
+    shorter = {name: batch[name][:, :11] for name in ("captions", "masked_captions", "mask_labels")}
+    torch.testing.assert_close(hidden(model, batch | shorter)[1]["mlm"], hides["mlm"])
+    assert abs(goal(model, batch | shorter)[1]["mlm"] - reads["mlm"]) > 1e-5
+
+
 def test_mlm_learns_a_word_that_only_the_image_tells():
     torch.manual_seed(0)
     model = MaskedLanguageModel(64, 20)

@@ -61,7 +61,7 @@ def test_no_other_file_names_a_method():
     classes = {method.__name__ for method in METHODS.values()}
     for path in files:
         source = path.read_text(encoding="utf-8")
-        assert not re.search(r"cskt|prompt[-_ ]?decoupling", source, re.IGNORECASE), path
+        assert not re.search(r"cskt|prompt[-_ ]?decoupling|dm[-_ ]?adapter", source, re.IGNORECASE), path
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             if token.type == tokenize.STRING:
                 assert token.string.strip("\"'") not in METHODS, f"{path}:{token.start[0]}"

@@ -67,8 +67,14 @@ def written_out(block, x, causal, variant):
             return weight + parameters[f"lora.{which}_scale"] * update
         if kind == "wora":
             weight, update = parameters[f"lora.{which}_beta"] * weight, parameters[f"lora.{which}_alpha"] * update
-        rows = [
-            m * row / row.square().sum().sqrt()
+        if kind == "wora":  # per input
+            columns = [
+                m * column / column.square().sum().sqrt()
+                for m, column in zip(parameters[f"lora.{which}_input_magnitude"], (weight + update).t(), strict=True)
+            ]
+            return torch.stack(columns, 1)
+        rows = [  # per output, with a norm that is a constant in backward
+            m * row / row.detach().square().sum().sqrt()
             for m, row in zip(parameters[f"lora.{which}_magnitude"], weight + update, strict=True)
         ]
         return torch.stack(rows)
@@ -133,12 +139,32 @@ def test_each_computes_its_formula(tiny, variant, causal):
     assert len(wanted) > 1 or variant == dict(prefix="none")
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())))
+@pytest.mark.parametrize(
+    "variant",
+    [variant for variant in VARIANTS if variant.get("lora") != "dora"],  # its norm is a constant in backward
+    ids=lambda variant: "-".join(map(str, variant.values())),
+)
 def test_gradients_are_those_of_finite_differences(tiny, variant):
     block = adapted(tiny.replace(**variant)).image_blocks[0]
     x = torch.randn(1, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_()
     parameters = list(block.trained().values())
     assert torch.autograd.gradcheck(lambda *_: block(Stream(x)).total(), [x, *parameters], fast_mode=True)
+
+
+def test_low_rank_updates_start_at_the_weight():
+    """α of WoRA starts at 8, which up = 0 hides; magnitudes are the norms of the weight's rows or columns."""
+    torch.manual_seed(0)
+    weight = torch.randn(24, 8, dtype=torch.float64)
+    for kind, build_update in LOW_RANK.items():
+        module = build_update(2, weight).double()
+        torch.testing.assert_close(module(weight), weight, msg=kind)
+        names = {name.split("_", 1)[1] for name, _ in module.named_parameters()}
+        scalars = {"lora": {"scale"}, "dora": {"magnitude"}, "wora": {"input_magnitude", "alpha", "beta"}}
+        assert names == {"up", "down"} | scalars[kind]
+    assert (module.key_alpha.item(), module.value_alpha.item(), module.key_beta.item()) == (8, 8, 1)
+    torch.testing.assert_close(module.key_input_magnitude, weight[8:16].square().sum(0).sqrt())
+    dora = LOW_RANK["dora"](2, weight)
+    torch.testing.assert_close(dora.value_magnitude, weight[16:].square().sum(1).sqrt())
 
 
 @pytest.mark.parametrize(

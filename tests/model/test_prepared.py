@@ -31,6 +31,7 @@ def results(config, kept, dtype=torch.float64, autocast=None):
     [
         WHOLE,
         dict(method="cskt", prompt_length=2),
+        dict(method="dm-adapter", experts=3),
         dict(method="full"),
         *map(slow_case, VARIANTS),
     ],

@@ -14,6 +14,7 @@ VARIANTS = {
     "kernels": dict(backend="auto"),
     "whole tokens": dict(skip_unread=False, lora="dora", adapter_attn="sequential"),
     "prompts": dict(method="cskt"),
+    "mixtures": dict(method="dm-adapter", experts=3),
     "decoupled prompts": dict(method="prompt-decoupling"),
 }
 BATCHES = (2, 5, 1)

@@ -494,10 +494,13 @@ def test_a_damaged_file_of_a_run_is_one_line(run, setting, tmp_path, capsys, nam
         (["V", "--seeds", "1000000000"], "--seeds: expected 1 to 1000, found 1000000000"),
         (["V", "--jobs", "0"], "--jobs: expected 1 to 256, found 0"),
         (["V", "--dataset", "cuhk-pedes"], "found cuhk-pedes; real data sets need --data-root"),
-        (["sweeps"], "--method: the table sweeps needs a method with sweeps, up-person or cskt; found none"),
+        (
+            ["sweeps"],
+            "--method: the table sweeps needs a method with sweeps, up-person or cskt or dm-adapter; found none",
+        ),
         (
             ["sweeps", "--method", "full"],
-            "--method: the table sweeps needs a method with sweeps, up-person or cskt; found",
+            "--method: the table sweeps needs a method with sweeps, up-person or cskt or dm-adapter; found",
         ),
         (["V", "--method", "cskt"], "--method: only for the table sweeps"),
     ],

@@ -20,6 +20,7 @@ PEOPLE = (4, 4, 9, 2, 7, 2, 9)
 # Losses, and pairs of a batch: even shares, uneven ones, and an empty one where the loss does not compare pairs.
 CASES = [(losses, size) for losses in ("sdm", "itc", "cmpm", "id", "mlm", "sdm+0.5*id+mlm") for size in (6, 5)]
 CASES += [("id", 1), ("mlm", 1)]
+CASES += [("sdm+0.5*balance", 6), ("sdm+0.5*balance", 5), ("id+balance", 1)]
 
 
 def losses_and_gradients(
@@ -27,7 +28,7 @@ def losses_and_gradients(
 ) -> dict[str, torch.Tensor]:
     """The losses of a batch and the gradients of all trained parameters, by name, of one and the same model."""
     torch.manual_seed(0)
-    model = AdaptedCLIP(config)
+    model = AdaptedCLIP(config.replace(method="dm-adapter") if "balance" in losses else config)
     objective = Objective(losses, 0.1, model.embedding_width, model.tokenizer.vocab_size, PEOPLE, group=group)
     module = data_parallel(LossesOfModel(objective, model).double(), group)
     parameters = model.trained_parameters() | objective.trained_parameters()

@@ -31,7 +31,8 @@ from upperson.train.run_folder import locked
 
 EDITS = dict(
     image_size=[32, 16], embedded_identities=[10, 3, 5], embedded_views=3, embedded_seed=1, mask_captions=True,
-    epochs=3, batch_size=9, learning_rate=0.02, bias_learning_rate=0.02, prefix_learning_rate=0.02, weight_decay=0.1,
+    epochs=3, batch_size=9, learning_rate=0.02, bias_learning_rate=0.02, prefix_learning_rate=0.02,
+    learning_rates="bias=0.02", weight_decay=0.1,
     adam_epsilon=1e-4, warmup_epochs=0, warmup_factor=0.2, losses="itc", temperature=0.05, freeze="prefix",
     start_from="other.safetensors", precision="bf16", frozen_weights="cast", seed=2, selection="best-on-test",
     log_every=3, dataset="embedded-night", pretrained="other", model="other.json",

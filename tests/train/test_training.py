@@ -33,7 +33,7 @@ from tiny import (
 
 from upperson.config import PRESETS, TrainConfig
 from upperson.data import read_splits
-from upperson.errors import CheckpointError, DataError, Diverged, RunError
+from upperson.errors import CheckpointError, DataError, Diverged, MethodError, RunError
 from upperson.evaluate.embed import evaluate
 from upperson.evaluate.pictures import top_ten
 from upperson.evaluate.results import Results
@@ -42,7 +42,7 @@ from upperson.model.checkpoint import load_checkpoint
 from upperson.model.tensor_files import RESUME_STATE, VERSIONS
 from upperson.train.fit import build_model, fit
 from upperson.train.loop import SHOWN_QUERIES, Training
-from upperson.train.optimizer import build_optimizer, build_schedule
+from upperson.train.optimizer import build_optimizer, build_schedule, require_names
 from upperson.train.resume import load_state, random_states, save_state, set_random_states
 
 
@@ -408,6 +408,21 @@ def test_tensorboard(config):
 # ------------------------------------------------------------------------------------ optimizer, schedule, selection
 
 
+def test_learning_rates_by_parts_of_names():
+    """The last part that a name contains decides, whatever the kind of the parameter; decay is as before."""
+    names = ["text.blocks.0.lora.key_up", "objective.mlm.head.0.weight", "objective.mlm.head.0.bias", "image.bias"]
+    parameters = {name: torch.nn.Parameter(torch.zeros(1)) for name in names}
+    settings = TrainConfig(
+        learning_rate=1.0, bias_learning_rate=2.0, weight_decay=0.5, learning_rates="mlm=3, bias = 4,head.0.bias=5"
+    )
+    require_names(parameters, settings)
+    groups = build_optimizer(parameters, settings).param_groups
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert [found[id(p)] for p in parameters.values()] == [(1, 0.5), (3, 0.5), (5, 0), (4, 0)]
+    with pytest.raises(MethodError, match="learning_rates: no trained parameter has 'mlm' in its name; names are such"):
+        require_names(names[:1], settings)
+
+
 def test_schedule_is_the_golden_one(golden):
     data = golden("schedule")
     settings = TrainConfig(
@@ -489,6 +504,21 @@ def test_ctrl_c_saves_and_resumes(config, whole, monkeypatch, step):
     assert not (run_dir / "results.json").exists()
     fit(config.replace(resume=True))
     assert_same_run(whole, run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["cskt", "dm-adapter", "irra"])
+def test_every_kind_of_method_is_resumed(method, tmp_path, monkeypatch):
+    """In the middle of an epoch, with losses and learning rates of the method's own recipe."""
+    whole = tiny_training(tmp_path, method, run_dir=tmp_path / "whole")
+    stopped = whole.replace(run_dir=tmp_path / "stopped")
+    fit(whole)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 3, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(stopped)
+    fit(stopped.replace(resume=True))
+    assert_same_run(whole.train.run_dir, stopped.train.run_dir)
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ def _add_flag(group: argparse._ArgumentGroup, spec: dataclasses.Field, hint: Any
         "default": argparse.SUPPRESS,
         "help": f"{spec.metadata['help']} (default: {shown})".replace("%", "%%"),
     }
-    if hint is bool:
+    if hint in (bool, bool | None):
         settings["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(hint) is Literal:
         settings["choices"] = typing.get_args(hint)

@@ -14,10 +14,11 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Literal
 
+from upperson.config.rates import parse_rates
 from upperson.fields import MOST_EPOCHS, MOST_RATE, Checked, fields_of, option
 from upperson.files import parse_json
 from upperson.losses.names import parse_losses
-from upperson.methods import DEFAULT, METHODS, Method, Stage
+from upperson.methods import DEFAULT, METHODS, SAVINGS, Method, Stage
 
 SELECTIONS = {
     "val": "best R@1 on the validation split",
@@ -50,12 +51,14 @@ class ModelConfig(Checked):
     backend: Literal["auto", "triton", "torch"] = option(
         "auto", "fused kernels or plain PyTorch; auto: kernels on a GPU, PyTorch elsewhere", changes_results=False
     )
-    skip_unread: bool = option(
-        True, "compute only the token of the embedding in the last block", changes_results=False, added=True
-    )
-    pack_captions: bool = option(
-        True, "pack captions one after the other, without padding", changes_results=False, added=True
-    )
+    skip_unread: bool | None = option(
+        None, "compute only the token of the embedding in the last block; none: where this does not change the "
+        "training of the method", changes_results=False, added=True,
+    )  # fmt: skip
+    pack_captions: bool | None = option(
+        None, "pack captions one after the other, without padding; none: where this does not change the training of "
+        "the method", changes_results=False, added=True,
+    )  # fmt: skip
     low_rank_gradients: bool = option(
         True, "compute the gradients of LoRA's factors without that of the whole weight", changes_results=False,
         added=True,
@@ -141,13 +144,21 @@ class TrainConfig(Checked):
     prefix_learning_rate: float | None = option(
         None, "learning rate of the prefix parameters; none: learning_rate", above=0, at_most=MOST_RATE
     )
+    learning_rates: str | None = option(
+        None, "learning rates of parameters by a part of their names, such as mlm.head=5e-5, bias=2e-5; the last part "
+        "that a name contains decides; none, and other names: the rates above", added=True,
+    )  # fmt: skip
     weight_decay: float = option(4e-5, "coupled L2 decay, without biases", at_least=0, at_most=1000)
     adam_epsilon: float = option(1e-3, "Adam's epsilon", above=0, at_most=1000)
     warmup_epochs: int = option(5, "epochs of linear warm-up before the cosine; must be below epochs", at_least=0)
     warmup_factor: float = option(
         0.1, "learning rate at the start of the warm-up, as a share of learning_rate", above=0, at_most=1
     )
-    losses: str = option("sdm", "sdm, itc, cmpm, id, mlm, or a weighted sum of them such as sdm+0.5*itc", added=True)
+    losses: str = option(
+        "sdm",
+        "sdm, itc, cmpm, id, mlm, balance (of experts), or a weighted sum of them such as sdm+0.5*itc",
+        added=True,
+    )
     temperature: float = option(0.02, "temperature of the SDM and ITC losses", above=0, at_most=1000)
     freeze: str | None = option(
         None, "kinds of parameters that are not trained, joined by +: prefix, lora, adapter_attn, adapter_mlp, prompt, "
@@ -207,6 +218,11 @@ class TrainConfig(Checked):
             parse_losses(self.losses)
         except ValueError as error:
             raise ValueError(f"losses: {error}") from None
+        if self.learning_rates is not None:
+            try:
+                parse_rates(self.learning_rates)
+            except ValueError as error:
+                raise ValueError(f"learning_rates: {error}") from None
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise ValueError(f"device: {self.device!r} is not allowed; expected auto, cpu, cuda, cuda:N or mps")
 
@@ -229,6 +245,12 @@ class Config:
         taken = others & {spec.name for spec in dataclasses.fields(self.model.method)}
         if taken:
             raise ValueError(f"method {self.model.method.name}: the option {taken.pop()} has the name of another field")
+        for switch in SAVINGS:
+            if getattr(self.model, switch) and switch not in self.model.method.savings:
+                raise ValueError(
+                    f"{switch}: true is not allowed, since it would change the training of method "
+                    f"{self.model.method.name}; expected none (then it is on in evaluation alone) or false"
+                )
 
     def sections(self) -> dict[str, Any]:
         """The sections that hold fields, by name. The method's section is nested in the model's."""

@@ -3,8 +3,8 @@
 The recipe is that of the released UP-Person code (arXiv 2504.10084) and of earlier work in this field: horizontal flip
 with probability 0.5; a black border and a random crop back to the size; normalisation; with probability 0.5, random
 erasing of a rectangle of 2 to 40 % of the area. The rectangle is filled with `mean` as a normalised value. This is not
-the average colour, but the released code trains in this way. The border is 10 pixels at height 384 and proportional to
-the height elsewhere.
+the average colour, but the released code trains in this way. The border is 10 pixels, as in the released code. Images
+lower than 224, which the released code does not train on, have a border in proportion to 10 pixels at height 384.
 """
 
 from functools import lru_cache
@@ -18,13 +18,15 @@ from torchvision.transforms import v2
 # left corner in pixels (negative: in the border); the erased rectangle, with height and width 0 if nothing is erased.
 COLUMNS = ("flip", "top", "left", "erased_top", "erased_left", "erased_height", "erased_width")
 
+BORDER, LOWEST = 10, 224  # pixels; the lowest images with the whole border
+
 
 class RandomAugmentation:
     """Samples the augmentation of an image of `image_size` (height, width), as torchvision's transforms do."""
 
     def __init__(self, image_size: tuple[int, int]):
         height, width = image_size
-        self.border = round(10 * height / 384)
+        self.border = BORDER if height >= LOWEST else round(BORDER * height / 384)
         self.flip = v2.RandomHorizontalFlip(0.5)
         self.crop = v2.RandomCrop(image_size, padding=self.border)
         self.erasing = v2.RandomErasing(p=0.5, scale=(0.02, 0.4))

@@ -56,13 +56,14 @@ class MaskedLanguageModel(nn.Module):
 
         x = attention(query=LN(text), key=value=LN(image));  x = LN(blocks(x));  logits = W LN(quickgelu(V x))
 
-    Padding behind the end token is masked, so that a caption's loss does not depend on its batch. IRRA does not mask
-    the padding.
+    `reads_padding`: whether the blocks attend to the padding behind the end token, as in IRRA. All captions must then
+    be padded to one length, whatever their batch. Otherwise padding is hidden, and a caption's loss does not depend on
+    it.
     """
 
-    def __init__(self, width: int, vocabulary: int, group: Group = SINGLE_PROCESS):
+    def __init__(self, width: int, vocabulary: int, group: Group = SINGLE_PROCESS, *, reads_padding: bool = False):
         super().__init__()
-        self.group = group
+        self.group, self.reads_padding = group, reads_padding
         heads = next(heads for heads in range(max(1, width // HEAD_WIDTH), 0, -1) if width % heads == 0)
         self.ln_text, self.ln_image, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
@@ -107,8 +108,9 @@ class MaskedLanguageModel(nn.Module):
             positions: (M, 2) int64, caption and place of each token that may be predicted; found on the CPU, because
                 their number would have to be read back from a GPU.
         """
-        length = text_tokens.shape[1]
-        padding = torch.arange(length, device=ends.device) > ends[:, None]
+        padding = None
+        if not self.reads_padding:
+            padding = torch.arange(text_tokens.shape[1], device=ends.device) > ends[:, None]
         image = self.ln_image(image_tokens)
         x, _ = self.attention(self.ln_text(text_tokens), image, image, need_weights=False)
         x = self.ln_post(self.transformer(x, src_key_padding_mask=padding))

@@ -4,7 +4,7 @@ import re
 from reprlib import repr as short
 
 PAIR_LOSSES = ("sdm", "itc", "cmpm")
-LOSSES = (*PAIR_LOSSES, "id", "mlm")
+LOSSES = (*PAIR_LOSSES, "id", "mlm", "balance")
 MOST_WEIGHT = 1e6
 NOT_MASKED = -100  # label of a token that is not predicted; PyTorch's cross entropy ignores this label
 

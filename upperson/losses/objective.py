@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from upperson.losses.balance import balance_loss
 from upperson.losses.heads import IdentityClassifier, MaskedLanguageModel
 from upperson.losses.names import NOT_MASKED, parse_losses
 from upperson.losses.pairs import PAIR_LOSSES
@@ -31,6 +32,7 @@ class Objective(nn.Module):
         person_ids: person ids of the training split, in any order, with or without repetitions; for id.
         mask_captions: whether the captions of a batch are masked as for mlm, so that all losses share one pass through
             the text tower (DataConfig.mask_captions).
+        mlm_reads_padding: see MaskedLanguageModel.
         group: the processes that share each batch.
     """
 
@@ -43,15 +45,21 @@ class Objective(nn.Module):
         person_ids: Iterable[int],
         *,
         mask_captions: bool = False,
+        mlm_reads_padding: bool = False,
         group: Group = SINGLE_PROCESS,
     ):
         super().__init__()
         self.weights = parse_losses(losses)
         self.temperature = temperature
         self.mask_captions = mask_captions
+        self.reads_padding = "balance" in self.weights or ("mlm" in self.weights and mlm_reads_padding)
         self.group = group
         self.id = IdentityClassifier(width, person_ids) if "id" in self.weights else None
-        self.mlm = MaskedLanguageModel(width, vocabulary, group) if "mlm" in self.weights else None
+        self.mlm = (
+            MaskedLanguageModel(width, vocabulary, group, reads_padding=mlm_reads_padding)
+            if "mlm" in self.weights
+            else None
+        )
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the heads, named objective.{id,mlm}.…"""
@@ -70,8 +78,23 @@ class Objective(nn.Module):
         With several processes, each passes its share of a batch of `pairs` pairs, and all get the losses of the whole
         batch.
         """
+        pairs = len(batch["person_ids"]) if pairs is None else pairs
+        if self.reads_padding and not isinstance(batch["captions"], Tensor):
+            raise ValueError("captions: these losses read padding; expected padded captions, found packed ones")
+        with model.computing_losses() as mixtures:
+            losses = self.losses_of_features(model, batch, pairs)
+            if "balance" in self.weights:
+                if not mixtures:
+                    raise ValueError("balance: expected a model whose tokens choose among experts")
+                tallies = torch.stack([mixture.tallied_routes() for mixture in mixtures])
+                counted = len(self.group.share_of(pairs)) > 0  # otherwise the pair is another process's as well
+                losses["balance"] = balance_loss(self.group.total(tallies * counted), mixtures[0].chosen)
+        weighted = [weight * losses[name] for name, weight in self.weights.items()]
+        return sum(weighted[1:], weighted[0]), losses
+
+    def losses_of_features(self, model: AdaptedCLIP, batch: Mapping[str, Tensor], pairs: int) -> dict[str, Tensor]:
+        """All losses but balance, by name."""
         images, captions, person_ids = batch["images"], batch["captions"], batch["person_ids"]
-        pairs = len(person_ids) if pairs is None else pairs
         losses = {}
         if self.mlm is None:
             image_features, text_features = model.encode_image(images), model.encode_text(captions)
@@ -92,8 +115,7 @@ class Objective(nn.Module):
         for name in (name for name in self.weights if name in PAIR_LOSSES):
             options = {} if name == "cmpm" else {"temperature": self.temperature}
             losses[name] = PAIR_LOSSES[name](image_features, text_features, person_ids, **options)
-        weighted = [weight * losses[name] for name, weight in self.weights.items()]
-        return sum(weighted[1:], weighted[0]), losses
+        return losses
 
 
 class LossesOfModel(nn.Module):

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     Towers = Mapping[str, Sequence[Block]]  # the blocks of "image" and "text"
 
 
+# Switches of ModelConfig that leave out operations whose results the features do not depend on.
+SAVINGS = ("skip_unread", "pack_captions")
+
+
 class Place(NamedTuple):
     """The place of a trained module in the model: tower, block, kind."""
 
@@ -61,6 +65,20 @@ class Method(Checked):
     @property
     def trains_clip(self) -> bool:
         """Whether CLIP's own weights are trained. Checkpoints then contain them."""
+        return False
+
+    @property
+    def savings(self) -> tuple[str, ...]:
+        """The SAVINGS that do not change the method's training.
+
+        A loss may read tokens that the features do not depend on: padding, or all tokens of the last block. The other
+        SAVINGS are then off wherever gradients are computed.
+        """
+        return SAVINGS
+
+    @property
+    def mlm_reads_padding(self) -> bool:
+        """Whether the blocks of the mlm loss attend to padding. Captions must then not be packed (`savings`)."""
         return False
 
     @property

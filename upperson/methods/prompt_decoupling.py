@@ -88,7 +88,8 @@ class PromptDecoupling(Method):
             return {}
         return {
             "freeze": "prompt", "epochs": self.encoder_epochs, "warmup_epochs": self.encoder_warmup_epochs,
-            "learning_rate": self.encoder_learning_rate, "bias_learning_rate": None, "losses": self.encoder_losses,
+            "learning_rate": self.encoder_learning_rate, "bias_learning_rate": None, "learning_rates": None,
+            "losses": self.encoder_losses,
         }  # fmt: skip
 
     @property

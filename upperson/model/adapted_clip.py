@@ -31,6 +31,8 @@ from upperson.model.prepared import keep_frozen_weights, prepare
 from upperson.model.prompts import run_captions, run_images
 from upperson.model.turns import Turns, takes_turns
 from upperson.model.weights import fingerprint
+from upperson.petl import Mixture
+from upperson.petl.mixture import tallied
 
 GRAPHS = 64  # limit of compiled graphs of a block, one for each kind of input; a training needs about 20
 
@@ -69,6 +71,7 @@ class AdaptedCLIP(nn.Module):
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
         self.frozen_dtype: torch.dtype | None = None
         self.projections: dict[str, Tensor | None] = {}  # packed, of all blocks of a tower; see keep_frozen_weights
+        self.computes_losses = False
         self.turns = Turns()
         self.put_modules(self.new_modules(config))
         if config.method.trains_clip:
@@ -92,7 +95,7 @@ class AdaptedCLIP(nn.Module):
         traced models, the embeddings of such images are NaN.
         """
         visual = self.clip.visual
-        if self.config.skip_unread and visual.attn_pool is None and visual.pool_type == "tok":
+        if self.saves("skip_unread") and visual.attn_pool is None and visual.pool_type == "tok":
             pooled = visual.ln_post(self.image_stream(images, class_token_only=True))
         else:
             pooled, _ = visual._pool(self.image_stream(images))
@@ -130,7 +133,7 @@ class AdaptedCLIP(nn.Module):
         else:
             captions = self.caption_packer().words_seen(captions)
             read = self.pooled_positions(captions)
-        if self.config.skip_unread:
+        if self.saves("skip_unread"):
             return self.project_text(self.text_stream(captions, read)[0])
         return self.project_text(rows_of(self.text_stream(captions)[0], read))
 
@@ -178,8 +181,12 @@ class AdaptedCLIP(nn.Module):
         return captions if traced else self.caption_packer()(captions)
 
     def caption_packer(self) -> CaptionPacker:
-        """The object with which a loader packs captions for the current state of this model."""
-        packs = self.text_causal and pooling(self.clip)[0] == "argmax" and self.config.pack_captions
+        """The object with which a loader packs captions for the current state of this model.
+
+        That of a training is asked for where gradients are computed, that of an evaluation where they are not; see
+        `saves`.
+        """
+        packs = self.text_causal and pooling(self.clip)[0] == "argmax" and self.saves("pack_captions")
         return CaptionPacker(packs, self.first_position, self.context_length - self.first_position)
 
     @property
@@ -229,6 +236,32 @@ class AdaptedCLIP(nn.Module):
         text = text_tower(self.clip)
         x, projection = text.ln_final(x), text.text_projection
         return projection(x) if isinstance(projection, nn.Module) else x @ projection
+
+    # -------------------------------------------------------------------------------- what a loss reads
+
+    def saves(self, switch: str) -> bool:
+        """Whether a switch of ModelConfig is on: one of upperson.methods.SAVINGS.
+
+        Where gradients or losses are computed, the method must allow it: its losses may read what the features do not
+        depend on.
+        """
+        trains = torch.is_grad_enabled() or self.computes_losses
+        return getattr(self.config, switch) is not False and (switch in self.config.method.savings or not trains)
+
+    @contextmanager
+    def computing_losses(self) -> Iterator[list[Mixture]]:
+        """A context in which all is computed that the losses read. The mixtures of all blocks tally their routes."""
+        mixtures = self.mixtures()
+        self.computes_losses = True
+        try:
+            with tallied(mixtures):
+                yield mixtures
+        finally:
+            self.computes_losses = False
+
+    def mixtures(self) -> list[Mixture]:
+        """The mixtures of all blocks."""
+        return [module for module in self.trained_modules().values() if isinstance(module, Mixture)]
 
     # -------------------------------------------------------------------------------- trained parameters
 

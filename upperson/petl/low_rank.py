@@ -150,56 +150,81 @@ class MergedLinear(torch.autograd.Function):
 
 
 class DoRA(LoRA):
-    """DoRA (arXiv 2402.09353, Eq. 5): separate magnitude and direction, m · (W + up · down) / |W + up · down|.
+    """DoRA (arXiv 2402.09353, Eq. 5): separate magnitude and direction, m · V / |V| with V = W + up · down.
 
-    The norm is taken over each row, the weights of one output; m (C,) starts as the row norms of W. The gradient also
-    flows through the norm, and therefore needs the gradient of the whole weight; the paper's Sec. 4.3 treats the norm
-    as a constant instead.
+    |V| (C,) has the norm of each row, the weights of one output; m (C,) starts as the row norms of W. |V| is a constant
+    in backward (Sec. 4.3), as in the released code. The output is then a factor m / |V| of that of V, and the gradients
+    of V's factors are low-rank.
     """
 
     def __init__(self, rank: int, weight: Tensor):
         nn.Module.__init__(self)  # without LoRA's scalars
         self.add_factors(rank, weight.shape[1])
-        self.add_magnitudes(weight)
-
-    def add_magnitudes(self, weight: Tensor) -> None:
         _, key, value = weight.detach().chunk(3)
-        self.key_magnitude = nn.Parameter(row_norms(key).squeeze(1))
-        self.value_magnitude = nn.Parameter(row_norms(value).squeeze(1))
+        self.key_magnitude, self.value_magnitude = (nn.Parameter(norms(part, 1)) for part in (key, value))
 
     def updated(self, part: str, weight: Tensor) -> Tensor:
-        up, down, magnitude = self.tensors(part, "up", "down", "magnitude")
-        return with_magnitude(weight + up @ down, magnitude)
+        direction = self.direction(part, weight)
+        return self.factor(part, direction).unsqueeze(1) * direction
+
+    def direction(self, part: str, weight: Tensor) -> Tensor:
+        """V."""
+        up, down = self.tensors(part, "up", "down")
+        return weight + up @ down
+
+    def factor(self, part: str, direction: Tensor) -> Tensor:
+        """m / |V|, (C,)."""
+        return self.tensors(part, "magnitude")[0] / norms(direction.detach(), 1)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor, low_rank_gradients: bool) -> Tensor:
+        """As in LoRA."""
+        if not low_rank_gradients or weight.requires_grad or bias.requires_grad or in_transform():
+            return F.linear(x, self(weight), bias)
+        with torch.autocast(x.device.type, enabled=False):
+            width = weight.shape[1]
+            with torch.no_grad():
+                query, *parts = weight.split([len(weight) - 2 * width, width, width])
+                directions = [self.direction(part, own) for part, own in zip(PARTS, parts, strict=True)]
+                merged = torch.cat([query, *directions])
+            factors = [self.factor(part, direction) for part, direction in zip(PARTS, directions, strict=True)]
+            factor = torch.cat([factors[0].new_ones(len(query)), *factors])
+            down, up = torch.cat([self.key_down, self.value_down]), torch.stack([self.key_up, self.value_up])
+        y = merged_linear(x, torch.zeros_like(bias), Merged(merged, down, up))
+        with torch.autocast(x.device.type, enabled=False):
+            # In the factor's dtype: a factor near 1 that is rounded to 16 bits would scale a whole output.
+            return torch.addcmul(bias.to(factor.dtype), y, factor).to(y.dtype)
+
+
+class WoRA(LoRA):
+    """WoRA (arXiv 2404.10292): two weighted terms with a magnitude, m · V / |V| with V = β W + α up · down.
+
+    |V| (C,) has the norm of each column, the weights of one input; m (C,) starts as the column norms of W. α and β are
+    learnable scalars, one pair for the keys and one for the values. α starts at 8 as in the released code, whose rank
+    is 8, and β at 1. The gradient also flows through the norm, and therefore needs that of the whole weight.
+    """
+
+    def __init__(self, rank: int, weight: Tensor):
+        nn.Module.__init__(self)  # without LoRA's scalars
+        self.add_factors(rank, weight.shape[1])
+        _, key, value = weight.detach().chunk(3)
+        # An earlier version had magnitudes of outputs; their names differ, so that its checkpoints are refused.
+        self.key_input_magnitude, self.value_input_magnitude = (nn.Parameter(norms(part, 0)) for part in (key, value))
+        self.key_alpha, self.key_beta = scalar(8), scalar(1)
+        self.value_alpha, self.value_beta = scalar(8), scalar(1)
+
+    def updated(self, part: str, weight: Tensor) -> Tensor:
+        up, down, magnitude, alpha, beta = self.tensors(part, "up", "down", "input_magnitude", "alpha", "beta")
+        direction = beta * weight + alpha * up @ down
+        return magnitude / norms(direction, 0) * direction
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor, low_rank_gradients: bool) -> Tensor:
         """As in LoRA, but always with the gradient of the whole updated weight."""
         return F.linear(x, self(weight), bias)
 
 
-class WoRA(DoRA):
-    """WoRA (arXiv 2404.10292): DoRA with two weighted terms, m · (β W + α up · down) / |β W + α up · down|.
-
-    α and β are learnable scalars, one pair for the keys and one for the values, which start at 1.
-    """
-
-    def __init__(self, rank: int, weight: Tensor):
-        super().__init__(rank, weight)
-        self.key_alpha, self.key_beta = scalar(1), scalar(1)
-        self.value_alpha, self.value_beta = scalar(1), scalar(1)
-
-    def updated(self, part: str, weight: Tensor) -> Tensor:
-        up, down, magnitude, alpha, beta = self.tensors(part, "up", "down", "magnitude", "alpha", "beta")
-        return with_magnitude(beta * weight + alpha * up @ down, magnitude)
-
-
-def row_norms(weight: Tensor) -> Tensor:
-    """The norm of each row, (rows, 1)."""
-    return torch.linalg.vector_norm(weight, dim=1, keepdim=True)
-
-
-def with_magnitude(direction: Tensor, magnitude: Tensor) -> Tensor:
-    """The rows of `direction` (rows, columns), scaled to the norms `magnitude` (rows,)."""
-    return magnitude.unsqueeze(1) / row_norms(direction) * direction
+def norms(weight: Tensor, dim: int) -> Tensor:
+    """The norms of the rows (`dim` 1) or of the columns (`dim` 0) of a matrix."""
+    return torch.linalg.vector_norm(weight, dim=dim)
 
 
 LOW_RANK = {"lora": LoRA, "dora": DoRA, "wora": WoRA}

@@ -127,7 +127,7 @@ def measure(config: Config, batch_size: int) -> Cost:
     costs["query_seconds"] = 1000 / QUERIES * seconds
     if parameters:
         costs["step_gflops"] = flops(step) / batch_size
-    with autocast(device, precision):  # gradients are on, since the counter uses them to follow the modules
+    with autocast(device, precision), torch.no_grad():  # with gradients, a method may need all tokens
         costs["inference_gflops"] = flops(
             lambda: (model.encode_image(batch["images"][:1]), model.encode_text(batch["captions"][:1]))
         )
@@ -159,7 +159,7 @@ def flops(call: Callable[[], Any]) -> float:
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's FLOP counter, with formulas for the CPU attention, which PyTorch lacks before version 2.15.
+    """PyTorch's FLOP counter, with formulas for grouped products and, before PyTorch 2.15, for the CPU attention.
 
     A counter reads the registered formulas when it is made, so the formulas of the fused operators are registered here,
     before an operator is called.
@@ -169,7 +169,9 @@ def flop_counter() -> FlopCounterMode:
             importlib.import_module(f"upperson_kernels.{operator}.op")
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    grouped = torch.ops.aten._grouped_mm  # of rows with the matrix of their group, or of two operands' rows by group
     formulas = {
+        grouped: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1],
         attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
     }

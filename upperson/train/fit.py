@@ -13,13 +13,14 @@ from torch import Tensor
 
 from upperson.config import Config
 from upperson.data import ImageCache, Sample, check_images, read_splits
-from upperson.errors import DataError, RunError, RunInterrupted
+from upperson.errors import DataError, MethodError, RunError, RunInterrupted
 from upperson.evaluate.embed import evaluate
 from upperson.evaluate.evaluation import name_of
 from upperson.evaluate.pictures import curve, shown_queries, top_ten
 from upperson.evaluate.results import RESULTS, Results
 from upperson.evaluate.tables import short, text
 from upperson.files import require_folder, write_atomically
+from upperson.losses.names import parse_losses
 from upperson.machine import Group, contact, device_and_precision, enough_memory, process_group
 from upperson.methods import Stage
 from upperson.model import AdaptedCLIP
@@ -208,14 +209,28 @@ def require_same_data(folder: Path, job: Job) -> None:
 def build_model(config: Config) -> AdaptedCLIP:
     """The model with the initial values of the seed, and with its frozen parameters.
 
-    Raises RunError if no parameter is left to train.
+    Raises RunError if no parameter is left to train, and MethodError for losses that the method does not have.
     """
     torch.manual_seed(config.train.seed)
     model = AdaptedCLIP(config.model)
+    require_losses(config, model)
     model.freeze(config.train.freeze)
     if config.model.method.trains and not model.trained_parameters():
         raise RunError(nothing_to_train(config.model, config.train.freeze))
     return model
+
+
+def require_losses(config: Config, model: AdaptedCLIP) -> None:
+    """Raises MethodError for a balance loss without experts, or with a method that would leave out tokens it counts."""
+    if "balance" not in parse_losses(config.train.losses):
+        return
+    method = config.model.method
+    if not model.mixtures():
+        raise MethodError(f"losses: balance needs experts among which tokens choose; method {method.name} has none")
+    if method.savings:
+        raise MethodError(
+            f"losses: balance counts all tokens, but method {method.name} allows {' and '.join(method.savings)}"
+        )
 
 
 def build_first(stages: Sequence[tuple[Stage, Config]], device: torch.device) -> AdaptedCLIP:

@@ -32,7 +32,7 @@ from upperson.model.checkpoint import copy_parameters, save_checkpoint
 from upperson.model.weights import DTYPES, mismatch, not_finite, unusable
 from upperson.train.interruption import Interruption
 from upperson.train.log import MetricsLog
-from upperson.train.optimizer import build_optimizer, build_schedule
+from upperson.train.optimizer import build_optimizer, build_schedule, require_names
 from upperson.train.progress import Clock, Progress
 from upperson.train.resume import RESUME, random_states, save_state, set_random_states
 from upperson.train.run_folder import BEST, CURVE, LAST, SHOWN, TOP_TEN
@@ -108,6 +108,7 @@ class Training:
         self.adaptation = model.adaptation()  # the content of checkpoints
         self.state = self.adaptation | self.objective.trained_parameters()  # the parameters that a resumed run needs
         self.parameters = {name: parameter for name, parameter in self.state.items() if parameter.requires_grad}
+        require_names(self.parameters, config.train)
         prefixes = model.parameters_by_kind().get("prefix", {})
         self.optimizer = build_optimizer(self.parameters, config.train, prefixes)
         self.schedule = build_schedule(self.optimizer, config.train)
@@ -465,6 +466,7 @@ def build_objective(
         vocabulary=model.tokenizer.vocab_size,
         person_ids=(sample.person_id for sample in samples),
         mask_captions=config.data.mask_captions,
+        mlm_reads_padding=config.model.method.mlm_reads_padding,
         group=group,
     )
 
