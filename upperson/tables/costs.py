@@ -25,17 +25,20 @@ from torch.utils.flop_counter import (
 from upperson_kernels.backend import HAS_TRITON
 
 from upperson.config import PRESETS, Config
+from upperson.data.masking import mask_caption, masked_positions
 from upperson.evaluate.embed import autocast
-from upperson.losses.objective import Objective
 from upperson.machine import device_and_precision
 from upperson.model import AdaptedCLIP
+from upperson.tables.paper_flops import paper_flops
 from upperson.tables.rows import Configs, trainings
+from upperson.train.loop import build_objective
 from upperson.train.optimizer import build_optimizer
 
 BATCH, SYNTHETIC_BATCH = 128, 64
 FULL_SIZE, FULL_SIZE_BATCH = "cuhk-pedes", 2  # the preset whose model is measured beside the embedded model
 QUERIES, GALLERY = 50, 3000  # sizes of a search, whose time is given for 1,000 queries
 REPETITIONS = 5
+PEOPLE = 11_003  # in the training split of CUHK-PEDES
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Cost:
     all_parameters: int
     inference_gflops: float  # for one image and one caption
     step_gflops: float  # for a training step, per pair
+    paper_mflops: float  # what the paper's Table IV counts, 10⁶ for one pair; see upperson.tables.paper_flops
     step_megabytes: float | None  # memory allocated by forward and backward pass, with gradients; None: unknown
     step_milliseconds: float  # for a training step of the whole batch
     query_seconds: float  # for embedding 1,000 captions, 50 at once, and ranking 3,000 embedded images
@@ -92,18 +96,20 @@ def measure_apart(config: Config, batch_size: int) -> list[Cost]:
 def measure(config: Config, batch_size: int) -> Cost:
     """The costs of one training with batches of `batch_size` pairs, on the device and in the precision of `config`.
 
-    The loss is always SDM. The peak memory on a CPU is that of the process, so this function should be the first work
-    of its process.
+    The losses are those of the training, with the people of a data set as classes. The peak memory on a CPU is that of
+    the process, so this function should be the first work of its process.
     """
     device, precision = device_and_precision(config.train.device, config.train.precision)
     torch.manual_seed(0)
     model = AdaptedCLIP(config.model).to(device)
     model.freeze(config.train.freeze)
-    parameters = model.trained_parameters()
-    objective = Objective("sdm", config.train.temperature, model.embedding_width, model.tokenizer.vocab_size, ())
+    people = config.data.embedded_identities[0] if config.data.is_synthetic else PEOPLE
+    objective = build_objective(config, model, range(people)).to(device)
+    parameters = model.trained_parameters() | objective.trained_parameters()
     batch = random_batch(model, batch_size, device)
     gallery = torch.randn(GALLERY, model.embedding_width, device=device)
     costs: dict[str, Any] = {"step_gflops": 0.0, "step_megabytes": 0.0, "step_milliseconds": 0.0}
+    costs["paper_mflops"] = paper_flops(model, objective) / 1e6
 
     if parameters:
         optimizer = build_optimizer(parameters, config.train)
@@ -136,11 +142,14 @@ def measure(config: Config, batch_size: int) -> Cost:
 
 
 def random_batch(model: AdaptedCLIP, size: int, device: torch.device) -> dict[str, Tensor]:
-    """A random batch like those of upperson.data.train_loader, with captions of full length."""
+    """A random batch like those of upperson.data.train_loader, with captions of full length, masked ones as well."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(size, 3, *model.config.image_size, generator=generator)
     captions = model.tokenizer(["coat " * model.context_length] * size)
     batch = {"images": images, "captions": captions, "person_ids": torch.arange(size)}
+    masked, labels = zip(*(mask_caption(caption, generator) for caption in captions), strict=True)
+    batch |= {"masked_captions": torch.stack(masked), "mask_labels": torch.stack(labels)}
+    batch["mask_positions"] = masked_positions(batch["mask_labels"])
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

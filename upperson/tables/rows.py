@@ -90,13 +90,13 @@ def every_method(base: Config) -> Configs:
     return by_method(base, dict.fromkeys((*BASELINES, *METHODS)))
 
 
-def single_modules(base: Config) -> Configs:
-    """The rows of Table IV: the baselines, each kind of module without the others, and all kinds together."""
+def rows_of_costs(base: Config) -> Configs:
+    """The rows of Table IV: the baselines, each kind of module without the others, and the methods."""
     kinds = {"S-Prefix": {"prefix": "salable"}, "LoRA": {"lora": "lora"}, "L-Adapter": L_ADAPTER}
     return (
         by_method(base, BASELINES)
         | {name: base.replace(**NO_MODULES | changes) for name, changes in kinds.items()}
-        | by_method(base, (DEFAULT,))
+        | every_method(base)
     )
 
 

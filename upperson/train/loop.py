@@ -4,7 +4,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -99,7 +99,8 @@ class Training:
         self.config = config.replace(resume=False)  # so that a resumed run writes the same files
         self.model, self.job, self.folder = model, job, folder
         self.group, self.interruption = job.group, job.interruption
-        self.objective = build_objective(config, model, job.splits["train"], job.group).to(job.device)
+        people = (sample.person_id for sample in job.splits["train"])
+        self.objective = build_objective(config, model, people, job.group).to(job.device)
         if (dtype := frozen_dtype(config.train.frozen_weights, job.device, job.precision)) is not None:
             model.keep_frozen_weights(dtype)
         if config.train.compile:
@@ -456,15 +457,15 @@ class Training:
 
 
 def build_objective(
-    config: Config, model: AdaptedCLIP, samples: list[Sample], group: Group = SINGLE_PROCESS
+    config: Config, model: AdaptedCLIP, person_ids: Iterable[int], group: Group = SINGLE_PROCESS
 ) -> Objective:
-    """The losses of `config`. `samples`: the training split, whose people are the classes of the id loss."""
+    """The losses of `config`. `person_ids`: the people of the training split, the classes of the id loss."""
     return Objective(
         config.train.losses,
         temperature=config.train.temperature,
         width=model.embedding_width,
         vocabulary=model.tokenizer.vocab_size,
-        person_ids=(sample.person_id for sample in samples),
+        person_ids=person_ids,
         mask_captions=config.data.mask_captions,
         mlm_reads_padding=config.model.method.mlm_reads_padding,
         group=group,
