@@ -77,7 +77,10 @@ TEXTS = {
     ),
     ("mscoco", "coco_karpathy_test.json"): json.dumps([{"image": "val2014/a.jpg", "caption": ["a man"]}]),
 }
-TOML = '[train]\nepochs = 3\nlearning_rate = 0.1\nlosses = "sdm"\n[model]\nmethod = "cskt"\nimage_size = [48, 16]\n'
+TOML = (
+    '[train]\nepochs = 3\nlearning_rate = 0.1\nlearning_rates = "a=1, b=2e-5"\nlosses = "sdm"\n'
+    '[model]\nmethod = "cskt"\nimage_size = [48, 16]\n'
+)
 
 
 def ends(use, where, errors, *hits):

@@ -177,6 +177,7 @@ def test_fewer_operations_and_half_the_memory(full_size):
     assert 2 * ours["touched"] <= plain["touched"]
     assert ours["trained_parameters"] == plain["trained_parameters"] == 7_419_816
     assert full_size["CSKT"]["trained_parameters"] == 12_117_888
+    assert full_size["DM-Adapter"]["trained_parameters"] == 15_669_528
 
 
 def test_calls_and_launches_of_a_step(full_size):

@@ -85,9 +85,10 @@ class Mixture(Adapter):
         if every_expert(z, down):
             hidden = F.relu(torch.einsum("tc,ehc->teh", z, down) + down_bias) * shares_of_all.unsqueeze(2)
             return torch.einsum("teh,ech->tc", hidden, up) + shares_of_all @ up_bias
-        routes, experts = Routes.of(chosen, len(down))
-        bias = F.one_hot(experts, len(down)).to(z.dtype) @ down_bias
-        own_shares = shares.flatten().gather(0, routes.order).unsqueeze(1).to(z.dtype)
+        routes, experts, order = Routes.of(chosen, len(down))
+        numbers = torch.arange(len(down), device=z.device)
+        bias = (experts.unsqueeze(1) == numbers).to(z.dtype) @ down_bias  # as a product, whose gradient sums in order
+        own_shares = shares.flatten().gather(0, order).unsqueeze(1).to(z.dtype)
         hidden = F.relu(GatheredProduct.apply(z, down, *routes) + bias) * own_shares
         return SummedProduct.apply(hidden, up, *routes) + shares_of_all @ up_bias
 
@@ -131,23 +132,23 @@ def tallied(mixtures: Sequence[Mixture]) -> Iterator[None]:
 class Routes(NamedTuple):
     """The T·k pairs of a token and one of its experts, sorted by expert, and by token within an expert."""
 
-    order: Tensor  # (T k,) int64: the pair, counted token after token, at each place
-    places: Tensor  # (T k,) int64: the place of each pair; the inverse of `order`
+    tokens: Tensor  # (T k,) int64: the token at each place
+    places: Tensor  # (T k,) int64: the place of each pair, counted token after token
     ends: Tensor  # (E,) int32: the place behind the last pair of each expert
     chosen: int  # k
 
     @classmethod
-    def of(cls, chosen: Tensor, experts: int) -> tuple["Routes", Tensor]:
-        """The routes of tokens with the experts `chosen` (T, k), and the expert at each place, (T k,)."""
+    def of(cls, chosen: Tensor, experts: int) -> tuple["Routes", Tensor, Tensor]:
+        """The routes of tokens with the experts `chosen` (T, k); and at each place the expert and the pair, (T k,)."""
         sorted_experts, order = chosen.flatten().sort(stable=True)
         numbers = torch.arange(experts, device=chosen.device)
         ends = torch.searchsorted(sorted_experts, numbers, right=True, out_int32=True)
-        return cls(order, order.argsort(), ends, chosen.shape[1]), sorted_experts
+        return cls(order // chosen.shape[1], order.argsort(), ends, chosen.shape[1]), sorted_experts, order
 
 
 def gathered(x: Tensor, routes: Routes) -> Tensor:
     """The tokens x (T, C) at each place, (T k, C)."""
-    return x[routes.order // routes.chosen]
+    return x[routes.tokens]
 
 
 def summed(x: Tensor, routes: Routes) -> Tensor:
@@ -173,7 +174,7 @@ def outer_products(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 
 def slices(ends: Tensor) -> list[slice]:
-    """The consecutive rows of each expert."""
+    """The consecutive rows of each expert. A GPU is waited for, so that their lengths are known."""
     places = [0, *ends.tolist()]
     return [slice(*pair) for pair in zip(places, places[1:], strict=False)]
 
