@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import build, cuhk_pedes, flags_of, stirred, tiny_training
 
 from upperson.__main__ import main
@@ -18,6 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 PATH = "PATH"  # stands for the path in a command line
 TRAIN = "train FLAGS --device cpu"
+OF_TINY = "--model FOLDER/tiny.json --image-size 48 16"
+IMPORT = "import FOLDER/clip.pt --as clip"
 READ = {
     "model": f"{TRAIN} --model PATH.json",
     "weights": f"{TRAIN} --pretrained PATH",
@@ -32,6 +35,9 @@ READ = {
     "evaluated weights": "evaluate CHECKPOINT --pretrained PATH",
     "merged": "merge PATH FOLDER/out.safetensors",
     "merged weights": "merge CHECKPOINT FOLDER/out.safetensors --pretrained PATH",
+    "imported": "import PATH --as irra -o FOLDER/out.safetensors",
+    "imported model": f"{IMPORT} -o FOLDER/out.safetensors --model PATH.json",
+    "imported weights": f"{IMPORT} -o FOLDER/out.safetensors {OF_TINY} --pretrained PATH",
 }
 WRITTEN = {
     "run": f"{TRAIN} --run-dir PATH",
@@ -39,6 +45,7 @@ WRITTEN = {
     "results": "evaluate CHECKPOINT --output PATH",
     "tables": "tables V --list --output PATH",
     "weights": "merge CHECKPOINT PATH.safetensors",
+    "import": f"{IMPORT} -o PATH.safetensors",
     "rest": "merge CHECKPOINT FOLDER/out.safetensors --rest PATH.safetensors",
 }
 
@@ -98,6 +105,7 @@ def folder(tmp_path_factory):
     config = tiny_training(folder, embedded_identities=(3, 2, 2))
     model = stirred(build(config.model, seed=config.train.seed))
     save_checkpoint(folder / "best.safetensors", model.trained_parameters(), config, {"epoch": 1}, model.fingerprint)
+    torch.save(build(config.model.replace(method="zero-shot")).clip.state_dict(), folder / "clip.pt")
     cuhk_pedes(folder / "cuhk", train=2, test=2)
     return folder, [str(flag) for flag in flags_of(config)]
 
