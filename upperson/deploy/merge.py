@@ -78,6 +78,16 @@ def merged_state(model: AdaptedCLIP) -> dict[str, Tensor]:
     return state
 
 
+@torch.no_grad()
+def fold(model: AdaptedCLIP) -> None:
+    """Merges in place what can be merged. The features stay the same; the other modules stay."""
+    merged, remaining = merged_state(model), unmergeable(model)
+    model.put_modules(remaining)
+    own = model.clip.state_dict()
+    for name, tensor in merged.items():
+        own[name].copy_(tensor)
+
+
 # ------------------------------------------------------------------------------------ the command
 
 
@@ -186,13 +196,13 @@ def merge_checkpoint(checkpoint: Checkpoint, output: Path, rest: Path | None = N
 
 
 @torch.no_grad()
-def largest_difference(model: AdaptedCLIP, other: Any) -> float:
+def largest_difference(model: AdaptedCLIP, other: Any, samples: int = 4) -> float:
     """The largest distance between two models' features of the same random input, relative to the features' norm.
 
     `other` has open_clip's encode_image and encode_text.
     """
     generator = torch.Generator().manual_seed(0)
-    samples, length = 4, model.context_length
+    length = model.context_length
     images = torch.randn(samples, 3, *model.config.image_size, generator=generator)
     start, end = CLIP_VOCABULARY - 2, CLIP_VOCABULARY - 1
     tokens = torch.randint(1, start, (samples, length), generator=generator)
