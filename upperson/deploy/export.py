@@ -22,13 +22,11 @@ import inspect
 import io
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -37,10 +35,10 @@ from torch import Tensor, nn
 
 from upperson.data.images import BACKGROUND
 from upperson.deploy.merge import fold, largest_difference
-from upperson.deploy.outputs import PREFIX
+from upperson.deploy.outputs import new_folder, require_empty
 from upperson.errors import ExportError, Parser, exit_status, path_argument
 from upperson.evaluate.evaluation import name_of
-from upperson.files import A_FOLDER, NOTHING, found_at, make_folder, require_folder, write_atomically
+from upperson.files import write_atomically
 from upperson.model import AdaptedCLIP
 from upperson.model.checkpoint import Checkpoint, build_model, load_checkpoint
 
@@ -88,15 +86,12 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str = "float32", **c
     differ by more than BOUNDS, and without the extra; OSError for a folder that cannot be written.
     """
     require_extra()
-    require_empty(folder)
+    require_empty(folder, "OUT")
     model = build_model(checkpoint, **{**changes, "backend": "torch"}).eval().requires_grad_(False)
     folded = build_model(checkpoint, **{**changes, "backend": "torch"}).eval()
     fold(folded)
     folded.requires_grad_(False)
-    make_folder(folder.parent, "OUT")
-    with TemporaryDirectory(prefix=PREFIX, dir=folder.parent) as place:
-        written = Path(place) / folder.name
-        written.mkdir()
+    with new_folder(folder, "OUT") as written:
         write_towers(checkpoint, folded, written, precision)
         from upperson.deploy import towers  # a late import: onnxruntime is an extra
 
@@ -106,9 +101,6 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str = "float32", **c
         write_atomically(written / towers.ABOUT, json.dumps(about, indent=2) + "\n")
         about["largest_difference"] = compare(checkpoint, model, towers.Towers(written), precision)
         write_atomically(written / towers.ABOUT, json.dumps(about, indent=2) + "\n")
-        if found_at(folder) == A_FOLDER:
-            folder.rmdir()
-        os.replace(written, folder)
     return about
 
 
@@ -116,12 +108,6 @@ def require_extra() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"upperson export needs {', '.join(missing)}; expected the extra: pip install '{EXTRA}'")
-
-
-def require_empty(folder: Path) -> None:
-    require_folder(folder, "OUT")
-    if found_at(folder) != NOTHING and any(folder.iterdir()):
-        raise ExportError(f"{folder} has content; expected a new or an empty folder")
 
 
 # ------------------------------------------------------------------------------------ the towers
@@ -280,7 +266,7 @@ def _export(argv: Sequence[str] | None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     require_extra()
-    require_empty(options.folder)
+    require_empty(options.folder, "OUT")
     checkpoint = load_checkpoint(options.checkpoint)
     changes = {} if options.pretrained is None else {"pretrained": options.pretrained}
     try:

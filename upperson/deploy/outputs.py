@@ -1,13 +1,14 @@
 """Output files: they are checked before the work, and moved to their places when all are written and compared."""
 
 import argparse
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from upperson.files import A_FOLDER, NOTHING, REGULAR, found_at
+from upperson.files import A_FOLDER, NOTHING, REGULAR, found_at, make_folder, require_folder
 
 PREFIX = ".upperson-"  # of the temporary folders
 
@@ -22,6 +23,31 @@ def staged(paths: Sequence[Path]) -> Iterator[list[Path]]:
         yield files
         for file, path in zip(files, paths, strict=True):
             os.replace(file, path)
+
+
+def require_empty(folder: Path, option: str) -> None:
+    """Raises OSError, which names the option and the path, unless the path is an empty folder or can become one."""
+    require_folder(folder, option)
+    if found_at(folder) != NOTHING and any(folder.iterdir()):
+        raise OSError(errno.ENOTEMPTY, f"{option}: {folder} has content; expected a new or an empty folder")
+
+
+@contextmanager
+def new_folder(folder: Path, option: str) -> Iterator[Path]:
+    """A temporary folder, which becomes `folder` if the body succeeds, and is deleted if the body fails.
+
+    Raises OSError as require_empty.
+    """
+    require_empty(folder, option)
+    folder = folder.absolute()
+    make_folder(folder.parent, option)
+    with TemporaryDirectory(prefix=PREFIX, dir=folder.parent) as place:
+        written = Path(place) / folder.name
+        written.mkdir()
+        yield written
+        if found_at(folder) == A_FOLDER:
+            folder.rmdir()
+        os.replace(written, folder)
 
 
 def check_outputs(parser: argparse.ArgumentParser, outputs: list[Path], inputs: list[Path]) -> None:
