@@ -1,5 +1,6 @@
 """Every command and option that takes a path, with each kind of path that does not fit: each is refused in one line."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import torch
 from tiny import build, cuhk_pedes, flags_of, stirred, tiny_training
 
 from upperson.__main__ import main
+from upperson.deploy import export as exporting
 from upperson.model.checkpoint import save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -35,6 +37,8 @@ READ = {
     "evaluated weights": "evaluate CHECKPOINT --pretrained PATH",
     "merged": "merge PATH FOLDER/out.safetensors",
     "merged weights": "merge CHECKPOINT FOLDER/out.safetensors --pretrained PATH",
+    "exported": "export PATH FOLDER/out",
+    "exported weights": "export CHECKPOINT FOLDER/out --pretrained PATH",
     "imported": "import PATH --as irra -o FOLDER/out.safetensors",
     "imported model": f"{IMPORT} -o FOLDER/out.safetensors --model PATH.json",
     "imported weights": f"{IMPORT} -o FOLDER/out.safetensors {OF_TINY} --pretrained PATH",
@@ -45,6 +49,7 @@ WRITTEN = {
     "results": "evaluate CHECKPOINT --output PATH",
     "tables": "tables V --list --output PATH",
     "weights": "merge CHECKPOINT PATH.safetensors",
+    "export": "export CHECKPOINT PATH",
     "import": f"{IMPORT} -o PATH.safetensors",
     "rest": "merge CHECKPOINT FOLDER/out.safetensors --rest PATH.safetensors",
 }
@@ -112,6 +117,8 @@ def folder(tmp_path_factory):
 
 def refused(command, path, folder, flags, capsys):
     """Whether a command refuses a path, in one line."""
+    if command.startswith("export") and not all(map(importlib.util.find_spec, exporting.NEEDED)):
+        pytest.skip("needs the extra 'onnx'")
     ending = re.search(r"PATH(\S*)", command)[1]
     arguments = []
     for word in command.replace("CHECKPOINT", str(folder / "best.safetensors")).replace("FOLDER", str(folder)).split():

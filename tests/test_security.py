@@ -4,6 +4,7 @@ The commands run in a process of their own, since an audit hook stays for the li
 audit events; so the folders to which it could write are empty before, and are compared afterwards.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_clip, write_clip, write_image
 
+EXPORTS = all(map(importlib.util.find_spec, ("onnx", "onnxruntime", "onnxscript")))
 OUTPUTS = (
     "random",
     "embedded",
@@ -20,6 +22,7 @@ OUTPUTS = (
     "merged.safetensors",
     "imported.safetensors",
     "imported-clip.safetensors",
+    *(["exported"] if EXPORTS else []),
 )
 INDEX = ("people.db", "people.db.1.vectors", "people.db.lock", "people.db.thumbnails")
 WATCHED = """
@@ -77,6 +80,7 @@ def watched(tmp_path_factory):
         ["train", *short, "--run-dir", "embedded"],
         ["evaluate", "embedded/best.safetensors", "--output", "evaluation"],
         ["merge", "random/best.safetensors", "merged.safetensors"],
+        *([["export", "random/best.safetensors", "exported"]] if EXPORTS else []),
         ["import", "merged.safetensors", "--as", "clip", *own[:2], "-o", "imported.safetensors", *own[4:]],
         ["search", "index", photos, "--checkpoint", "embedded/best.safetensors", "--device", "cpu"],
         ["search", "query", "a man", "--not", "a hat", "--rerank", "--json", "--device", "cpu"],
@@ -84,7 +88,9 @@ def watched(tmp_path_factory):
     ]
     commands = [list(map(str, command)) for command in commands]
     environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "MPL", "TORCHINDUCTOR"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("XDG_", "MPL", "TORCHINDUCTOR", "ORT_"))
     }
     environment |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
     run = subprocess.run(

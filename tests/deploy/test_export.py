@@ -264,10 +264,13 @@ def test_the_lines_of_the_readme_need_neither_pytorch_nor_this_package(exported,
     (tmp_path / "OUT").symlink_to(folder)
     for number in range(3):
         write_image(tmp_path / "photos" / f"{number}.jpg", number)
-    code = ALONE + textwrap.dedent(example("README.md", "from towers import Towers"))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = ALONE + textwrap.dedent(example("upperson/deploy/README.md", "from towers import Towers"))
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", TELEMETRY)}
+    (tmp_path / "home").mkdir()
+    environment["HOME"] = str(tmp_path / "home")
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+    assert not any((tmp_path / "home").iterdir())  # onnxruntime's telemetry would keep an identifier there
     lines = [line.split() for line in ended.stdout.splitlines()]
     model = load_model(path, backend="torch")
     with torch.no_grad():
@@ -279,6 +282,7 @@ def test_the_lines_of_the_readme_need_neither_pytorch_nor_this_package(exported,
     assert all(abs(float(value) - expected[name]) < 2e-3 for value, name in lines)
 
 
+TELEMETRY = "ORT_DISABLE_TELEMETRY"
 README_QUERY = "a woman in a red coat"
 
 

@@ -86,6 +86,8 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str = "float32", **c
     differ by more than BOUNDS, and without the extra; OSError for a folder that cannot be written.
     """
     require_extra()
+    from upperson.deploy import towers  # a late import: onnxruntime is an extra; it is set up before others import it
+
     require_empty(folder, "OUT")
     model = build_model(checkpoint, **{**changes, "backend": "torch"}).eval().requires_grad_(False)
     folded = build_model(checkpoint, **{**changes, "backend": "torch"}).eval()
@@ -93,8 +95,6 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str = "float32", **c
     folded.requires_grad_(False)
     with new_folder(folder, "OUT") as written:
         write_towers(checkpoint, folded, written, precision)
-        from upperson.deploy import towers  # a late import: onnxruntime is an extra
-
         write_atomically(written / "towers.py", inspect.getsource(towers))
         write_atomically(written / "vocabulary.json", json.dumps(vocabulary_of(folded), ensure_ascii=False))
         about = description(checkpoint, folded, precision)

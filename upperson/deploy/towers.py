@@ -10,6 +10,7 @@ This file imports nothing of this project. `upperson export` puts a copy beside 
 
 import html
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -17,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from PIL import Image, ImageOps
+
+# Otherwise onnxruntime sends events to its maker, and keeps an identifier of the computer in the home folder.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime  # noqa: E402 (after the setting, which it reads once)
 
 try:
     from ftfy import fix_text  # repairs text of a wrong encoding, as CLIP's tokenizer does
