@@ -168,6 +168,16 @@ def test_an_image_that_the_camera_turned(tmp_path, tiny):
 
 
 @needs_extra
+@pytest.mark.parametrize("mode", ["I;16", "I", "F", "LAB", "HSV", "CMYK"])
+def test_images_that_would_look_different(mode):
+    image = Image.new(mode, (4, 4))
+    if mode == "CMYK":
+        image.info["icc_profile"] = b"a profile"
+    with pytest.raises(ValueError, match=f"expected an image of 8 bits a channel .* found mode {mode}$"):
+        runtime.Towers.preprocess(SimpleNamespace(image={}), image)
+
+
+@needs_extra
 def test_an_image_that_is_too_large(monkeypatch):
     monkeypatch.setattr(runtime, "LARGEST", 100)
     with pytest.raises(ValueError, match="at most 100 pixels, found 11 x 10"):

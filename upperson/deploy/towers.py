@@ -35,6 +35,7 @@ except ImportError:
 
 STRAIGHT = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"'})
 ABOUT = "export.json"
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # of Pillow
 LARGEST = 67_108_864  # pixels of an image
 
 
@@ -88,6 +89,10 @@ class Towers:
             image = Image.open(image)
         if image.width * image.height > LARGEST:
             raise ValueError(f"expected an image of at most {LARGEST:,} pixels, found {image.width} x {image.height}")
+        if image.mode not in MODES or (image.mode == "CMYK" and "icc_profile" in image.info):
+            raise ValueError(
+                f"expected an image of 8 bits a channel without a profile of CMYK, found mode {image.mode}"
+            )
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             below = Image.new("RGBA", image.size, tuple(self.image["background"]))
