@@ -350,11 +350,13 @@ def _report(options: argparse.Namespace, foreign: Foreign, paths: Sequence[Path]
     if foreign.unread:
         yield f"not read, since no feature depends on them: {', '.join(sorted(foreign.unread))}"
     yield f"method {method.name}: {method}"
-    yield f"recorded as trained on {config.data.dataset} (--preset)"
+    words = "recorded as trained on" if method.trains else "configured for"
+    yield f"{words} {config.data.dataset} (--preset)"
     if len(paths) > 1 and options.pretrained is not None:
         yield f"the CLIP in the file has other weights than {options.pretrained}, so it was written, too"
     yield f"written: {', '.join(map(str, paths))}"
-    yield f"next: upperson evaluate {options.output} --data {config.data.dataset} --data-root DIR"
+    place = "" if config.data.is_synthetic else " --data-root DIR"
+    yield f"next: upperson evaluate {options.output} --data {config.data.dataset}{place}"
 
 
 def _parser() -> argparse.ArgumentParser:
