@@ -191,12 +191,12 @@ def report(rows: list[dict[str, Any]], config: Config, split: str, output: Path 
     people, epochs = config.data.embedded_identities[0], config.train.epochs
     text = (
         f"{table(list(map(cells, rows)), 'pipe', left=['computed by'])}\n\n"
-        f"{config.model.method.title} on {config.data.dataset}, trained on {people} people for {epochs} epochs; {split}. "
-        f"Batches of {BATCH}, median of calls in turns, threads: {torch.get_num_threads()}. Rates compare within the "
-        "table, whatever else the machine does.\n"
-        "Rankings of all test images are compared with those of this project's PyTorch: for how many captions the first "
-        "ten images are the same in the same order; and how much the similarities of two images differ at most that have "
-        "changed places.\n"
+        f"{config.model.method.title} on {config.data.dataset}, trained on {people} people for {epochs} epochs; "
+        f"{split}. Batches of {BATCH}, median of calls in turns, threads: {torch.get_num_threads()}. Rates compare "
+        "within the table, whatever else the machine does.\n"
+        "Rankings of all test images are compared with those of this project's PyTorch: for how many captions the "
+        "first ten images are the same in the same order; and how much the similarities of two images differ at most "
+        "that have changed places.\n"
         f"PyTorch {torch.__version__}, open_clip {open_clip.__version__}, onnxruntime {onnxruntime.__version__}, "
         f"Python {sys.version.split()[0]}, {time.strftime('%Y-%m-%d')}.\n"
     )

@@ -199,7 +199,7 @@ def merge_checkpoint(checkpoint: Checkpoint, output: Path, rest: Path | None = N
 def largest_difference(model: AdaptedCLIP, other: Any, samples: int = 4) -> float:
     """The largest distance between two models' features of the same random input, relative to the features' norm.
 
-    `other` has open_clip's encode_image and encode_text.
+    `samples`: number of images and of captions, in one batch. `other` has open_clip's encode_image and encode_text.
     """
     generator = torch.Generator().manual_seed(0)
     length = model.context_length
