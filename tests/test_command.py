@@ -46,10 +46,14 @@ def test_an_unknown_command(capsys):
     )
 
 
+# Arguments with which a command is complete; others take two paths.
+WORDS = {"tables": ["V"], "search": ["serve"], "import": ["x", "--as", "irra", "-o", "y"]}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_argument_with_a_line_feed_gives_one_line(command, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main([command, *{"tables": ["V"], "search": ["serve"]}.get(command, ["x"] * 2), "a\nb"])
+        main([command, *WORDS.get(command, ["x"] * 2), "a\nb"])
     last = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2 and last.startswith(f"upperson {command}: error: ") and r"a\nb" in last
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from foreign import released_state, save_released
 from mutators import (
     mutated_arguments,
     mutated_bytes,
@@ -41,6 +42,7 @@ from upperson.__main__ import main
 from upperson.config.files import read_changes, read_configuration
 from upperson.data import ImageCache, gallery, load_image, queries, read_dataset
 from upperson.data.images import load_pixels
+from upperson.deploy.importing import read_foreign
 from upperson.errors import BackboneError, CheckpointError, DataError, MethodError, RunError, SearchError, one_line
 from upperson.evaluate.results import Results
 from upperson.methods.zero_shot import ZeroShot
@@ -230,6 +232,35 @@ def weights(folder):
     def trial(generator):
         path, hit = written(generator)
         return ends(lambda: use(path), path, BackboneError, one_line(hit))
+
+    return trial
+
+
+def foreign(folder):
+    """Checkpoints of released trainings."""
+    methods = {"up-person": {}, "cskt": dict(method="cskt", prompt_length=2)}
+    states = {}
+    for form, changes in methods.items():
+        model = stirred(build(tiny_config(folder).replace(**changes)))
+        own = {name: parameter.detach() for name, parameter in model.adaptation().items()}
+        clip = {name: tensor for name, tensor in open_clip.CLIP(**TINY_CLIP).state_dict().items()}
+        clip["visual.positional_embedding"] = model.clip.visual.positional_embedding.detach()
+        states[form] = released_state(form, clip, own)
+
+    def trial(generator):
+        form, path, hit = generator.choice(sorted(states)), folder / "best.pth", ""
+        tensors = states[form]
+        if by_tensor := generator.randrange(2):
+            tensors, hit = mutated_tensors(tensors, generator)
+        save_released(path, tensors)
+        if not by_tensor:
+            path.write_bytes(mutated_bytes(path.read_bytes(), generator))
+
+        def use():
+            found = read_foreign(path, form, model=str(folder / "tiny.json"), image_size=(48, 16))
+            assert found.read == len(states[form]) and all_finite(found.model.state_dict())
+
+        return ends(use, path, CheckpointError, one_line(hit))
 
     return trial
 
@@ -471,6 +502,7 @@ COUNTS = {
     annotations: (60, 5000),
     checkpoints: (15, 400),
     weights: (5, 200),
+    foreign: (5, 200),
     model_configurations: (20, 500),
     run_configurations: (30, 1000),
     tiles_of_kernels: (30, 1000),

@@ -1,5 +1,6 @@
 """Every command and option that takes a path, with each kind of path that does not fit: each is refused in one line."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -9,15 +10,19 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import build, cuhk_pedes, flags_of, stirred, tiny_training
 
 from upperson.__main__ import main
+from upperson.deploy import export as exporting
 from upperson.model.checkpoint import save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 PATH = "PATH"  # stands for the path in a command line
 TRAIN = "train FLAGS --device cpu"
+OF_TINY = "--model FOLDER/tiny.json --image-size 48 16"
+IMPORT = "import FOLDER/clip.pt --as clip"
 READ = {
     "model": f"{TRAIN} --model PATH.json",
     "weights": f"{TRAIN} --pretrained PATH",
@@ -32,6 +37,11 @@ READ = {
     "evaluated weights": "evaluate CHECKPOINT --pretrained PATH",
     "merged": "merge PATH FOLDER/out.safetensors",
     "merged weights": "merge CHECKPOINT FOLDER/out.safetensors --pretrained PATH",
+    "exported": "export PATH FOLDER/out",
+    "exported weights": "export CHECKPOINT FOLDER/out --pretrained PATH",
+    "imported": "import PATH --as irra -o FOLDER/out.safetensors",
+    "imported model": f"{IMPORT} -o FOLDER/out.safetensors --model PATH.json",
+    "imported weights": f"{IMPORT} -o FOLDER/out.safetensors {OF_TINY} --pretrained PATH",
 }
 WRITTEN = {
     "run": f"{TRAIN} --run-dir PATH",
@@ -39,6 +49,8 @@ WRITTEN = {
     "results": "evaluate CHECKPOINT --output PATH",
     "tables": "tables V --list --output PATH",
     "weights": "merge CHECKPOINT PATH.safetensors",
+    "export": "export CHECKPOINT PATH",
+    "import": f"{IMPORT} -o PATH.safetensors",
     "rest": "merge CHECKPOINT FOLDER/out.safetensors --rest PATH.safetensors",
 }
 
@@ -98,12 +110,15 @@ def folder(tmp_path_factory):
     config = tiny_training(folder, embedded_identities=(3, 2, 2))
     model = stirred(build(config.model, seed=config.train.seed))
     save_checkpoint(folder / "best.safetensors", model.trained_parameters(), config, {"epoch": 1}, model.fingerprint)
+    torch.save(build(config.model.replace(method="zero-shot")).clip.state_dict(), folder / "clip.pt")
     cuhk_pedes(folder / "cuhk", train=2, test=2)
     return folder, [str(flag) for flag in flags_of(config)]
 
 
 def refused(command, path, folder, flags, capsys):
     """Whether a command refuses a path, in one line."""
+    if command.startswith("export") and not all(map(importlib.util.find_spec, exporting.NEEDED)):
+        pytest.skip("needs the extra 'onnx'")
     ending = re.search(r"PATH(\S*)", command)[1]
     arguments = []
     for word in command.replace("CHECKPOINT", str(folder / "best.safetensors")).replace("FOLDER", str(folder)).split():

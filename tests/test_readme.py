@@ -14,6 +14,7 @@ PAGES = [
     "kernels/README.md",
     "bench/README.md",
     "upperson/data/README.md",
+    "upperson/deploy/README.md",
     "upperson/methods/README.md",
     "upperson/search/README.md",
     "upperson/tables/README.md",

@@ -1,9 +1,10 @@
-"""SECURITY.md: what training, evaluation, merge and search open, write, start and send, by Python's audit events.
+"""SECURITY.md: what each command opens, writes, starts and sends, by Python's audit events.
 
 The commands run in a process of their own, since an audit hook stays for the life of a process. Compiled code raises no
 audit events; so the folders to which it could write are empty before, and are compared afterwards.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,7 +14,16 @@ from pathlib import Path
 import pytest
 from tiny import tiny_clip, write_clip, write_image
 
-OUTPUTS = ("random", "embedded", "evaluation", "merged.safetensors")
+EXPORTS = all(map(importlib.util.find_spec, ("onnx", "onnxruntime", "onnxscript")))
+OUTPUTS = (
+    "random",
+    "embedded",
+    "evaluation",
+    "merged.safetensors",
+    "imported.safetensors",
+    "imported-clip.safetensors",
+    *(["exported"] if EXPORTS else []),
+)
 INDEX = ("people.db", "people.db.1.vectors", "people.db.lock", "people.db.thumbnails")
 WATCHED = """
 import json, os, sys
@@ -70,13 +80,17 @@ def watched(tmp_path_factory):
         ["train", *short, "--run-dir", "embedded"],
         ["evaluate", "embedded/best.safetensors", "--output", "evaluation"],
         ["merge", "random/best.safetensors", "merged.safetensors"],
+        *([["export", "random/best.safetensors", "exported"]] if EXPORTS else []),
+        ["import", "merged.safetensors", "--as", "clip", *own[:2], "-o", "imported.safetensors", *own[4:]],
         ["search", "index", photos, "--checkpoint", "embedded/best.safetensors", "--device", "cpu"],
         ["search", "query", "a man", "--not", "a hat", "--rerank", "--json", "--device", "cpu"],
         ["search", "forget", photos / "1.png"],
     ]
     commands = [list(map(str, command)) for command in commands]
     environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "MPL", "TORCHINDUCTOR"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("XDG_", "MPL", "TORCHINDUCTOR", "ORT_"))
     }
     environment |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
     run = subprocess.run(
@@ -104,7 +118,7 @@ def test_files_are_written_only_where_the_user_asks(watched):
     written = [Path(path) for path in found["written"]]
     assert {path for path in outputs if path in written} == set(outputs)  # the hook has seen these at least
     allowed = [*outputs, place / "work" / INDEX[0], place / "home", place / "temporary", Path(os.devnull)]
-    staged = str(place / "work" / ".merge-")  # a merge collects its output beside the output
+    staged = str(place / "work" / ".upperson-")  # outputs are collected beside their places
     elsewhere = [
         path for path in written if not {path, *path.parents} & set(allowed) and not str(path).startswith(staged)
     ]

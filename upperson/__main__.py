@@ -12,6 +12,11 @@ COMMANDS = {
     "evaluate": ("upperson.evaluate.__main__", "evaluate a checkpoint on any data set, in both directions"),
     "search": ("upperson.search.__main__", "find a person in your own images: index, query, serve, forget"),
     "merge": ("upperson.deploy.merge", "fold a checkpoint into the weights of a plain CLIP"),
+    "export": ("upperson.deploy.export", "write both towers as ONNX, for programs without PyTorch"),
+    "import": (
+        "upperson.deploy.importing",
+        "make a checkpoint from one of IRRA, UP-Person, CSKT, DM-Adapter or a CLIP",
+    ),
     "tables": ("upperson.tables.__main__", "train and print the tables of the paper"),
 }
 

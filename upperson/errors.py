@@ -56,6 +56,10 @@ class MergeError(OneLine, ValueError):
     """An adaptation that cannot be merged into weights, or a merged model whose features differ."""
 
 
+class ExportError(OneLine, ValueError):
+    """A model that cannot be exported, or an export whose features differ."""
+
+
 class RunError(OneLine, RuntimeError):
     """A run that cannot start or continue."""
 
@@ -80,6 +84,7 @@ USER_ERRORS = (
     BackboneError,
     CheckpointError,
     DataError,
+    ExportError,
     MergeError,
     MethodError,
     RetrievalError,

@@ -4,6 +4,7 @@ import copy
 import pickle
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import open_clip
@@ -221,6 +222,78 @@ def test_no_features_are_mixed_between_threads(adaptations, files):
     assert all(len(each) == 25 for each in outcomes.values())
     adaptations.use("cuhk")  # no thread is left that computes
     assert torch.equal(features(model), expected["cuhk"])
+
+
+def test_threads_wait_for_their_turn(adaptations):
+    """Under `using` nothing is refused, and each thread computes what its adaptation computes alone."""
+    model, expected = adaptations.model, {}
+    for name in ("cuhk", "rstp", "nothing"):
+        with adaptations.using(name) as same:
+            assert same is model and adaptations.active == name
+            expected[name] = features(model)
+    wrong, begun = [], threading.Barrier(6)
+
+    def work(name):
+        begun.wait(10)
+        for _ in range(15):
+            try:
+                with adaptations.using(name):
+                    if not torch.equal(features(model), expected[name]):
+                        wrong.append(name)
+            except BaseException as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=[name]) for name in (*expected, *expected)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads) and wrong == []
+
+
+def test_threads_of_one_adaptation_compute_at_once_and_others_are_served_in_order(adaptations):
+    inside, leave, order = threading.Barrier(3), threading.Event(), []
+
+    def work(name, waits):
+        with adaptations.using(name):
+            order.append(name)
+            if waits:
+                inside.wait(10)
+                leave.wait(10)
+
+    first = [threading.Thread(target=work, args=["cuhk", True]) for _ in range(2)]
+    for thread in first:
+        thread.start()
+    inside.wait(10)  # both are inside at once
+    second = []
+    for number, name in enumerate(("rstp", "cuhk", "icfg"), 1):  # a newcomer for cuhk does not overtake rstp
+        second.append(threading.Thread(target=work, args=[name, False]))
+        second[-1].start()
+        while len(adaptations._waiting) < number:
+            time.sleep(0.001)
+    assert order == ["cuhk", "cuhk"]
+    leave.set()
+    for thread in (*first, *second):
+        thread.join(10)
+    assert order == ["cuhk", "cuhk", "rstp", "cuhk", "icfg"]
+
+
+def test_errors_within_using_leave_the_turn(adaptations, monkeypatch):
+    with pytest.raises(CheckpointError, match="unknown adaptation 'new'"), adaptations.using("new"):
+        pass
+    with pytest.raises(KeyError), adaptations.using("cuhk"):
+        raise KeyError
+    with adaptations.using("cuhk"), adaptations.using("cuhk"):  # the same within itself
+        with pytest.raises(RunError, match="using 'rstp' within using 'cuhk' would wait"), adaptations.using("rstp"):
+            pass
+        adaptations.model.encode_text(inputs()[1])
+    with monkeypatch.context() as patch:  # another thread computes without a turn
+        patch.setitem(adaptations.model.turns.computing, -1, 1)
+        with pytest.raises(RunError, match="while another thread computes"), adaptations.using("rstp"):
+            pass
+    with adaptations.using("rstp"):
+        assert adaptations.active == "rstp"
+    assert not adaptations._waiting and adaptations._computing == 0
 
 
 class Elsewhere:

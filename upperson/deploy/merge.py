@@ -13,11 +13,9 @@ backbone is OUTPUT. load_model of this checkpoint gives the same features, and n
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import open_clip
@@ -25,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from upperson.config import ModelConfig
+from upperson.deploy.outputs import check_outputs, staged
 from upperson.errors import MergeError, Parser, exit_status, path_argument
-from upperson.files import A_FOLDER, NOTHING, REGULAR, found_at, write_atomically
+from upperson.files import write_atomically
 from upperson.methods import Place
 from upperson.model import AdaptedCLIP, load_model
 from upperson.model.adapted_clip import parameters_of
@@ -79,6 +78,16 @@ def merged_state(model: AdaptedCLIP) -> dict[str, Tensor]:
     return state
 
 
+@torch.no_grad()
+def fold(model: AdaptedCLIP) -> None:
+    """Merges in place what can be merged. The features stay the same; the other modules stay."""
+    merged, remaining = merged_state(model), unmergeable(model)
+    model.put_modules(remaining)
+    own = model.clip.state_dict()
+    for name, tensor in merged.items():
+        own[name].copy_(tensor)
+
+
 # ------------------------------------------------------------------------------------ the command
 
 
@@ -98,7 +107,9 @@ def _merge(argv: Sequence[str] | None) -> int:
     except ValueError as error:
         parser.error(str(error))
     backbone = checkpoint.config.model
-    _check_files(parser, outputs, [options.checkpoint, Path(backbone.pretrained), Path(backbone.model)])
+    if len({os.path.realpath(path) for path in outputs}) < len(outputs):
+        parser.error(f"OUTPUT and --rest are the same file, {outputs[0]}")
+    check_outputs(parser, outputs, [options.checkpoint, Path(backbone.pretrained), Path(backbone.model)])
     found = merge_checkpoint(checkpoint, options.output, options.rest)
     print(f"features differ by {found:.1e} at most (relative, in float32)")
     print("\n".join(_how_to_load(backbone, *outputs)))
@@ -125,22 +136,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--pretrained", metavar="FILE", help="the backbone's weights, if the file has moved")
     return parser
-
-
-def _check_files(parser: argparse.ArgumentParser, outputs: list[Path], inputs: list[Path]) -> None:
-    for path in outputs:
-        if path.suffix != ".safetensors":
-            parser.error(f"{path}: expected a name that ends in .safetensors")
-        if os.path.realpath(path) in [os.path.realpath(other) for other in inputs]:
-            parser.error(f"{path} is an input; expected another file to write")
-        if found_at(path.parent) != A_FOLDER:
-            parser.error(f"{path}: expected a file in an existing folder; {path.parent} is {found_at(path.parent)}")
-        if (found := found_at(path)) not in (REGULAR, NOTHING):
-            parser.error(f"{path}: expected a file in an existing folder; found {found}")
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            parser.error(f"{path}: expected a file in a folder that can be written to")
-    if len({os.path.realpath(path) for path in outputs}) < len(outputs):
-        parser.error(f"OUTPUT and --rest are the same file, {outputs[0]}")
 
 
 def _how_to_load(config: ModelConfig, output: Path, rest: Path | None = None) -> list[str]:
@@ -200,26 +195,14 @@ def merge_checkpoint(checkpoint: Checkpoint, output: Path, rest: Path | None = N
     return found
 
 
-@contextmanager
-def staged(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Temporary paths, whose files are moved to `paths` if the body succeeds, and are deleted if the body fails."""
-    with ExitStack() as stack:
-        # The temporary folders are beside the final paths, so that moving a file is only a rename.
-        folders = [stack.enter_context(TemporaryDirectory(prefix=".merge-", dir=path.parent)) for path in paths]
-        files = [Path(folder) / path.name for folder, path in zip(folders, paths, strict=True)]
-        yield files
-        for file, path in zip(files, paths, strict=True):
-            os.replace(file, path)
-
-
 @torch.no_grad()
-def largest_difference(model: AdaptedCLIP, other: Any) -> float:
+def largest_difference(model: AdaptedCLIP, other: Any, samples: int = 4) -> float:
     """The largest distance between two models' features of the same random input, relative to the features' norm.
 
-    `other` has open_clip's encode_image and encode_text.
+    `samples`: number of images and of captions, in one batch. `other` has open_clip's encode_image and encode_text.
     """
     generator = torch.Generator().manual_seed(0)
-    samples, length = 4, model.context_length
+    length = model.context_length
     images = torch.randn(samples, 3, *model.config.image_size, generator=generator)
     start, end = CLIP_VOCABULARY - 2, CLIP_VOCABULARY - 1
     tokens = torch.randint(1, start, (samples, length), generator=generator)

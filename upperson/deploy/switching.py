@@ -3,16 +3,22 @@
 adaptations = Adaptations(AdaptedCLIP(config))          # or a checkpoint's model whose method does not train CLIP
 adaptations.add("cuhk", "cuhk.safetensors")
 adaptations.add("rstp", "rstp.safetensors")
-adaptations.use("rstp")
+adaptations.use("rstp")                                 # for all threads; an error while another thread computes
+with adaptations.using("cuhk") as model:                # waits until it may switch; threads with the same name share
+    features = model.encode_text(tokens)
 """
 
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from upperson.errors import CheckpointError
+from upperson.errors import CheckpointError, RunError
 from upperson.model import AdaptedCLIP
 from upperson.model.adapted_clip import parameters_of
 from upperson.model.checkpoint import copy_parameters, load_checkpoint, other_backbone, require_backbone
@@ -30,6 +36,9 @@ class Adaptations:
     computes is an error, and so is computing after another thread has switched away from this thread's own choice. A
     thread that never calls `use` computes with the last choice of any thread.
 
+    `using` makes switches safe while other threads compute: a thread waits for its turn. Threads are served in the
+    order in which they asked; neighbours that ask for the same adaptation compute at once.
+
     Raises CheckpointError for a model whose method trains CLIP, since this changes the backbone of other adaptations.
     """
 
@@ -42,6 +51,10 @@ class Adaptations:
         self.model = model
         self.active = ORIGINAL
         self._adaptations = {ORIGINAL: (model.config, model.trained_modules())}
+        self._turn = threading.Condition()
+        self._waiting: deque[object] = deque()  # a ticket for each thread, in the order in which they asked
+        self._computing = 0  # threads within `using`
+        self._own = threading.local()  # the adaptation that a thread uses
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -89,3 +102,41 @@ class Adaptations:
                 module.to(weight.device, weight.dtype)  # the model may have moved to another device
             self.model.set_modules(config, modules)
             self.active = name
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[AdaptedCLIP]:
+        """A context in which this thread computes with an adaptation, while others wait or use the same one.
+
+        Raises CheckpointError for an unknown name, and RunError for another adaptation within a context, which would
+        wait for itself. All threads that compute must be in such a context: a thread that is not is an error, as in
+        `use`.
+        """
+        if name not in self._adaptations:
+            raise CheckpointError(f"unknown adaptation {name!r}; expected one of {', '.join(self.names)}")
+        inside = getattr(self._own, "name", None)
+        if inside is not None:
+            if inside != name:
+                raise RunError(f"using {name!r} within using {inside!r} would wait for itself; expected one at a time")
+            yield self.model
+            return
+        ticket = object()
+        with self._turn:
+            self._waiting.append(ticket)
+            try:
+                self._turn.wait_for(lambda: self._waiting[0] is ticket and (not self._computing or self.active == name))
+                if self.active == name:
+                    self.model.turns.agree()
+                else:
+                    self.use(name)
+                self._computing += 1
+            finally:
+                self._waiting.remove(ticket)
+                self._turn.notify_all()
+        self._own.name = name
+        try:
+            yield self.model
+        finally:
+            self._own.name = None
+            with self._turn:
+                self._computing -= 1
+                self._turn.notify_all()

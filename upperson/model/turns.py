@@ -79,6 +79,11 @@ class Turns:
             self.version += 1
             self.chosen.version = self.version
 
+    def agree(self) -> None:
+        """This thread chooses the present adaptation."""
+        with self.lock:
+            self.chosen.version = self.version
+
 
 def takes_turns(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method of AdaptedCLIP that computes features. A compiled graph has no threads to ask."""

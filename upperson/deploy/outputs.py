@@ -1,0 +1,65 @@
+"""Output files: they are checked before the work, and moved to their places when all are written and compared."""
+
+import argparse
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from upperson.files import A_FOLDER, NOTHING, REGULAR, found_at, make_folder, require_folder
+
+PREFIX = ".upperson-"  # of the temporary folders
+
+
+@contextmanager
+def staged(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Temporary paths, whose files are moved to `paths` if the body succeeds, and are deleted if the body fails."""
+    with ExitStack() as stack:
+        # The temporary folders are beside the final paths, so that moving a file is only a rename.
+        folders = [stack.enter_context(TemporaryDirectory(prefix=PREFIX, dir=path.parent)) for path in paths]
+        files = [Path(folder) / path.name for folder, path in zip(folders, paths, strict=True)]
+        yield files
+        for file, path in zip(files, paths, strict=True):
+            os.replace(file, path)
+
+
+def require_empty(folder: Path, option: str) -> None:
+    """Raises OSError, which names the option and the path, unless the path is an empty folder or can become one."""
+    require_folder(folder, option)
+    if found_at(folder) != NOTHING and any(folder.iterdir()):
+        raise OSError(errno.ENOTEMPTY, f"{option}: {folder} has content; expected a new or an empty folder")
+
+
+@contextmanager
+def new_folder(folder: Path, option: str) -> Iterator[Path]:
+    """A temporary folder, which becomes `folder` if the body succeeds, and is deleted if the body fails.
+
+    Raises OSError as require_empty.
+    """
+    require_empty(folder, option)
+    folder = folder.absolute()
+    make_folder(folder.parent, option)
+    with TemporaryDirectory(prefix=PREFIX, dir=folder.parent) as place:
+        written = Path(place) / folder.name
+        written.mkdir()
+        yield written
+        if found_at(folder) == A_FOLDER:
+            folder.rmdir()
+        os.replace(written, folder)
+
+
+def check_outputs(parser: argparse.ArgumentParser, outputs: list[Path], inputs: list[Path]) -> None:
+    """Ends the command with an error unless all outputs are safetensors files that can be written, and no inputs."""
+    for path in outputs:
+        if path.suffix != ".safetensors":
+            parser.error(f"{path}: expected a name that ends in .safetensors")
+        if os.path.realpath(path) in [os.path.realpath(other) for other in inputs]:
+            parser.error(f"{path} is an input; expected another file to write")
+        if found_at(path.parent) != A_FOLDER:
+            parser.error(f"{path}: expected a file in an existing folder; {path.parent} is {found_at(path.parent)}")
+        if (found := found_at(path)) not in (REGULAR, NOTHING):
+            parser.error(f"{path}: expected a file in an existing folder; found {found}")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            parser.error(f"{path}: expected a file in a folder that can be written to")
