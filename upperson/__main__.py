@@ -15,7 +15,7 @@ COMMANDS = {
     "export": ("upperson.deploy.export", "write both towers as ONNX, for programs without PyTorch"),
     "import": (
         "upperson.deploy.importing",
-        "make a checkpoint from one of IRRA, UP-Person, CSKT, DM-Adapter or a CLIP",
+        "make a checkpoint from one of a method's released code, or from a CLIP",
     ),
     "tables": ("upperson.tables.__main__", "train and print the tables of the paper"),
 }

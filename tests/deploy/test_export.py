@@ -173,7 +173,7 @@ def test_images_that_would_look_different(mode):
     image = Image.new(mode, (4, 4))
     if mode == "CMYK":
         image.info["icc_profile"] = b"a profile"
-    with pytest.raises(ValueError, match=f"expected an image of 8 bits a channel, .* found mode {mode}$"):
+    with pytest.raises(ValueError, match=f"expected an image of 8 bits a channel .*, found mode {mode}$"):
         runtime.Towers.preprocess(SimpleNamespace(image={}), image)
 
 

@@ -53,8 +53,11 @@ def tiny(tmp_path):
 
 
 def test_no_other_file_names_a_method():
-    """Neither as a value nor as a class, nor the younger ones in prose; UP-Person is the project's own name as well."""
-    own = [PROJECT / "upperson" / "methods", PROJECT / "upperson" / "config" / "presets.py"]
+    """Neither as a value nor as a class, nor the younger ones in prose; UP-Person is the project's own name as well.
+
+    The formats of foreign checkpoints are named after the programs that write them.
+    """
+    own = [PROJECT / "upperson" / name for name in ("methods", "config/presets.py", "deploy/formats.py")]
     files = [path for folder in ("upperson", "kernels", "bench") for path in (PROJECT / folder).rglob("*.py")]
     files = [path for path in [*files, PROJECT / "train.py"] if not any(path.is_relative_to(each) for each in own)]
     assert len(files) > 60

@@ -31,6 +31,7 @@ from upperson.deploy.merge import TOLERANCE, largest_difference
 from upperson.deploy.outputs import check_outputs, staged
 from upperson.errors import BackboneError, CheckpointError, MethodError, Parser, exit_status, path_argument
 from upperson.files import require_regular, write_atomically
+from upperson.methods import UNTRAINED
 from upperson.model import AdaptedCLIP, load_model
 from upperson.model.adapted_clip import parameters_of
 from upperson.model.archive import is_archive, read_archive, require_whole
@@ -310,7 +311,7 @@ def fingerprint_as_adapted(config: ModelConfig, foreign: Foreign) -> str | None:
 
     Raises BackboneError for a backbone that cannot be built.
     """
-    config = replace(config.replace(method="zero-shot"), image_size=foreign.image_size)
+    config = replace(config.replace(method=UNTRAINED), image_size=foreign.image_size)
     known = AdaptedCLIP(config)
     return known.fingerprint if fingerprint(known.clip.state_dict()) == fingerprint(foreign.backbone) else None
 

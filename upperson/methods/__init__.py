@@ -25,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method for method in (UPPerson, CSKT, DMAdapter, PromptDecoupling, IRRA, FullFineTuning, ZeroShot)
 }
 DEFAULT = UPPerson.name
-BASELINES = (ZeroShot.name, FullFineTuning.name)  # what every method is compared with
+UNTRAINED = ZeroShot.name
+BASELINES = (UNTRAINED, FullFineTuning.name)  # what every method is compared with
 
-__all__ = ["BASELINES", "DEFAULT", "METHODS", "SAVINGS", "Method", "Place", "Stage"]
+__all__ = ["BASELINES", "DEFAULT", "METHODS", "SAVINGS", "UNTRAINED", "Method", "Place", "Stage"]
