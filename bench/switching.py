@@ -22,6 +22,7 @@ from harness.output import table
 from upperson import AdaptedCLIP, Config, preset
 from upperson.deploy.switching import Adaptations
 from upperson.errors import exit_status
+from upperson.methods import UNTRAINED
 from upperson.model.checkpoint import save_checkpoint
 
 BATCH = 16
@@ -30,7 +31,7 @@ NAMES = [f"camera {number}" for number in range(BATCH)]
 
 def adaptations_of(config: Config, folder: Path) -> Adaptations:
     """UP-Person's modules with initial values under each of NAMES, on one backbone in a file."""
-    model = AdaptedCLIP(config.replace(method="zero-shot").model)
+    model = AdaptedCLIP(config.replace(method=UNTRAINED).model)
     adaptations = Adaptations(model.eval().requires_grad_(False))
     modules = AdaptedCLIP(config.model)
     save_checkpoint(folder / "one.safetensors", modules.adaptation(), config, {}, modules.fingerprint)
