@@ -493,11 +493,11 @@ def test_weights_are_small_and_fit_open_clip(clip):
 
 
 def test_the_commonest_words_are_trained(clip):
-    """Every token of at least 1,000 words has moved by more than a fifth of its random start."""
+    """Every token of at least 1,000 words has moved by more than half of its random start."""
     tokenizer = open_clip.SimpleTokenizer()
     trained = clip.token_embedding.weight.detach()
     start = untrained_embedding(*trained.shape)
-    moved = ((trained - start).norm(dim=1) > 0.2 * start.norm(dim=1)).tolist()
+    moved = ((trained - start).norm(dim=1) > 0.5 * start.norm(dim=1)).tolist()
     known = [all(moved[token] for token in tokenizer.encode(word)) for word in WORDS]
     assert sum(known) >= 1000 and np.mean(known[:1000]) > 0.97
 

@@ -40,7 +40,6 @@ def test_a_training_is_the_one_that_was_written_down(tmp_path):
     expected, found = json.loads(REPLAY.read_text()), replay(tmp_path)
     steps = len(expected["losses"]) // EPOCHS
     assert steps == 24 * 2 * 2 // BATCH and len(expected["evaluations"]) == EPOCHS
-    assert sum(expected["losses"][-steps:]) < sum(expected["losses"][:steps])
     assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
     for one, other in zip(found["evaluations"], expected["evaluations"], strict=True):
         # One of the 16 queries may change its rank with the rounding.

@@ -68,4 +68,4 @@ def load_embedded_clip(path: Path = CLIP_WEIGHTS) -> open_clip.CLIP:
     return clip.eval()
 
 
-_REBUILD = "`python -m upperson.embedded.pretrain` creates the file again (about 15 minutes on two cores)"
+_REBUILD = "`python -m upperson.embedded.pretrain` creates the file again (about 30 minutes on two cores)"
