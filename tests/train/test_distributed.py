@@ -189,7 +189,7 @@ def assert_alike(together, alone):
     for line, other in zip(found, expected, strict=True):
         for name, value in line.items():  # rounding grows from step to step
             if name.startswith(("loss", "gradient")):
-                bound = 1e-5 if name.startswith("loss") else 1e-4
+                bound = 1e-5 if name.startswith("loss") else 5e-4
                 assert value == pytest.approx(other[name], rel=bound), (line, other)
     for name, value in load_checkpoint(alone / "last.safetensors").parameters.items():
         torch.testing.assert_close(
