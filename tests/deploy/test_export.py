@@ -22,6 +22,7 @@ from upperson.deploy.export import export
 from upperson.deploy.merge import fold
 from upperson.errors import ExportError
 from upperson.evaluate.metrics import retrieval_metrics
+from upperson.methods import METHODS
 from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
 
 try:
@@ -37,6 +38,8 @@ OF_METHODS = [
     dict(lora="dora", adapter_attn="ln-tuning", prefix="vanilla"),
     dict(method="cskt", prompt_length=2, adapter_reduction=4),
     dict(method="prompt-decoupling"),
+    dict(method="dm-adapter", adapter_reduction=4),
+    dict(method="irra"),
     dict(method="full"),
 ]
 
@@ -89,7 +92,9 @@ def test_an_output_with_content(tmp_path, capsys):
 @needs_extra
 def test_a_method_that_cannot_be_exported(tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
-        raise RuntimeError("Failed to export\n\nthe operator aten::histc has no translation\n")
+        raise RuntimeError("Failed to export\n\n(Refer to the full stack trace)") from ValueError(
+            "the operator aten::histc has no translation\nmore lines"
+        )
 
     path = checkpoint_of(tmp_path, dict(method="cskt", prompt_length=2))
     monkeypatch.setattr(torch.onnx, "export", refuse)
@@ -331,3 +336,7 @@ def test_nothing_is_kept_if_the_features_differ(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="relative difference of 2.0e-04 .* at most 1e-04 in float32; nothing was"):
         export(load_checkpoint(path), Path(tmp_path / "out"))
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_every_method_is_tried():
+    assert {changes.get("method", "up-person") for changes in OF_METHODS} == METHODS.keys() - {"zero-shot"}

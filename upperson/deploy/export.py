@@ -131,10 +131,9 @@ def write_towers(checkpoint: Checkpoint, model: AdaptedCLIP, folder: Path, preci
                     dynamic_shapes=(shapes,), dynamo=True, verbose=False,
                 )  # fmt: skip
             except Exception as error:  # of many types, with many lines
-                reason = next(filter(None, map(str.strip, reversed(str(error).splitlines()))), type(error).__name__)
                 raise ExportError(
                     f"{checkpoint.path}: the {tower} tower of method {model.config.method.name} "
-                    f"({model.config.method.title}) cannot be exported as ONNX: {reason}"
+                    f"({model.config.method.title}) cannot be exported as ONNX: {innermost(error)}"
                 ) from error
             path = folder / f"{tower}.onnx"
             program.save(path)
@@ -143,6 +142,13 @@ def write_towers(checkpoint: Checkpoint, model: AdaptedCLIP, folder: Path, preci
 
 
 INPUTS = {"image": "images", "text": "token_ids"}
+
+
+def innermost(error: BaseException) -> str:
+    """The first line of the error that began a chain of errors: the others tell only of steps of the exporter."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
 
 
 def open_length(model: AdaptedCLIP) -> bool:

@@ -74,8 +74,10 @@ class Mixture(Adapter):
     def mix(self, z: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """s · M of the tokens z, both (T, C), in the dtype of z. `down`, `up`: the weights in any dtype."""
         logits = self.logits(z)
-        # A stable order of equal logits: the lower index first, on every device.
-        largest, order = logits.sort(dim=1, descending=True, stable=True)
+        if torch.compiler.is_exporting():  # ONNX has no stable sort; its TopK has the lower index first as well
+            largest, order = logits.topk(self.chosen, dim=1)
+        else:  # a stable order of equal logits: the lower index first, on every device
+            largest, order = logits.sort(dim=1, descending=True, stable=True)
         chosen, shares = order[:, : self.chosen], self.scale * largest[:, : self.chosen].softmax(1)
         if self.counts_tokens:
             self.count(logits, chosen)
