@@ -15,13 +15,12 @@ SIGNIFICANT = 0.05
 class Ordering:
     """Two rows of which the paper has the first before the second.
 
-    `paper`, `here`: by how much the first is better, in percentage points. `p`: the probability of a difference here
-    that is at least as large in either direction, if both rows are equal.
+    `here`: by how much the first is better here, in percentage points. `p`: the probability of a difference that is at
+    least as large in either direction, if both rows are equal.
     """
 
     better: str
     worse: str
-    paper: float
     here: float
     p: float
 
@@ -45,7 +44,7 @@ def orderings(paper: Mapping[str, float], here: Mapping[str, Sequence[float]]) -
         values = here[better], here[worse]
         if paper[better] > paper[worse] and max(map(len, values)) > 1:
             difference = statistics.mean(values[0]) - statistics.mean(values[1])
-            found.append(Ordering(better, worse, paper[better] - paper[worse], difference, welch(*values)))
+            found.append(Ordering(better, worse, difference, welch(*values)))
     return found
 
 
