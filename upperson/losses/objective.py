@@ -81,7 +81,7 @@ class Objective(nn.Module):
         pairs = len(batch["person_ids"]) if pairs is None else pairs
         if self.reads_padding and not isinstance(batch["captions"], Tensor):
             raise ValueError("captions: these losses read padding; expected padded captions, found packed ones")
-        with model.computing_losses() as mixtures:
+        with model.computing_losses(tally="balance" in self.weights) as mixtures:
             losses = self.losses_of_features(model, batch, pairs)
             if "balance" in self.weights:
                 if not mixtures:

@@ -249,9 +249,12 @@ class AdaptedCLIP(nn.Module):
         return getattr(self.config, switch) is not False and (switch in self.config.method.savings or not trains)
 
     @contextmanager
-    def computing_losses(self) -> Iterator[list[Mixture]]:
-        """A context in which all is computed that the losses read. The mixtures of all blocks tally their routes."""
-        mixtures = self.mixtures()
+    def computing_losses(self, tally: bool = True) -> Iterator[list[Mixture]]:
+        """A context in which all is computed that the losses read.
+
+        `tally`: whether the mixtures of all blocks, which are yielded, tally their routes.
+        """
+        mixtures = self.mixtures() if tally else []
         self.computes_losses = True
         try:
             with tallied(mixtures):
