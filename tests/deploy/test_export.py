@@ -23,7 +23,7 @@ from upperson.deploy.merge import fold
 from upperson.errors import ExportError
 from upperson.evaluate.metrics import retrieval_metrics
 from upperson.methods import METHODS
-from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
+from upperson.model.checkpoint import build_model, load_checkpoint, load_model, save_checkpoint
 
 try:
     import onnx  # noqa: F401
@@ -82,11 +82,15 @@ def test_without_the_extra(monkeypatch, tmp_path, capsys):
 @needs_extra
 def test_an_output_with_content(tmp_path, capsys):
     path = tiny_run(tmp_path)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("kept")
-    assert main(["export", str(path), str(tmp_path / "out")]) == 1
-    assert "out has content; expected a new or an empty folder" in capsys.readouterr().err
-    assert (tmp_path / "out" / "mine").read_text() == "kept"
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for names, found in ((["mine"], "mine"), (["mine", "own", "a"], "a and 2 more")):
+        for name in names:
+            (folder / name).write_text("kept")
+        assert main(["export", str(path), str(folder)]) == 1
+        expected = f"error: {folder}: expected a new or an empty folder, found {found} in it\n"
+        assert capsys.readouterr().err == expected
+    assert (folder / "mine").read_text() == "kept"
 
 
 @needs_extra
@@ -331,11 +335,33 @@ def test_precisions(precision, exported, tmp_path):
 @pytest.mark.slow
 def test_nothing_is_kept_if_the_features_differ(tmp_path, monkeypatch):
     path = tiny_run(tmp_path)
-    monkeypatch.setattr(exporting, "largest_difference", lambda *_: 2e-4)
+    monkeypatch.setattr(exporting, "largest_distance", lambda *_: 2e-4)
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(ExportError, match="relative difference of 2.0e-04 .* at most 1e-04 in float32; nothing was"):
         export(load_checkpoint(path), Path(tmp_path / "out"))
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@needs_extra
+@pytest.mark.slow
+@pytest.mark.parametrize("tower", ["visual.transformer", "transformer"])
+def test_what_folding_changes_is_found(tower, tmp_path, monkeypatch):
+    """The model is built once; the features that count are those of the model before it was folded."""
+    path, built = tiny_run(tmp_path), []
+
+    def building(*arguments, **changes):
+        built.append(build_model(*arguments, **changes))
+        return built[-1]
+
+    def spoiling(model):
+        fold(model)
+        model.clip.get_parameter(f"{tower}.resblocks.1.attn.in_proj_weight").data *= 1.01
+
+    monkeypatch.setattr(exporting, "build_model", building)
+    monkeypatch.setattr(exporting, "fold", spoiling)
+    with pytest.raises(ExportError, match="relative difference of .* nothing was written"):
+        export(load_checkpoint(path), tmp_path / "out")
+    assert len(built) == 1 and not (tmp_path / "out").exists()
 
 
 def test_every_method_is_tried():

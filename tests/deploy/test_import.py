@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from tiny import build, inputs, stirred
 
 from upperson.__main__ import main
+from upperson.config import Config
 from upperson.deploy.formats import FORMATS
 from upperson.deploy.importing import read_foreign
-from upperson.model.checkpoint import load_checkpoint, load_model
+from upperson.model.checkpoint import load_checkpoint, load_model, save_checkpoint
+from upperson.model.tensor_files import RESUME_STATE, write_tensors
 
 METHODS = {
     "up-person": {},
@@ -345,6 +347,18 @@ def test_files_that_are_no_checkpoints(case, tmp_path, capsys, monkeypatch):
     path.rename(tmp_path / "best.safetensors")
     command[1] = str(tmp_path / "best.safetensors")
     refused(command, capsys, "cannot be read as a checkpoint")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_files_of_this_project(form, tiny, tmp_path, capsys):
+    """They need no import, whatever --as."""
+    path, model, config = tmp_path / "best.safetensors", build(tiny), Config(tiny)
+    command = ["import", str(path), "--as", form, "-o", str(tmp_path / "out.safetensors")]
+    save_checkpoint(path, model.adaptation(), config, {}, model.fingerprint)
+    line = refused(command, capsys)
+    assert line == f"error: {path} is an upperson checkpoint already; it needs no import, and can be used as it is"
+    write_tensors(path, RESUME_STATE, {"0": torch.zeros(3, dtype=torch.uint8)}, config, {})
+    refused(command, capsys, "is an upperson resume state already; use the checkpoint of the same run")
 
 
 def test_features_are_compared_before_files_are_written(case, tmp_path, capsys, monkeypatch):

@@ -96,7 +96,7 @@ def test_refused_folders(checkpoint, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("kept")
     (tmp_path / "file").write_text("kept")
-    for name, words in (("full", "full has content; expected a new or an empty folder"), ("file", "file is a regular")):
+    for name, words in (("full", "full: expected a new or .*, found mine in it$"), ("file", "file is a regular")):
         with pytest.raises(OSError, match=words):
             save_pretrained(checkpoint, tmp_path / name)
     (checkpoint.parent / "weights.safetensors").unlink()

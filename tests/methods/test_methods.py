@@ -4,6 +4,9 @@ import dataclasses
 import io
 import json
 import re
+import shlex
+import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from upperson import AdaptedCLIP, Config, ModelConfig, fit, preset
 from upperson.data.splits import read_splits
 from upperson.deploy.merge import main as merge_command
 from upperson.deploy.switching import Adaptations
-from upperson.errors import MethodError
+from upperson.errors import CheckpointError, MethodError
 from upperson.evaluate.evaluation import evaluate_checkpoint
 from upperson.fields import option
 from upperson.methods import METHODS, Method, Place
@@ -89,6 +92,28 @@ def test_the_example_of_the_documentation(tmp_path):
     finally:
         METHODS.clear()
         METHODS.update(before)
+    with pytest.raises(CheckpointError) as unknown:  # as in a command that does not import the example
+        load_checkpoint(best)
+    assert str(unknown.value) == (
+        f"{best}: the configuration in the file cannot be used: method: '{name}' is not allowed; expected one of "
+        f"{', '.join(before)}, or a method of your own, whose module must be imported first "
+        "(upperson/methods/README.md shows the command)"
+    )
+
+
+@pytest.mark.slow
+def test_commands_with_a_method_of_ones_own(tmp_path):
+    """The commands on the page, on less data."""
+    page = (PROJECT / "upperson" / "methods" / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_method.py").write_text(example)
+    train, evaluate = re.findall(r"^python -c .*my_method.*$", page, re.MULTILINE)
+    less = "--embedded-identities 10 3 4 --epochs 1 --warmup-epochs 0 --batch-size 8 --workers 0 --backend torch"
+    for line in (f"{train} {less}", evaluate):
+        ended = subprocess.run(
+            [sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert ended.returncode == 0 and "lora-with-norms" in ended.stdout, ended.stderr
 
 
 # ---------------------------------------------------------------------------------------- from data to results

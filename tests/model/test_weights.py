@@ -18,7 +18,8 @@ from torch import nn
 
 from upperson.config import ModelConfig
 from upperson.data import Preprocess
-from upperson.errors import BackboneError
+from upperson.deploy.importing import read_foreign
+from upperson.errors import BackboneError, CheckpointError
 from upperson.methods.zero_shot import ZeroShot
 from upperson.model import AdaptedCLIP
 from upperson.model.archive import read_archive
@@ -26,6 +27,14 @@ from upperson.model.backbone import build_clip, resize_position_embedding, with_
 from upperson.model.weights import PREPROCESSING, read_weights, weights_as_bytes
 
 OPENAI_NUMBERS = {"input_resolution": 32, "context_length": 12, "vocab_size": 49408}
+
+
+@pytest.fixture
+def known(tmp_path):
+    """The name of a tiny model that open_clip knows, as its own ones."""
+    (tmp_path / "tiny-of-tests.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(tmp_path / "tiny-of-tests.json")
+    return "tiny-of-tests"
 
 
 @pytest.fixture
@@ -343,6 +352,20 @@ def test_wrapped_state_dicts_load(tiny, tmp_path, recwarn, kind):
     recwarn.clear()
     loaded = build_clip(tiny.replace(pretrained=str(path))).state_dict()
     assert not recwarn.list and all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+def test_messages_of_open_clip_end_where_an_error_says_more(known, tmp_path, caplog):
+    (tmp_path / "text.pt").write_text("no weights")
+    torch.save({"visual.conv1.weight": torch.zeros(2)}, tmp_path / "other.pt")
+    for name in ("text.pt", "other.pt", "none.pt"):
+        with pytest.raises(BackboneError):
+            build_clip(ModelConfig(known, str(tmp_path / name), (48, 16)))
+        with pytest.raises(CheckpointError):
+            read_foreign(tmp_path / name, "clip", model=known)
+    assert not caplog.records
+    build_clip(ModelConfig(known, "none", (48, 16)))
+    (record,) = caplog.records
+    assert "initialized randomly" in record.getMessage()
 
 
 def test_tensors_of_other_modules_are_left_out_with_a_warning(tiny, tmp_path):

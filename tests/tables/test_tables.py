@@ -29,6 +29,8 @@ from upperson.tables.paper import number_of, published
 from upperson.tables.paper_flops import paper_flops
 from upperson.tables.render import Measured, cost_cell, markdown, parameters_plot
 from upperson.tables.rows import (
+    COMPARED,
+    LARGE,
     Setting,
     build_tables,
     embedded_setting,
@@ -339,6 +341,16 @@ def test_listing_trains_nothing(run, tmp_path, capsys):
     assert run("VI", "--list", "--output", str(tmp_path / "new")) == 0
     assert capsys.readouterr().out.count("missing  ") == 3
     assert not (tmp_path / "new").exists()
+
+
+def test_a_list_tells_backbones_apart(tmp_path, capsys):
+    folders = ["--data-root", str(tmp_path), "--output", str(tmp_path / "new")]
+    for number, dataset in COMPARED.items():
+        assert command.main([number, "--list", *folders]) == 0
+        _, *lines = capsys.readouterr().out.splitlines()
+        assert [line.split(": ")[0] for line in lines] == [
+            f"  missing  UP-Person on {model}, {dataset}, seed 1" for model in ("ViT-B-16-quickgelu", LARGE)
+        ]
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ from upperson.evaluate.results import Results
 from upperson.model import AdaptedCLIP, load_model
 from upperson.model.checkpoint import load_checkpoint
 from upperson.model.tensor_files import RESUME_STATE, VERSIONS
-from upperson.train.fit import build_model, fit
+from upperson.train.fit import build_first, build_model, fit
 from upperson.train.loop import SHOWN_QUERIES, Training
 from upperson.train.optimizer import build_optimizer, build_schedule, require_names
 from upperson.train.resume import load_state, random_states, save_state, set_random_states
@@ -743,6 +743,33 @@ def test_settings_that_cannot_run(config, changes, message):
     with pytest.raises(RunError, match=message):
         fit(config.replace(**changes))
     assert not config.train.run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(learning_rates="mlm=0.1"), "learning_rates: no trained parameter has 'mlm' in its name"),
+        (dict(losses="sdm+id", learning_rates="bias=0.1, objective.mlm=1"), "no trained parameter has 'objective.mlm'"),
+        (dict(prefix="none", prefix_learning_rate=0.1), "prefix_learning_rate: no prefix is trained"),
+        (dict(freeze="prefix", learning_rates="prefix=0.1"), "no trained parameter has 'prefix'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_learning_rates_of_nothing(config, changes, message):
+    """They are refused before there is a folder, which would count as the newest run."""
+    with pytest.raises(MethodError, match=message):
+        fit(config.replace(**changes))
+    assert not config.train.run_dir.exists()
+
+
+def test_the_losses_that_are_checked_are_not_those_of_the_training(config):
+    """The heads are found, and the random numbers of the training are untouched."""
+    splits = read_splits(config.data)
+    config = config.replace(losses="sdm+id+mlm", learning_rates="objective.id=0.1, mlm.head=0.2")
+    model, state = build_model(config), torch.get_rng_state()
+    first = build_first(config.stages(), splits["train"], torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, first.trained_parameters().values(), model.trained_parameters().values()))
 
 
 def test_tensorboard_that_is_not_installed(config, monkeypatch):

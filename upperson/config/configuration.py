@@ -88,7 +88,10 @@ class ModelConfig(Checked):
 def method_named(name: Any) -> Method:
     """The method with its default options. Raises ValueError with the known names for an unknown method."""
     if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method: {short(name)} is not allowed; expected one of {', '.join(METHODS)}")
+        raise ValueError(
+            f"method: {short(name)} is not allowed; expected one of {', '.join(METHODS)}, or a method of your own, "
+            "whose module must be imported first (upperson/methods/README.md shows the command)"
+        )
     return METHODS[name]()
 
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from upperson.data.images import BACKGROUND
-from upperson.deploy.merge import fold, largest_difference
+from upperson.deploy.merge import fold, largest_distance, random_inputs
 from upperson.deploy.outputs import new_folder, require_empty
 from upperson.errors import ExportError, Parser, exit_status, path_argument
 from upperson.evaluate.evaluation import name_of
@@ -49,6 +49,7 @@ EXTRA = "upperson[onnx]"
 BOUNDS = {"float32": 1e-4, "float16": 1e-2, "int8": 0.2}
 BATCHES = (1, 4)  # compared; the towers are traced with another batch
 FORMAT, VERSION = "upperson export", 1
+Pair = tuple[Tensor, Tensor]  # images and captions, or their features
 
 
 class ImageTower(nn.Module):
@@ -90,16 +91,17 @@ def export(checkpoint: Checkpoint, folder: Path, precision: str = "float32", **c
 
     require_empty(folder, "OUT")
     model = build_model(checkpoint, **{**changes, "backend": "torch"}).eval().requires_grad_(False)
-    folded = build_model(checkpoint, **{**changes, "backend": "torch"}).eval()
-    fold(folded)
-    folded.requires_grad_(False)
+    inputs = [random_inputs(model, samples) for samples in BATCHES]
+    with torch.no_grad():  # of the model before anything is merged
+        expected = [(model.encode_image(images), model.encode_text(tokens)) for images, tokens in inputs]
+    fold(model)
     with new_folder(folder, "OUT") as written:
-        write_towers(checkpoint, folded, written, precision)
+        write_towers(checkpoint, model, written, precision)
         write_atomically(written / "towers.py", inspect.getsource(towers))
-        write_atomically(written / "vocabulary.json", json.dumps(vocabulary_of(folded), ensure_ascii=False))
-        about = description(checkpoint, folded, precision)
+        write_atomically(written / "vocabulary.json", json.dumps(vocabulary_of(model), ensure_ascii=False))
+        about = description(checkpoint, model, precision)
         write_atomically(written / towers.ABOUT, json.dumps(about, indent=2) + "\n")
-        about["largest_difference"] = compare(checkpoint, model, towers.Towers(written), precision)
+        about["largest_difference"] = compare(checkpoint, inputs, expected, towers.Towers(written), precision)
         write_atomically(written / towers.ABOUT, json.dumps(about, indent=2) + "\n")
     return about
 
@@ -183,22 +185,13 @@ def quietly() -> Iterator[None]:
         logging.disable(disabled)
 
 
-class Runtime:
-    """Exported towers with open_clip's methods."""
-
-    def __init__(self, towers: Any):
-        self.towers = towers
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.towers.run("image", images.numpy()))
-
-    def encode_text(self, token_ids: Tensor) -> Tensor:
-        return torch.from_numpy(self.towers.run("text", token_ids.numpy()))
-
-
-def compare(checkpoint: Checkpoint, model: AdaptedCLIP, towers: Any, precision: str) -> float:
+def compare(checkpoint: Checkpoint, inputs: list[Pair], expected: list[Pair], towers: Any, precision: str) -> float:
     """The largest relative difference from PyTorch's features. Raises ExportError above BOUNDS."""
-    found = float(np.max([largest_difference(model, Runtime(towers), samples) for samples in BATCHES]))
+    computed = [
+        [torch.from_numpy(towers.run(tower, each.numpy())) for tower, each in zip(INPUTS, batch, strict=True)]
+        for batch in inputs
+    ]
+    found = float(np.max([largest_distance(*features) for features in zip(expected, computed, strict=True)]))
     if not found <= BOUNDS[precision]:  # also true for NaN
         raise ExportError(
             f"{checkpoint.path}: the exported features have a relative difference of {found:.1e} from PyTorch's; "

@@ -39,12 +39,14 @@ from upperson.model.backbone import (
     Clip,
     fit_image_size,
     image_size_of,
+    messages_unless_refused,
     random_clip,
     require_transformers,
     uses_quick_gelu,
     with_other_activation,
 )
 from upperson.model.checkpoint import save_checkpoint
+from upperson.model.tensor_files import CHECKPOINT, RESUME_STATE
 from upperson.model.weights import (
     DTYPES,
     OPENAI_NUMBERS,
@@ -60,6 +62,10 @@ from upperson.model.weights import (
 
 MODEL, IMAGE_SIZE, PRESET = "ViT-B-16-quickgelu", (384, 128), "cuhk-pedes"  # of the released trainings
 SHOWN = 3  # keys of each problem in an error
+OWN = {  # files of this project, and what to do with them
+    CHECKPOINT: "it needs no import, and can be used as it is",
+    RESUME_STATE: "use the checkpoint of the same run, best.safetensors",
+}
 
 
 class Foreign(NamedTuple):
@@ -73,6 +79,7 @@ class Foreign(NamedTuple):
     unread: list[str]  # known keys and entries that no feature depends on
 
 
+@messages_unless_refused()
 def read_foreign(
     path: Path,
     form: str,
@@ -215,9 +222,14 @@ def tensors_of(path: Path) -> tuple[dict[str, Any], list[str]]:
         require_regular(path)
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
+                kind = (file.metadata() or {}).get("format")
+                if kind in OWN:
+                    raise CheckpointError(f"{path} is an {kind} already; {OWN[kind]}")
                 return {key: file.get_tensor(key) for key in file.keys()}, []  # noqa: SIM118 (no mapping)
         require_whole(path)
         content: Any = read_archive(path) if is_archive(path) else load_pickled(path)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # damaged and foreign files raise many types

@@ -196,11 +196,15 @@ def merge_checkpoint(checkpoint: Checkpoint, output: Path, rest: Path | None = N
 
 
 @torch.no_grad()
-def largest_difference(model: AdaptedCLIP, other: Any, samples: int = 4) -> float:
-    """The largest distance between two models' features of the same random input, relative to the features' norm.
+def largest_difference(model: AdaptedCLIP, other: Any) -> float:
+    """The largest_distance of two models' features of random input. `other` has open_clip's methods."""
+    images, tokens = random_inputs(model)
+    ours = model.encode_image(images), model.encode_text(tokens)
+    return largest_distance(ours, (other.encode_image(images), other.encode_text(tokens)))
 
-    `samples`: number of images and of captions, in one batch. `other` has open_clip's encode_image and encode_text.
-    """
+
+def random_inputs(model: AdaptedCLIP, samples: int = 4) -> tuple[Tensor, Tensor]:
+    """Images (samples, 3, H, W) float32, and the token ids (samples, L) int64 of captions of several lengths."""
     generator = torch.Generator().manual_seed(0)
     length = model.context_length
     images = torch.randn(samples, 3, *model.config.image_size, generator=generator)
@@ -210,10 +214,12 @@ def largest_difference(model: AdaptedCLIP, other: Any, samples: int = 4) -> floa
     for i in range(samples):  # caption lengths from a quarter to all of the context
         last = (length - 1) * (i + 1) // samples
         tokens[i, last], tokens[i, last + 1 :] = end, 0
-    pairs = (
-        (model.encode_image(images), other.encode_image(images)),
-        (model.encode_text(tokens), other.encode_text(tokens)),
-    )
+    return images, tokens
+
+
+def largest_distance(features: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """The largest distance of two models' features (samples, E) of each tower, relative to the former's norm."""
+    pairs = zip(features, others, strict=True)
     return torch.stack([(ours - theirs).norm(dim=1) / ours.norm(dim=1) for ours, theirs in pairs]).max().item()
 
 

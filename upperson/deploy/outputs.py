@@ -26,10 +26,11 @@ def staged(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 def require_empty(folder: Path, option: str) -> None:
-    """Raises OSError, which names the option and the path, unless the path is an empty folder or can become one."""
+    """Raises OSError, which names the path, unless the path is an empty folder or can become one."""
     require_folder(folder, option)
-    if found_at(folder) != NOTHING and any(folder.iterdir()):
-        raise OSError(errno.ENOTEMPTY, f"{option}: {folder} has content; expected a new or an empty folder")
+    if found_at(folder) != NOTHING and (names := sorted(os.listdir(folder))):
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise OSError(errno.ENOTEMPTY, f"{folder}: expected a new or an empty folder, found {names[0]}{others} in it")
 
 
 @contextmanager

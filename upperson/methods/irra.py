@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from upperson.methods.method import Method
+from upperson.methods.full_fine_tuning import FullFineTuning
 
 # Factors of the learning rate: the cross-modal blocks, all biases, the classifier, the head of words with its biases.
 FACTORS = {"mlm.attention": 5, "mlm.transformer": 5, "bias": 2, "objective.id": 5, "mlm.head": 5}
 
 
 @dataclass(frozen=True)
-class IRRA(Method):
+class IRRA(FullFineTuning):
     """Trains all of CLIP, with a classifier of people and a cross-modal transformer, which retrieval does not need."""
 
     name: ClassVar[str] = "irra"
@@ -18,10 +18,6 @@ class IRRA(Method):
     @property
     def title(self) -> str:
         return "IRRA"
-
-    @property
-    def trains_clip(self) -> bool:
-        return True
 
     @property
     def savings(self) -> tuple[str, ...]:
@@ -38,8 +34,9 @@ class IRRA(Method):
 
         All losses read the masked captions, as in the released code.
         """
-        rate = 3e-4 if synthetic else 1e-5
-        return {
-            "losses": "sdm+id+mlm", "batch_size": 64, "mask_captions": True, "learning_rate": rate,
+        recipe = super().recipe(synthetic)
+        rate = recipe["learning_rate"]
+        return recipe | {
+            "losses": "sdm+id+mlm", "batch_size": 64, "mask_captions": True,
             "learning_rates": ", ".join(f"{part}={factor * rate:g}" for part, factor in FACTORS.items()),
         }  # fmt: skip

@@ -3,8 +3,11 @@
 import difflib
 import functools
 import json
+import logging
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -38,6 +41,28 @@ VISION_FIELDS, TEXT_FIELDS = (
 Clip = Any  # an open_clip.CLIP or CustomTextCLIP, whose towers open_clip does not annotate
 
 
+@contextmanager
+def messages_unless_refused() -> Iterator[None]:
+    """A context that shows open_clip's messages at its end, and drops them if it ends with an error.
+
+    open_clip warns that a model is random before its weights are read, and logs a failed download. Our error says more.
+    """
+    kept: list[logging.LogRecord] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        kept.append(record)
+        return False
+
+    logging.root.addFilter(keep)
+    try:
+        yield
+    finally:
+        logging.root.removeFilter(keep)
+    for record in kept:
+        logging.root.handle(record)
+
+
+@messages_unless_refused()
 def build_clip(config: ModelConfig) -> nn.Module:
     """The open_clip model of `config` with its published weights.
 

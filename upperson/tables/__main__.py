@@ -287,7 +287,8 @@ def write_costs(base: Config, options: argparse.Namespace) -> None:
 
 
 def described(config: Config) -> str:
-    base = f"{config.model.method.title}, {config.data.dataset}, seed {config.train.seed}"
+    backbone = "" if config.data.is_synthetic else f" on {config.model.model}"  # Tables I to III have two
+    base = f"{config.model.method.title}{backbone}, {config.data.dataset}, seed {config.train.seed}"
     return base + (f", {config.train.losses}" if config.train.losses != "sdm" else "")
 
 

@@ -28,7 +28,7 @@ from upperson.model.adapted_clip import nothing_to_train, require_backend
 from upperson.model.checkpoint import parameters_to_start_from, save_checkpoint
 from upperson.train.interruption import Interruption
 from upperson.train.log import METRICS_FILE, history_of
-from upperson.train.loop import SHOWN_QUERIES, Job, Training, conclude
+from upperson.train.loop import SHOWN_QUERIES, Job, Training, build_objective, conclude, optimizer_of
 from upperson.train.resume import RESUME, changes_of_data, load_state
 from upperson.train.run_folder import (
     BEST,
@@ -76,7 +76,7 @@ def fit(config: Config) -> Run:
             occupy(config, stages, lock)
         splits = read_splits(config.data)
         # An invalid model raises an error before images are read and a folder is created.
-        first = None if resume else build_first(stages, device)
+        first = None if resume else build_first(stages, splits["train"], device)
         cache = read_images(config, list(itertools.chain.from_iterable(splits.values())), group)
         run_dir = config.train.run_dir
         if not resume:
@@ -233,10 +233,17 @@ def require_losses(config: Config, model: AdaptedCLIP) -> None:
         )
 
 
-def build_first(stages: Sequence[tuple[Stage, Config]], device: torch.device) -> AdaptedCLIP:
-    """The model of the first stage, after checks of its starting checkpoint and of the later stages."""
+def build_first(stages: Sequence[tuple[Stage, Config]], samples: Sequence[Sample], device: torch.device) -> AdaptedCLIP:
+    """The model of the first stage, after checks of its learning rates, its starting checkpoint and the later stages.
+
+    samples: the training split.
+    """
     (_, config), *later = stages
     model = build_model(config)
+    if config.model.method.trains:
+        with torch.random.fork_rng(devices=[]):  # the training builds its own
+            objective = build_objective(config, model, (sample.person_id for sample in samples))
+        optimizer_of(config, model, objective)
     if config.train.start_from is not None:
         parameters_to_start_from(config.train.start_from, config, model)
     for _, other in later:

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Adam
 from tqdm import tqdm
 
 from upperson.config import Config
@@ -109,9 +110,7 @@ class Training:
         self.adaptation = model.adaptation()  # the content of checkpoints
         self.state = self.adaptation | self.objective.trained_parameters()  # the parameters that a resumed run needs
         self.parameters = {name: parameter for name, parameter in self.state.items() if parameter.requires_grad}
-        require_names(self.parameters, config.train)
-        prefixes = model.parameters_by_kind().get("prefix", {})
-        self.optimizer = build_optimizer(self.parameters, config.train, prefixes)
+        self.optimizer = optimizer_of(config, model, self.objective)
         self.schedule = build_schedule(self.optimizer, config.train)
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.precision == "fp16")
         # A GPU is still computing a step when the next one is launched; fused Adam itself skips a step.
@@ -470,6 +469,19 @@ def build_objective(
         mlm_reads_padding=config.model.method.mlm_reads_padding,
         group=group,
     )
+
+
+def optimizer_of(config: Config, model: AdaptedCLIP, objective: Objective) -> Adam:
+    """The optimizer of all trained parameters. Raises MethodError for a learning rate of parameters that there are not.
+
+    Args:
+        config: the learning rates.
+        model: the model, with its frozen parameters.
+        objective: the losses, with their own parameters.
+    """
+    parameters = model.trained_parameters() | objective.trained_parameters()
+    require_names(parameters, config.train)
+    return build_optimizer(parameters, config.train, model.parameters_by_kind().get("prefix", {}))
 
 
 def conclude(run_dir: Path, results: Results) -> None:
