@@ -1,11 +1,12 @@
 """The Python examples of the pages run, and what the pages name exists."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny import tiny_run
+from tiny import tiny_run, write_image
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -51,6 +52,20 @@ def test_search_of_a_folder(tmp_path, monkeypatch, capsys):
     assert similarities == sorted(similarities, reverse=True)
     assert all(abs(similarity) <= 1 for similarity in similarities)
     assert {name for _, name in printed} == set(map(str, paths))
+
+
+def test_share_and_serve(tmp_path, monkeypatch):
+    """The examples of a shared model, and of two adaptations of one backbone."""
+    best = tiny_run(tmp_path, model="embedded", pretrained="embedded")
+    monkeypatch.chdir(tmp_path)
+    share = example("upperson/deploy/README.md", "save_pretrained(")
+    exec(share.replace("runs/cuhk-pedes-1/best.safetensors", str(best)), {})
+    for name in ("day", "night"):
+        shutil.copy(best, f"{name}.safetensors")
+        write_image(tmp_path / "photos" / f"{name}.jpg")
+    serve, found = example("upperson/deploy/README.md", "Adaptations(").replace("/1.jpg", "/day.jpg"), {}
+    exec(serve.replace("/2.jpg", "/night.jpg"), found)
+    assert found["adaptations"].active == "night" and len(found["features"]) == 2
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -200,6 +200,7 @@ class TestOrientation:
         assert torch.equal(load_pixels(path, (48, 24)), expected) and torch.equal(cache[path], expected)
         preprocess = Preprocess((48, 24), (0.5,) * 3, (0.5,) * 3)
         assert torch.equal(preprocess(path), preprocess.normalise(expected))
+        assert torch.equal(preprocess(str(path)), preprocess(path))
 
 
 WHITE = (255, 255, 255)

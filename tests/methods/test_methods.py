@@ -95,8 +95,8 @@ def test_the_example_of_the_documentation(tmp_path):
     with pytest.raises(CheckpointError) as unknown:  # as in a command that does not import the example
         load_checkpoint(best)
     assert str(unknown.value) == (
-        f"{best}: the configuration in the file cannot be used: method: '{name}' is not allowed; expected one of "
-        f"{', '.join(before)}, or a method of your own, whose module must be imported first "
+        f"{best}: the configuration in the file does not fit this installation of upperson: method: '{name}' is not "
+        f"allowed; expected one of {', '.join(before)}, or a method of your own, whose module must be imported first "
         "(upperson/methods/README.md shows the command)"
     )
 

@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from tiny import TINY_CLIP
 from torch import nn
 
+from upperson.__main__ import main
 from upperson.config import ModelConfig
 from upperson.data import Preprocess
-from upperson.deploy.importing import read_foreign
 from upperson.errors import BackboneError, CheckpointError
 from upperson.methods.zero_shot import ZeroShot
-from upperson.model import AdaptedCLIP
+from upperson.model import AdaptedCLIP, load_model
 from upperson.model.archive import read_archive
 from upperson.model.backbone import build_clip, resize_position_embedding, with_other_activation
 from upperson.model.weights import PREPROCESSING, read_weights, weights_as_bytes
@@ -354,14 +354,30 @@ def test_wrapped_state_dicts_load(tiny, tmp_path, recwarn, kind):
     assert not recwarn.list and all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
+@pytest.mark.parametrize("text", ["junk\n", "hello", "a text\n", "2026\n"])
+def test_a_file_of_text(text, tiny, tmp_path):
+    (tmp_path / "text.pt").write_text(text)
+    with pytest.raises(BackboneError, match="text.pt does not contain weights of this model: Weights only load failed"):
+        build_clip(tiny.replace(pretrained=str(tmp_path / "text.pt")))
+
+
 def test_messages_of_open_clip_end_where_an_error_says_more(known, tmp_path, caplog):
+    options = ["--as", "clip", "--model", known, "--image-size", "48", "16", "-o", str(tmp_path / "out.safetensors")]
     (tmp_path / "text.pt").write_text("no weights")
     torch.save({"visual.conv1.weight": torch.zeros(2)}, tmp_path / "other.pt")
     for name in ("text.pt", "other.pt", "none.pt"):
         with pytest.raises(BackboneError):
             build_clip(ModelConfig(known, str(tmp_path / name), (48, 16)))
-        with pytest.raises(CheckpointError):
-            read_foreign(tmp_path / name, "clip", model=known)
+        assert main(["import", str(tmp_path / name), *options]) == 1
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(open_clip.CLIP(**TINY_CLIP).state_dict(), tmp_path / f"{seed}.pt")
+    assert main(["import", str(tmp_path / "0.pt"), *options, "--pretrained", str(tmp_path / "none.pt")]) == 1
+    assert not caplog.records
+    assert main(["import", str(tmp_path / "0.pt"), *options]) == 0
+    caplog.clear()
+    with pytest.raises(CheckpointError, match="has other weights than the backbone of the training"):
+        load_model(tmp_path / "out.safetensors", pretrained=str(tmp_path / "1.pt"))
     assert not caplog.records
     build_clip(ModelConfig(known, "none", (48, 16)))
     (record,) = caplog.records

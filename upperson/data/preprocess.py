@@ -24,12 +24,12 @@ class Preprocess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, image: Image.Image | Path | Drawing) -> Tensor:
+    def __call__(self, image: Image.Image | Path | str | Drawing) -> Tensor:
         """An image or its path -> (3, H, W) float32, normalised.
 
         The image is resized bilinearly with antialiasing. Raises DataError for a missing or broken image.
         """
-        return self.normalise(load_pixels(image, self.image_size))
+        return self.normalise(load_pixels(Path(image) if isinstance(image, str) else image, self.image_size))
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(..., 3, H, W) uint8 -> float32, normalised."""

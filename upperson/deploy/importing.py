@@ -79,7 +79,6 @@ class Foreign(NamedTuple):
     unread: list[str]  # known keys and entries that no feature depends on
 
 
-@messages_unless_refused()
 def read_foreign(
     path: Path,
     form: str,
@@ -341,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(lambda: _import(argv))
 
 
+@messages_unless_refused()
 def _import(argv: Sequence[str] | None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)

@@ -66,7 +66,9 @@ def _read(path: Path, kind: str, *, tensors: bool) -> tuple[dict[str, Tensor], C
     try:
         config = Config.from_json(metadata.get("config", ""))
     except ValueError as error:
-        raise CheckpointError(f"{path}: the configuration in the file cannot be used: {error}") from error
+        raise CheckpointError(
+            f"{path}: the configuration in the file does not fit this installation of upperson: {error}"
+        ) from error
     return found_tensors, config, metadata
 
 

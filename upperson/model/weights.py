@@ -76,7 +76,7 @@ def load_pickled(path: Path) -> Any:
     """What torch.save wrote, if it is made of tensors and plain values. Raises ValueError otherwise."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, LookupError) as error:  # a LookupError: text, which is no pickle
         # PyTorch's message goes on with ways to run the code in the file.
         raise ValueError(
             "Weights only load failed, because the file is damaged or holds Python objects, which are never restored "
