@@ -25,10 +25,10 @@ TOLERANCE = 1e-4  # relative, of a loss: versions of PyTorch may round different
 
 def replay(folder: Path) -> dict:
     """The losses of all steps and the metrics of all evaluations, of a training in `folder`."""
-    config = preset("embedded").replace(
-        embedded_identities=IDENTITIES, embedded_views=2, epochs=EPOCHS, batch_size=BATCH
-    )
-    config = config.replace(mask_captions=True, device="cpu", backend="torch", log_every=1, run_dir=folder / "run")
+    model = dict(prefix_length=4, lora_rank=8, adapter_reduction=4)
+    data = dict(embedded_identities=IDENTITIES, embedded_views=2, mask_captions=True)
+    config = preset("embedded").replace(**model, **data, epochs=EPOCHS, batch_size=BATCH)
+    config = config.replace(device="cpu", backend="torch", log_every=1, run_dir=folder / "run")
     fit(config)
     log = log_of(folder / "run")
     evaluations = [{name: line[name] for name in ("R@1", "mAP")} for line in log if line["kind"] == "evaluation"]
