@@ -78,8 +78,7 @@ NEEDS_A_GPU = {
     "kernel tests": "no GPU; `pytest` runs them in Triton's interpreter",
     "speed of the fused kernels": "no GPU, and the interpreter's speed means nothing. Only PyTorch candidates are "
     "timed, in small batches, and the training step is that of the embedded model",
-    "full embedded training": "8 epochs take two cores about 5 minutes, so a short run is made; `python train.py` is "
-    "the full one",
+    "full embedded training": "it takes two cores minutes, so a short run is made; `python train.py` is the full one",
 }
 
 

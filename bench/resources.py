@@ -2,6 +2,7 @@
 
     python bench/resources.py                          every production call on every target
     python bench/resources.py --target 90 --json resources.json
+    python bench/resources.py --every-length           attention at every length that its resident kernels take instead
 
 Each operator is called at the shapes of CLIP ViT-B/16 and ViT-L/14 with 128 samples, as training calls it, on a GPU
 that is not there (harness/absent_gpu.py): the kernels are those that the project's own launchers choose, compiled for
@@ -49,6 +50,7 @@ from torch import Tensor
 from tqdm import tqdm
 from upperson_kernels import tiles
 from upperson_kernels.adapter import launch as adapter
+from upperson_kernels.attention import choose
 from upperson_kernels.attention import launch as attention
 from upperson_kernels.backend import capability
 from upperson_kernels.quick_gelu import launch as quick_gelu
@@ -86,9 +88,9 @@ def calls(dtype: torch.dtype) -> Iterator[Call]:
         ("text", 77, 8, True, False),
         ("text, packed", CAPTION, 8, True, True),
     ):
-        yield from attention_calls(name, length, heads, causal, packed, "weights", dtype)
+        yield from attention_calls(name, length, PREFIX, heads, causal, packed, "weights", dtype)
         if not causal:
-            yield from attention_calls(f"{name}, λ on logits", length, heads, causal, packed, "logits", dtype)
+            yield from attention_calls(f"{name}, λ on logits", length, PREFIX, heads, causal, packed, "logits", dtype)
     for name, rows, width, hidden in (
         ("image", SAMPLES * 193, 768, 96),
         ("text, packed", SAMPLES * CAPTION, 512, 64),
@@ -106,21 +108,44 @@ def calls(dtype: torch.dtype) -> Iterator[Call]:
             yield Call(f"QuickGELU {mode}", str(width), run, {}, tensors * x.nbytes)
 
 
+def calls_at_every_length(dtype: torch.dtype) -> Iterator[Call]:
+    """The resident kernels of attention as they are compiled for every length and prefix that they take.
+
+    Many lengths share their constants, so that one call for each choice of constants compiles all of them.
+    """
+    capable = capability(torch.empty(0))
+    chosen: dict[tuple[Any, ...], tuple[int, int]] = {}
+    for prefix in (PREFIX, *range(2, choose.MOST_COLUMNS), 0, 1):  # the usual prefix where a choice allows it
+        for length in range(choose.MOST_COLUMNS - prefix, 0, -1):
+            for causal in (False, True):
+                forward = choose.forward_pieces(length, prefix, causal, capable)
+                chosen.setdefault(("forward", causal, *forward.values()), (length, prefix))
+                if backward := choose.backward_pieces(length, prefix):
+                    chosen.setdefault(("backward", causal, *backward.values()), (length, prefix))
+    for (mode, causal, *_), (length, prefix) in chosen.items():
+        shape = f"{length} + {prefix}{', causal' * causal}"
+        for target in ("weights", "logits"):
+            of_shape = f"{shape}{', λ on logits' * (target == 'logits')}"
+            for call in attention_calls(of_shape, length, prefix, 12, causal, False, target, dtype):
+                if call.name == f"attention {mode}":
+                    yield call
+
+
 def attention_calls(
-    shape: str, length: int, heads: int, causal: bool, packed: bool, target: str, dtype: torch.dtype
+    shape: str, length: int, prefix_length: int, heads: int, causal: bool, packed: bool, target: str, dtype: torch.dtype
 ) -> Iterator[Call]:
     tokens = SAMPLES * length
     qkv = torch.empty(*((tokens,) if packed else (SAMPLES, length)), 3, heads, HEAD_WIDTH, dtype=dtype)
-    key, value = torch.empty(2, PREFIX, heads, HEAD_WIDTH, dtype=dtype)  # as kept weights hand them over
+    key, value = torch.empty(2, prefix_length, heads, HEAD_WIDTH, dtype=dtype)  # as kept weights hand them over
     prefix = attention.Prefix(key, value, torch.tensor(10.0))
     offsets = length * torch.arange(SAMPLES + 1, dtype=torch.int32)
     inputs = (qkv, prefix, attention.Packing(offsets if packed else None, length))
     out, lse = torch.empty_like(qkv.select(-3, 0)), torch.empty(heads, tokens)
     options = (causal, target)
     needs = attention.Needs(qkv=True, key=True, value=True, scale=True)
-    visible = (length * (length + 1) / 2 if causal else length**2) + length * PREFIX
+    visible = (length * (length + 1) / 2 if causal else length**2) + length * prefix_length
     forward = 4 * heads * HEAD_WIDTH * SAMPLES * visible
-    shape_of_columns = (length, PREFIX, HEAD_WIDTH, qkv.element_size(), capability(qkv))
+    shape_of_columns = (length, prefix_length, HEAD_WIDTH, qkv.element_size(), capability(qkv))
     branches = attention_branches(*shape_of_columns, causal, packed, SAMPLES)
     moved = 4 * out.nbytes + lse.nbytes
     yield Call("attention forward", shape, lambda: attention.forward(*inputs, *options), branches, moved, forward)
@@ -157,12 +182,12 @@ def adapter_calls(
     yield Call("adapter backward", shape, backward, branches, moved, 2 * flops)
 
 
-def measure(job: tuple[int, str]) -> list[dict[str, Any]]:
+def measure(job: tuple[int, str, bool]) -> list[dict[str, Any]]:
     """A row for each kernel of each call; the module's docstring explains the columns. For a process of its own."""
-    target, dtype = job
+    target, dtype, every_length = job
     absent_gpu.install(target)
     rows = []
-    for call in calls(DTYPES[dtype]):
+    for call in (calls_at_every_length if every_length else calls)(DTYPES[dtype]):
         absent_gpu.launches.clear()
         call.run()
         for launch in absent_gpu.launches:
@@ -219,6 +244,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=int, choices=TARGETS, help="one target instead of all")
     parser.add_argument("--dtype", choices=DTYPES, help="one dtype instead of both")
+    note = "attention at every length that its resident kernels take, on the targets that have them"
+    parser.add_argument("--every-length", action="store_true", help=note)
     parser.add_argument("--json", type=json_path, metavar="FILE", help="write the figures to FILE")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
@@ -228,9 +255,14 @@ def main() -> int:
     except tiles.TilesError as error:
         parser.error(str(error))
 
+    targets = [arguments.target] if arguments.target else TARGETS
+    if arguments.every_length:
+        targets = [target for target in targets if choose.is_resident(1, 0, HEAD_WIDTH, 2, target, packed=False)]
+        if not targets:
+            parser.error(f"--every-length: no resident kernels on target {arguments.target}")
     jobs = [
-        (target, dtype)
-        for target in ([arguments.target] if arguments.target else TARGETS)
+        (target, dtype, arguments.every_length)
+        for target in targets
         for dtype in ([arguments.dtype] if arguments.dtype else DTYPES)
     ]
     with get_context("spawn").Pool(maxtasksperchild=1) as pool:  # a process for each, as it changes Triton for good

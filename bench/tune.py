@@ -98,7 +98,7 @@ def adapter_jobs(hidden: int, rows: int, width: int, dtype: torch.dtype, device:
     x_alone, adapter_alone = range(1), range(3, 8)
     variants = ((None, None), (dy, None), (dy, norm))
     calls = [forward(*variant) for variant in variants] + [backward(*variant, x_alone) for variant in variants]
-    yield Job("adapter_rows" if rows >= adapter.FEW_ROWS else "adapter_few_rows", hidden, calls)
+    yield Job(adapter.rows_kernel(x, rows), hidden, calls)
     calls = [backward(*variant, adapter_alone) for variant in (variants[0], variants[2])]
     yield Job("adapter_parameters", hidden, calls)
 

@@ -135,6 +135,18 @@ def in_transform() -> bool:
     return functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def cheapest(
+    plain: type[torch.autograd.Function],
+    in_transforms: Callable[..., Any],
+    registered: Callable[..., Any],
+    tensors: Iterable[torch.Tensor | None],
+) -> Callable[..., Any]:
+    """Of the three ways to call an operator on `tensors`, the one that costs Python least."""
+    if runs_plainly(tensors):
+        return plain.apply
+    return in_transforms if in_transform() else registered
+
+
 def for_transforms(
     name: str,
     operator: Callable[..., Any],

@@ -14,7 +14,6 @@ from upperson_kernels.adapter import device
 from upperson_kernels.backend import accumulator, capability, float32_precision, multiprocessors
 from upperson_kernels.rows import TRITON_DTYPES, as_rows
 
-FEW_ROWS = 64 * 132  # with fewer, programs of 64 rows would leave multiprocessors idle
 FINISH_BLOCKS = dict(BLOCK_C=8, num_warps=8)
 
 
@@ -335,8 +334,12 @@ def finish(shares: Shares, computed: Layers, layers: Layers, own_norm: Norm | No
 
 def row_tiles(x: Tensor, rows: int, hidden_width: int) -> dict[str, Any]:
     """The tiles of the kernels that own rows."""
-    kernel = "adapter_rows" if rows >= FEW_ROWS else "adapter_few_rows"
-    return tiles.choose(kernel, hidden_width, x.element_size(), capability(x))
+    return tiles.choose(rows_kernel(x, rows), hidden_width, x.element_size(), capability(x))
+
+
+def rows_kernel(x: Tensor, rows: int) -> str:
+    """The entry of the tiles: with few rows, programs of 64 would leave multiprocessors idle."""
+    return "adapter_rows" if rows >= 64 * multiprocessors(x) else "adapter_few_rows"
 
 
 def constants(x: Tensor, layers: Layers) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from upperson_kernels.adapter import launch
 from upperson_kernels.adapter.launch import Layers, Needs, Norm, Saved
-from upperson_kernels.backend import accumulator, for_transforms, in_transform, runs_plainly
+from upperson_kernels.backend import accumulator, cheapest, for_transforms
 
 
 def run_forward(
@@ -180,12 +180,9 @@ layernorm_adapter_in_transforms = for_transforms(
 
 
 def layernorm_adapter(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """y and the stream, by the way that costs Python least."""
-    if runs_plainly(inputs[:-1]):
-        apply = PlainLayerNormAdapter.apply
-    else:
-        apply = layernorm_adapter_in_transforms if in_transform() else layernorm_adapter_forward
-    y, stream, *_ = apply(*inputs)
+    """y and the stream."""
+    ways = (PlainLayerNormAdapter, layernorm_adapter_in_transforms, layernorm_adapter_forward)
+    y, stream, *_ = cheapest(*ways, inputs[:-1])(*inputs)
     return y, stream
 
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from upperson_kernels.attention import launch
 from upperson_kernels.attention.launch import Needs, Packing, Prefix
-from upperson_kernels.backend import accumulator, for_transforms, in_transform, runs_plainly
+from upperson_kernels.backend import accumulator, cheapest, for_transforms
 
 
 def run_forward(
@@ -125,10 +125,9 @@ prefix_attention_in_transforms = for_transforms(
 
 
 def prefix_attention(*inputs: Any) -> Tensor:
-    """The output, by the way that costs Python least."""
-    if runs_plainly(inputs[:5]):
-        return PlainPrefixAttention.apply(*inputs)[0]
-    return (prefix_attention_in_transforms if in_transform() else prefix_attention_forward)(*inputs)[0]
+    """The output."""
+    ways = (PlainPrefixAttention, prefix_attention_in_transforms, prefix_attention_forward)
+    return cheapest(*ways, inputs[:5])(*inputs)[0]
 
 
 # ---------------------------------------------------------------------------------------- for torch's flop counter

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from upperson_kernels.backend import for_transforms, in_transform, runs_plainly
+from upperson_kernels.backend import cheapest, for_transforms
 from upperson_kernels.quick_gelu import launch
 
 
@@ -76,7 +76,5 @@ quick_gelu_in_transforms = for_transforms(
 
 
 def quick_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
-    """The output, by the way that costs Python least."""
-    if runs_plainly((x, bias)):
-        return PlainQuickGELU.apply(x, bias)
-    return (quick_gelu_in_transforms if in_transform() else quick_gelu_forward)(x, bias)
+    """The output."""
+    return cheapest(PlainQuickGELU, quick_gelu_in_transforms, quick_gelu_forward, (x, bias))(x, bias)
