@@ -39,7 +39,6 @@ from upperson.model.backbone import (
     Clip,
     fit_image_size,
     image_size_of,
-    messages_unless_refused,
     random_clip,
     require_transformers,
     uses_quick_gelu,
@@ -340,7 +339,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(lambda: _import(argv))
 
 
-@messages_unless_refused()
 def _import(argv: Sequence[str] | None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)

@@ -3,11 +3,8 @@
 import difflib
 import functools
 import json
-import logging
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -22,7 +19,7 @@ from upperson.config import ModelConfig
 from upperson.embedded.weights import CLIP_CONFIG, EmbeddedWeightsError, load_embedded_clip
 from upperson.errors import BackboneError
 from upperson.files import NOTHING, REGULAR, found_at, parse_json, read_text
-from upperson.model.download import load_published
+from upperson.model.download import load_published, without_messages
 from upperson.model.weights import ACCEPTED, mismatch, not_finite, read_weights
 
 CLIP_VOCABULARY = 49408
@@ -41,28 +38,6 @@ VISION_FIELDS, TEXT_FIELDS = (
 Clip = Any  # an open_clip.CLIP or CustomTextCLIP, whose towers open_clip does not annotate
 
 
-@contextmanager
-def messages_unless_refused() -> Iterator[None]:
-    """A context that shows open_clip's messages at its end, and drops them if it ends with an error.
-
-    open_clip warns that a model is random before its weights are read, and logs a failed download. Our error says more.
-    """
-    kept: list[logging.LogRecord] = []
-
-    def keep(record: logging.LogRecord) -> bool:
-        kept.append(record)
-        return False
-
-    logging.root.addFilter(keep)
-    try:
-        yield
-    finally:
-        logging.root.removeFilter(keep)
-    for record in kept:
-        logging.root.handle(record)
-
-
-@messages_unless_refused()
 def build_clip(config: ModelConfig) -> nn.Module:
     """The open_clip model of `config` with its published weights.
 
@@ -99,7 +74,8 @@ def random_clip(model: str, image_size: tuple[int, int] | None = None) -> nn.Mod
                 f"unknown model {model!r}; expected 'embedded', the path of a .json file, or one of open_clip's models "
                 f"(open_clip.list_models()); similar names: {', '.join(close) or 'none'}"
             )
-        return open_clip.create_model(model, force_image_size=image_size)
+        with without_messages():
+            return open_clip.create_model(model, force_image_size=image_size)
     description = read_configuration(path)
     if image_size is not None:
         description["vision_cfg"]["image_size"] = image_size

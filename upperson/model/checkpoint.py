@@ -20,7 +20,6 @@ from upperson.errors import BackboneError, CheckpointError, MethodError
 from upperson.fields import MOST_EPOCHS
 from upperson.files import parse_json
 from upperson.model.adapted_clip import AdaptedCLIP
-from upperson.model.backbone import messages_unless_refused
 from upperson.model.tensor_files import CHECKPOINT, plain, read_tensors, write_tensors
 from upperson.model.weights import mismatch, not_finite, unusable
 
@@ -103,7 +102,6 @@ def load_model(path: Path | str, **changes: Any) -> AdaptedCLIP:
     return build_model(load_checkpoint(path), **changes)
 
 
-@messages_unless_refused()
 def build_model(checkpoint: Checkpoint, **changes: Any) -> AdaptedCLIP:
     """The adapted model of a checkpoint, on the CPU.
 

@@ -24,7 +24,7 @@ def load_published(model: str, tag: str) -> nn.Module:
     host = constants.ENDPOINT if source.get("hf_hub") else source.get("url", "")
     online = reachable(host)
     try:
-        with nullcontext() if online else cache_only():
+        with without_messages(), nullcontext() if online else cache_only():
             return open_clip.create_model(model, pretrained=tag)
     except Exception as error:  # the libraries raise many types for a failed download
         reason = str(error).split("\n")[0] if online else f"{host} cannot be reached"
@@ -50,11 +50,23 @@ def reachable(url: str) -> bool:
 @contextmanager
 def cache_only() -> Iterator[None]:
     """A context in which the hub's library reads only its cache, without minutes of download attempts."""
-    before, silenced = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
-    logging.disable(logging.ERROR)  # open_clip logs the error that the caller raises
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-        logging.disable(silenced)
+
+
+@contextmanager
+def without_messages() -> Iterator[None]:
+    """A context without log messages.
+
+    open_clip warns that a model is random before its weights are read, and logs the error that the caller raises.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -25,7 +25,6 @@ from upperson.machine import Group, contact, device_and_precision, enough_memory
 from upperson.methods import Stage
 from upperson.model import AdaptedCLIP
 from upperson.model.adapted_clip import nothing_to_train, require_backend
-from upperson.model.backbone import messages_unless_refused
 from upperson.model.checkpoint import parameters_to_start_from, save_checkpoint
 from upperson.train.interruption import Interruption
 from upperson.train.log import METRICS_FILE, history_of
@@ -234,7 +233,6 @@ def require_losses(config: Config, model: AdaptedCLIP) -> None:
         )
 
 
-@messages_unless_refused()
 def build_first(stages: Sequence[tuple[Stage, Config]], samples: Sequence[Sample], device: torch.device) -> AdaptedCLIP:
     """The model of the first stage, after checks of its learning rates, its starting checkpoint and the later stages.
 
