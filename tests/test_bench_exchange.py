@@ -56,5 +56,5 @@ def test_export_runs(tmp_path, monkeypatch, capsys):
     assert [row["contender"] for row in rows] == [
         "open_clip, without the adaptation", "this project, PyTorch", "ONNX, float32", "ONNX, float16", "ONNX, int8",
     ]  # fmt: skip
-    assert rows[2]["R@1"] == rows[1]["R@1"] and rows[2]["swapped"] < 1e-5
+    assert rows[2]["R@1"] == rows[1]["R@1"] and rows[2]["swapped"] < 1e-5 and rows[2]["same in float64"] == 100
     assert all(row["image"] > 0 and row["text"] > 0 and row["megabytes"] > 0 for row in rows)

@@ -104,6 +104,8 @@ def tiny_training(folder, method=None, **changes):
         backend="torch", device="cpu", embedded_identities=(10, 3, 4), embedded_views=2, epochs=2, warmup_epochs=1,
         batch_size=8, learning_rate=0.01, log_every=1, save_every=2, workers=0,
     )  # fmt: skip
+    if method is None:
+        settings["adapter_reduction"] = 4  # whatever the preset has
     return preset("embedded", method).replace(**settings | changes)
 
 

@@ -118,7 +118,7 @@ def require_extra() -> None:
 def write_towers(checkpoint: Checkpoint, model: AdaptedCLIP, folder: Path, precision: str) -> None:
     """Writes image.onnx and text.onnx."""
     height, width = model.config.image_size
-    images = torch.zeros(3, 3, height, width)
+    images = torch.zeros(3, 3, height, width, dtype=next(model.parameters()).dtype)
     tokens = torch.as_tensor(model.tokenizer(["a person"] * 3))
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=model.context_length)
     text = {0: batch, 1: length} if open_length(model) else {0: batch}
