@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import open_clip
 import torch
 from harness.options import at_least
 from harness.output import save_json, table
 from harness.timing import Call, time_in_turns
-from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from upperson import AdaptedCLIP, Config, preset
@@ -154,6 +152,9 @@ def same_in_float64(checkpoint: Checkpoint, texts: list[str], images: Tensor) ->
 
     onnxruntime has no convolution in float64, so the reference implementation of ONNX computes the graphs.
     """
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
     model = build_model(checkpoint, backend="torch").eval().requires_grad_(False).double()
     inputs = {"text": torch.as_tensor(model.tokenizer(texts)), "image": images.double()}
     text, image = features(model.encode_text, inputs["text"]), features(model.encode_image, inputs["image"])

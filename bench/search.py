@@ -2,6 +2,7 @@
 
     python bench/search.py                                        10,000 and 100,000 vectors, both stores, minutes
     python bench/search.py --sizes 1000000 --stores sqlite        a million
+    python bench/search.py --checkpoint best.safetensors          also R@1 through the stores, beside evaluation's
     python bench/search.py --output bench/results                 also writes search-cpu.md and search-cpu.json
 
 Each measurement has a process of its own. Processor time is that of all threads, whatever else the machine does; wall
@@ -25,8 +26,13 @@ import numpy as np
 from harness.options import at_least
 from harness.output import save_json, table
 
+from upperson.data import gallery as images_of
+from upperson.data import queries as captions_of
+from upperson.data import read_splits
 from upperson.errors import exit_status
+from upperson.evaluate.embed import embed
 from upperson.files import write_atomically
+from upperson.search import Gallery, Query
 from upperson.search.store import FORMAT, Filter, Row, open_store
 
 WIDTH = 512
@@ -105,6 +111,29 @@ def measure(name: str, size: int) -> dict[str, Any]:
     return found
 
 
+def accuracies(names: list[str], checkpoint: Path) -> dict[str, float]:
+    """R@1 on the test split of a checkpoint on synthetic data: by evaluation, and by searches in each store."""
+    found: dict[str, float] = {}
+    for name in names:
+        file, dtype = STORES[name]
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Gallery.open(Path(folder) / file, checkpoint, half=dtype == "float16") as gallery,
+        ):
+            gallery.indexing().add_drawings(gallery.drawings, progress=False)
+            samples = read_splits(gallery.searcher.config.data, need=["test"])["test"]
+            if not found:
+                evaluation = embed(gallery.searcher.model, samples, progress=False).text_to_image()
+                found["evaluation"] = evaluation.metrics["R@1"]
+            person_of = dict(zip(gallery.drawings, images_of(samples)[1].tolist(), strict=True))
+            first = [
+                person_of[gallery.search(Query((caption,), top=1))[0].entry.path] == person
+                for caption, person in zip(*captions_of(samples), strict=True)
+            ]
+            found[name] = 100 * float(np.mean(first))
+    return found
+
+
 def cells(row: dict[str, Any]) -> dict[str, str]:
     return {
         "store": row["store"],
@@ -119,7 +148,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def report(rows: list[dict[str, Any]], load: float, output: Path | None) -> str:
+def report(rows: list[dict[str, Any]], accuracy: dict[str, float], load: float, output: Path | None) -> str:
     """The table of what has been measured so far, which is also written to `output`."""
     threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
     machine = (
@@ -131,9 +160,12 @@ def report(rows: list[dict[str, Any]], load: float, output: Path | None) -> str:
         f"{QUERIES} queries for {TOP} images each, of {FILTERED} with a filter. Memory is the growth of the process's "
         f"peak, mapped files included.\n{machine}\n"
     )
+    if accuracy:
+        each = ", ".join(f"{value:.2f} by {name}" for name, value in accuracy.items())
+        text += f"\nR@1 of a checkpoint on its synthetic test split: {each}.\n"
     if output:
         write_atomically(output / "search-cpu.md", f"# Stores of the search\n\n{text}")
-        save_json(output / "search-cpu.json", dict(machine=machine, rows=rows))
+        save_json(output / "search-cpu.json", dict(machine=machine, rows=rows, accuracy=accuracy))
     return text
 
 
@@ -142,18 +174,20 @@ def main() -> int:
     option = parser.add_argument
     option("--sizes", type=at_least(100), nargs="+", default=[10_000, 100_000], metavar="N", help="numbers of vectors")
     option("--stores", choices=STORES, nargs="+", default=["sqlite", "milvus"], help="(default: sqlite milvus)")
+    option("--checkpoint", type=Path, metavar="FILE", help="a checkpoint on embedded data, as of python train.py")
     option("--output", type=Path, metavar="DIR", help="folder for search-cpu.md and search-cpu.json")
     arguments = parser.parse_args()
     stores = [name for name in arguments.stores if name != "milvus" or importlib.util.find_spec("milvus_lite")]
     if "milvus" in arguments.stores and "milvus" not in stores:
         print("Milvus Lite is left out: it is not installed (pip install 'upperson[milvus]')")
     rows, load = [], os.getloadavg()[0]
+    accuracy = accuracies(stores, arguments.checkpoint) if arguments.checkpoint else {}
     for size in arguments.sizes:
         for name in stores:
             with multiprocessing.get_context("spawn").Pool(1) as fresh:
                 rows.append(fresh.apply(measure, (name, size)))
             print(f"{name}, {size:,} vectors: measured", flush=True)
-            text = report(rows, load, arguments.output)
+            text = report(rows, accuracy, load, arguments.output)
     print(f"\n{text}", end="")
     return 0
 

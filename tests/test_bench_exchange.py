@@ -1,4 +1,4 @@
-"""The benchmarks of exports and of several adaptations: what they compare, and that they run."""
+"""The benchmarks of exports, of several adaptations and of the search: what they compare, and that they run."""
 
 import importlib
 import json
@@ -13,7 +13,7 @@ from upperson.deploy.export import NEEDED
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))  # the scripts find each other like this too
-export, switching = map(importlib.import_module, ("export", "switching"))
+export, search, switching = map(importlib.import_module, ("export", "search", "switching"))
 
 
 def test_a_swap_is_measured_by_the_similarity_of_pytorch():
@@ -58,3 +58,18 @@ def test_export_runs(tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     assert rows[2]["R@1"] == rows[1]["R@1"] and rows[2]["swapped"] < 1e-5 and rows[2]["same in float64"] == 100
     assert all(row["image"] > 0 and row["text"] > 0 and row["megabytes"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_search_runs(tmp_path, monkeypatch, capsys):
+    arguments = ["search.py", "--sizes", 100, "--stores", "sqlite", "sqlite-half", "--output", tmp_path / "results"]
+    arguments += ["--checkpoint", tiny_run(tmp_path, embedded_identities=(4, 2, 6))]
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    assert search.main() == 0
+    page = (tmp_path / "results" / "search-cpu.md").read_text()
+    assert page.removeprefix("# Stores of the search\n\n") in capsys.readouterr().out
+    found = json.loads((tmp_path / "results" / "search-cpu.json").read_text())
+    assert [(row["store"], row["size"]) for row in found["rows"]] == [("sqlite", 100), ("sqlite-half", 100)]
+    assert set(found["accuracy"]) == {"evaluation", "sqlite", "sqlite-half"}
+    assert len(set(found["accuracy"].values())) == 1
