@@ -29,6 +29,7 @@ measured time is longer.
 """
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -115,9 +116,9 @@ def calls_at_every_length(dtype: torch.dtype) -> Iterator[Call]:
     """
     capable = capability(torch.empty(0))
     chosen: dict[tuple[Any, ...], tuple[int, int]] = {}
-    for prefix in (PREFIX, *range(2, choose.MOST_COLUMNS), 0, 1):  # the usual prefix where a choice allows it
-        for length in range(choose.MOST_COLUMNS - prefix, 0, -1):
-            for causal in (False, True):
+    for prefix in (PREFIX, *range(2, choose.MOST_PREFIX + 1), 0, 1):  # the usual prefix where a choice allows it
+        for length, causal in itertools.product(range(choose.MOST_COLUMNS, 0, -1), (False, True)):
+            if choose.is_resident(length, prefix, HEAD_WIDTH, 2, capable, causal=causal, packed=False):
                 forward = choose.forward_pieces(length, prefix, causal, capable)
                 chosen.setdefault(("forward", causal, *forward.values()), (length, prefix))
                 if backward := choose.backward_pieces(length, prefix):
@@ -257,7 +258,9 @@ def main() -> int:
 
     targets = [arguments.target] if arguments.target else TARGETS
     if arguments.every_length:
-        targets = [target for target in targets if choose.is_resident(1, 0, HEAD_WIDTH, 2, target, packed=False)]
+        targets = [
+            target for target in targets if choose.is_resident(1, 0, HEAD_WIDTH, 2, target, causal=False, packed=False)
+        ]
         if not targets:
             parser.error(f"--every-length: no resident kernels on target {arguments.target}")
     jobs = [

@@ -54,7 +54,7 @@ def jobs(batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[Job]:
     """Attention of packed captions, of images too where no other kernel takes them (choose.py), then every adapter."""
     pairs = [attention_calls(batch, CAPTION, 8, True, True, dtype, device)]
     here = capability(torch.empty(0, device=device))
-    if not is_resident(193, PREFIX, 64, dtype.itemsize, here, packed=False):
+    if not is_resident(193, PREFIX, 64, dtype.itemsize, here, causal=False, packed=False):
         pairs.append(attention_calls(batch, 193, 12, False, False, dtype, device))
     for kernel, workloads in zip(("attention_forward", "attention_backward"), zip(*pairs, strict=True), strict=True):
         yield Job(kernel, 64, list(workloads))

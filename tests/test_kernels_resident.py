@@ -33,7 +33,9 @@ def resident(monkeypatch):
     """The names of the kernels that are launched. Here they also take float64 and other head widths, if they compute
     the length at all."""
     if not GPU:
-        monkeypatch.setattr(choose, "is_resident", lambda length, prefix, *_: length + prefix <= choose.MOST_COLUMNS)
+        monkeypatch.setattr(
+            choose, "is_resident", lambda length, prefix, *_, **__: length + prefix <= choose.MOST_COLUMNS
+        )
     launched = []
     for name in ("forward", "backward"):
         monkeypatch.setattr(launch.resident, f"{name}_kernel", Recorded(name, launched))
@@ -78,8 +80,10 @@ def test_gradcheck(length, prefix, causal, target, resident):
     ],
 )
 def test_lengths(length, prefix, causal, target, resident):
-    check_attention(attention_inputs(batch=1, heads=2, length=length, prefix=prefix), causal, target)
-    assert set(resident) == {"forward", "backward"}
+    compiled = dict(width=64, dtype=torch.float16) if GPU else {}
+    check_attention(attention_inputs(batch=1, heads=2, length=length, prefix=prefix, **compiled), causal, target)
+    if not GPU:  # where choose.py decides, by the GPU too
+        assert set(resident) == {"forward", "backward"}
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize == 2], ids=str)
@@ -145,20 +149,26 @@ def test_repetition_gives_the_same_bits(resident):
 
 
 @pytest.mark.parametrize(
-    ("length", "prefix", "width", "element_size", "capability", "packed", "runs"),
+    ("length", "prefix", "width", "element_size", "capability", "causal", "packed", "runs"),
     [
-        (193, 10, 64, 2, 90, False, True),
-        (244, 12, 64, 2, 100, False, True),
-        (245, 12, 64, 2, 90, False, False),
-        (193, 10, 80, 2, 90, False, False),
-        (193, 10, 64, 4, 90, False, False),
-        (193, 10, 64, 2, 89, False, False),
-        (193, 10, 64, 2, 120, False, False),
-        (77, 10, 64, 2, 90, True, False),
+        (193, 10, 64, 2, 90, False, False, True),
+        (244, 12, 64, 2, 100, False, False, True),
+        (245, 12, 64, 2, 90, False, False, False),
+        (193, 32, 64, 2, 90, False, False, True),
+        (193, 33, 64, 2, 90, False, False, False),
+        (77, 10, 64, 2, 90, True, False, True),
+        (118, 10, 64, 2, 90, True, False, True),
+        (119, 10, 64, 2, 90, True, False, False),
+        (193, 10, 80, 2, 90, False, False, False),
+        (193, 10, 64, 4, 90, False, False, False),
+        (193, 10, 64, 2, 89, False, False, False),
+        (193, 10, 64, 2, 120, False, False, False),
+        (77, 10, 64, 2, 90, True, True, False),
     ],
 )
-def test_where_it_runs(length, prefix, width, element_size, capability, packed, runs):
-    assert choose.is_resident(length, prefix, width, element_size, capability, packed) == runs
+def test_where_it_runs(length, prefix, width, element_size, capability, causal, packed, runs):
+    found = choose.is_resident(length, prefix, width, element_size, capability, causal=causal, packed=packed)
+    assert found == runs
 
 
 def test_every_choice_covers_its_call():

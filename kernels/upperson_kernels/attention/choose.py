@@ -1,25 +1,27 @@
 """Which kernels run for a call, and how they cut tokens and prefix.
 
-    resident.py     16-bit tensors, heads of 64, sequences of equal length with at most 256 columns (tokens and prefix):
-                    forward and backward on Hopper and data-centre Blackwell, whose matrix units take operands from
-                    shared memory
+    resident.py     16-bit tensors, heads of 64, sequences of equal length with at most 256 columns (tokens and prefix),
+                    128 if causal, of which at most 32 are a prefix's: forward and backward on Hopper and data-centre
+                    Blackwell, whose matrix units take operands from shared memory
     device.py       everything else: longer sequences, packed ones, other head widths, float32, other GPUs
 
 The pieces of the resident kernels were chosen by counting instructions, registers and shared memory of compiled code.
-tests/test_compile.py holds that none spills at the lengths of CLIP; other lengths are tested in the interpreter alone.
-Block sizes of device.py are in tiles.py.
+None spills: `python bench/resources.py --every-length` compiles all choices, tests/test_compile.py those of CLIP's
+lengths. Beyond the bounds, with more masked columns, some spilled on Hopper. Block sizes of device.py are in tiles.py.
 """
 
 import functools
 from typing import Any
 
-MOST_COLUMNS = 256
+MOST_COLUMNS, MOST_CAUSAL_COLUMNS, MOST_PREFIX = 256, 128, 32
 HEAD_WIDTH = 64
 PIECE = 64  # queries of a full piece in backward
 MOST_WAITING = 208  # queries whose dS fit the shared memory beside everything else
 
 
-def is_resident(length: int, prefix: int, width: int, element_size: int, capability: int, packed: bool) -> bool:
+def is_resident(
+    length: int, prefix: int, width: int, element_size: int, capability: int, *, causal: bool, packed: bool
+) -> bool:
     """Whether the resident kernels run.
 
     Args:
@@ -27,9 +29,10 @@ def is_resident(length: int, prefix: int, width: int, element_size: int, capabil
         width: of a head.
         element_size: bytes of an element of qkv.
         capability: compute capability as a number, such as 90.
-        packed: whether sequences are packed.
+        causal, packed: whether attention is causal, and whether sequences are packed.
     """
-    fits = length + prefix <= MOST_COLUMNS and width == HEAD_WIDTH and element_size == 2
+    most = MOST_CAUSAL_COLUMNS if causal else MOST_COLUMNS
+    fits = length + prefix <= most and prefix <= MOST_PREFIX and width == HEAD_WIDTH and element_size == 2
     return fits and not packed and 90 <= capability < 120
 
 

@@ -70,6 +70,7 @@ def forward(qkv: Tensor, prefix: Prefix, packing: Packing, causal: bool, scale_t
     prefix_length = prefix.key.shape[0]
     target = capability(qkv)
     call = (sizes.longest, prefix_length, heads, sizes.tokens)
+    columns = (sizes.longest, prefix_length, width, qkv.element_size(), target)
     flags = dict(
         D=width,
         CAUSAL=causal,
@@ -78,7 +79,7 @@ def forward(qkv: Tensor, prefix: Prefix, packing: Packing, causal: bool, scale_t
         ACC=TRITON_DTYPES[acc_dtype],
     )
     with torch.cuda.device_of(qkv):
-        if choose.is_resident(sizes.longest, prefix_length, width, qkv.element_size(), target, packed):
+        if choose.is_resident(*columns, causal=causal, packed=packed):
             resident.forward_kernel[(sizes.sequences * heads,)](
                 qkv,
                 *columns_as(qkv.dtype, prefix),
@@ -181,7 +182,8 @@ def sequence_gradients(
         ACC=TRITON_DTYPES[acc_dtype],
     )
     pieces = None
-    if choose.is_resident(sizes.longest, prefix_length, width, qkv.element_size(), target, packed):
+    columns = (sizes.longest, prefix_length, width, qkv.element_size(), target)
+    if choose.is_resident(*columns, causal=causal, packed=packed):
         pieces = choose.backward_pieces(sizes.longest, prefix_length)
     with torch.cuda.device_of(qkv):
         if pieces is not None:
