@@ -277,6 +277,13 @@ def test_all_figures_of_the_paper_stand_in_the_table():
     assert "| IRRA-CLIP, RSTPReid → ICFG-PEDES " in cross and cross.count(" → ") >= 18
 
 
+def test_orderings_of_methods_are_those_on_cuhk_pedes():
+    rows = [measured("CSKT", 10.0, 10.5), measured("UP-Person", 30.0, 30.5), measured("IRRA", 50.0, 50.5)]
+    text = markdown("methods", "t", rows, ["text_to_image"], "c")
+    assert "Of the paper's 3 orderings by R@1, 2 reappear, 1 are reversed, and 0 are undecided" in text
+    assert "* reversed: UP-Person > IRRA (-20.00, p " in text and "orderings by mAP" not in text
+
+
 def test_accuracy_by_parameters_is_drawn_from_both():
     rows = [measured("UP-Person", 50.0, 52.0), measured("zero-shot CLIP", 1.0), Measured("full fine-tuning", [None])]
     with Image.open(io.BytesIO(parameters_plot(rows, "t"))) as picture:
