@@ -451,7 +451,8 @@ def test_every_method_in_one_table(run, setting, output, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_run_that_diverges_is_a_result(run, setting, output, capsys, monkeypatch):
-    monkeypatch.setattr(FullFineTuning, "recipe", staticmethod(lambda synthetic: {"temperature": 1e-39}))
+    diverging = {"learning_rate": 3e-4, "temperature": 1e-39}
+    monkeypatch.setattr(FullFineTuning, "recipe", staticmethod(lambda synthetic: diverging))
     assert run("V") == 0
     line = next(line for line in (output / "V-embedded.md").read_text().splitlines() if "full fine-tuning" in line)
     assert line.count("diverged") == 5
