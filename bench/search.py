@@ -28,7 +28,6 @@ from harness.output import save_json, table
 
 from upperson.data import gallery as images_of
 from upperson.data import queries as captions_of
-from upperson.data import read_splits
 from upperson.errors import exit_status
 from upperson.evaluate.embed import embed
 from upperson.files import write_atomically
@@ -121,7 +120,7 @@ def accuracies(names: list[str], checkpoint: Path) -> dict[str, float]:
             Gallery.open(Path(folder) / file, checkpoint, half=dtype == "float16") as gallery,
         ):
             gallery.indexing().add_drawings(gallery.drawings, progress=False)
-            samples = read_splits(gallery.searcher.config.data, need=["test"])["test"]
+            samples = gallery.samples
             if not found:
                 evaluation = embed(gallery.searcher.model, samples, progress=False).text_to_image()
                 found["evaluation"] = evaluation.metrics["R@1"]

@@ -21,7 +21,6 @@ import importlib.util
 import inspect
 import io
 import json
-import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -41,6 +40,7 @@ from upperson.evaluate.evaluation import name_of
 from upperson.files import write_atomically
 from upperson.model import AdaptedCLIP
 from upperson.model.checkpoint import Checkpoint, build_model, load_checkpoint
+from upperson.model.download import without_messages
 
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 EXTRA = "upperson[onnx]"
@@ -175,14 +175,9 @@ def convert(path: Path, precision: str) -> None:
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """A context without the exporter's progress, warnings and logs, which tell a user nothing."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
+    with without_messages(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def compare(checkpoint: Checkpoint, inputs: list[Pair], expected: list[Pair], towers: Any, precision: str) -> float:
