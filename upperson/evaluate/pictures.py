@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.font_manager import findfont as find_font
 from matplotlib.ticker import MaxNLocator
-from PIL import ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from upperson.data import Sample, gallery, load_image
 from upperson.evaluate.results import Results
@@ -25,8 +26,11 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,
     "savefig.dpi": 120,
 }
-THUMBNAIL = (64, 192)  # width and height of every image in the picture, in pixels
-CAPTION_WIDTH = 150  # characters
+# The first ten, in pixels: width and height of an image, the same with its frame, and the space between and around.
+THUMBNAIL, FRAME = (80, 240), 4
+CELL = (THUMBNAIL[0] + 2 * FRAME, THUMBNAIL[1] + 2 * FRAME)
+GAP, MARGIN, TITLE, CAPTION, RANK, NAME = 14, 14, 50, 50, 28, 30
+CAPTION_WIDTH = 125  # characters of a line
 
 
 def curve(histories: Sequence[Sequence[dict[str, Any]]], split: str, results: Results) -> bytes:
@@ -101,56 +105,40 @@ def top_ten(samples: Sequence[Sample], queries: Sequence[int], tops: Mapping[str
     Args:
         samples: the split.
         queries: the captions to show, as indices into `samples`.
-        tops: for each method and caption, indices of the distinct images of `samples`. The rows of one caption are
-            below each other, with the name of the method if there are several.
+        tops: for each method and caption, indices of at most ten distinct images of `samples`. The rows of one caption
+            are below each other, with the name of the method if there are several.
     """
     images, image_ids = gallery(samples)
-    columns = max(len(top) for rows in tops.values() for top in rows)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 0.4 + 2.75 * len(queries) * len(tops)))
-        grid = figure.add_gridspec(
-            len(queries),
-            1,
-            left=0.01 if len(tops) == 1 else 0.04,
-            right=0.99,
-            bottom=0.25 / figure.get_figheight(),
-            top=1 - 0.85 / figure.get_figheight(),
-            hspace=0.35 / len(tops),
-        )
-        figure.suptitle(
-            "The ten images that each caption finds, best first",
-            x=0.01,
-            ha="left",
-            fontsize=13,
-            y=1 - 0.12 / figure.get_figheight(),
-            va="top",
-            fontweight="bold",
-        )
-        for number, query in enumerate(queries):
-            sample = samples[query]
-            below_caption = grid[number].subgridspec(len(tops), columns, wspace=0.1, hspace=0.12)
-            for below, (method, rows) in enumerate(tops.items()):
-                for column, index in enumerate(rows[number]):
-                    axes = figure.add_subplot(below_caption[below, column])
-                    thumbnail = ImageOps.pad(load_image(images[index]), THUMBNAIL, color="white")
-                    _framed(axes, thumbnail, column + 1, image_ids[index].item() == sample.person_id)
-                    if column == 0 and below == 0:
-                        axes.set_title(
-                            _caption(sample.caption), loc="left", fontsize=9.5, pad=6, linespacing=1.3, parse_math=False
-                        )
-                    if column == 0 and len(tops) > 1:
-                        axes.set_ylabel(method, fontsize=10.5, fontweight="bold")
-        return as_png(figure)
+    left = MARGIN + NAME * (len(tops) > 1)
+    row_height = CELL[1] + RANK
+    query_height = CAPTION + len(tops) * row_height + MARGIN
+    canvas = Image.new("RGB", (left + 10 * (CELL[0] + GAP), TITLE + len(queries) * query_height), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((MARGIN, MARGIN), "The ten images that each caption finds, best first", "black", _font(22, bold=True))
+    for number, query in enumerate(queries):
+        y = TITLE + number * query_height + CAPTION
+        draw.text((left, y - 6), _caption(samples[query].caption), "black", _font(16), anchor="ld")
+        for method, rows in tops.items():
+            if len(tops) > 1:
+                name = Image.new("RGB", (CELL[1], NAME), "white")
+                ImageDraw.Draw(name).text((CELL[1] / 2, 0), method, "black", _font(18, bold=True), anchor="ma")
+                canvas.paste(name.transpose(Image.Transpose.ROTATE_90), (left - NAME, y))
+            for column, index in enumerate(rows[number]):
+                right = image_ids[index].item() == samples[query].person_id
+                x, colour = left + column * (CELL[0] + GAP), RIGHT if right else WRONG
+                thumbnail = ImageOps.pad(load_image(images[index]), THUMBNAIL, color="white")
+                canvas.paste(ImageOps.expand(thumbnail, FRAME, colour), (x, y))
+                rank = f"{column + 1}  {'✓' if right else '✗'}"
+                draw.text((x + CELL[0] / 2, y + CELL[1] + 3), rank, colour, _font(18, bold=True), anchor="ma")
+            y += row_height
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
-def _framed(axes: Axes, image: Any, rank: int, right: bool) -> None:
-    colour = RIGHT if right else WRONG
-    axes.imshow(image)
-    axes.grid(False)
-    axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set(visible=True, color=colour, linewidth=3)
-    axes.set_xlabel(f"{rank}  {'✓' if right else '✗'}", color=colour, fontsize=10.5, fontweight="bold", labelpad=3)
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """The font that matplotlib brings along; `size` in pixels."""
+    return ImageFont.truetype(find_font(FontProperties(weight="bold" if bold else "normal")), size)
 
 
 def _caption(caption: str) -> str:
