@@ -1,7 +1,6 @@
 """Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
 
 import functools
-import importlib.util
 import os
 import subprocess
 import sys
@@ -25,14 +24,28 @@ GOLDEN = Path(__file__).parent / "golden"
 FIRST = (
     "test_compile.py",
     "test_kernels.py",
-    "test_step.py",
-    "test_golden_model.py",
-    "test_golden_cskt.py",
-    "test_mutations.py",
-    "test_launches.py",
     "test_training.py",
     "test_tables.py",
     "test_distributed.py",
+    "test_export.py",
+    "test_golden_cskt.py",
+    "test_step.py",
+    "test_golden_model.py",
+    "test_stages.py",
+    "test_golden_irra.py",
+    "test_model.py",
+    "test_golden_dm_adapter.py",
+    "test_methods.py",
+    "test_import_golden.py",
+    "test_index.py",
+    "test_pytorch.py",
+    "test_mutations.py",
+    "test_bench.py",
+    "test_cache.py",
+    "test_bench_exchange.py",
+    "test_wheel.py",
+    "test_kernels_pytorch.py",
+    "test_kernels_resident.py",
 )
 
 
@@ -93,10 +106,9 @@ def golden():
 @pytest.fixture(scope="session")
 def recipe():
     """tests/golden/recipe.py: the weights and inputs behind the golden numbers."""
-    spec = importlib.util.spec_from_file_location("golden_recipe", GOLDEN / "recipe.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from released import recipe_in  # the tests of the kernels run without open_clip
+
+    return recipe_in(GOLDEN)
 
 
 @pytest.fixture

@@ -3,18 +3,14 @@
 The weights are those of the recipes in tests/golden.
 """
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from foreign import hugging_face_state, released_state, save_released
+from released import FEATURE_BOUND, GOLDEN, assert_near, recipe_in
 
 from upperson.deploy.importing import read_foreign
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-BOUND = 1e-9
 IRRA_HEADS = {
     "id.": "classifier.",
     "mlm.ln_text.": "ln_pre_t.",
@@ -29,10 +25,7 @@ IRRA_HEADS = {
 
 
 def golden_of(folder, name):
-    spec = importlib.util.spec_from_file_location(f"recipe_of_{name}", folder / "recipe.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    return recipe, np.load(folder / f"{name}.npz")
+    return recipe_in(folder), np.load(folder / f"{name}.npz")
 
 
 def drawn(recipe, name, shapes):
@@ -51,8 +44,7 @@ def assert_features(model, recipe, numbers, name, count=2):
     images = torch.from_numpy(recipe.images(name)[:count])
     found = model.encode_image(images), model.encode_text(torch.from_numpy(numbers["caption_ids"][:count]))
     for side, features in zip(("image", "text"), found, strict=True):
-        expected = torch.from_numpy(numbers[f"{side}_features"][:count])
-        assert ((features - expected).abs().max() / expected.abs().max()).item() < BOUND, side
+        assert_near(f"{side} features", features, numbers[f"{side}_features"][:count], FEATURE_BOUND)
 
 
 @pytest.mark.slow

@@ -6,35 +6,36 @@ written out, token by token as the released code computes them; that they are wr
 same numbers. There prompts are tokens of every image and every caption; here they are shared by the batch.
 """
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
-import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from test_golden_model import FEATURE_BOUND, GRADIENT_BOUND, assert_near, assert_three_steps, weights_of
+from released import (
+    FEATURE_BOUND,
+    GOLDEN,
+    GRADIENT_BOUND,
+    adapted,
+    assert_near,
+    assert_probes,
+    assert_three_steps,
+    recipe_in,
+    set_parameters,
+    weights_of,
+)
 
-from upperson import AdaptedCLIP, ModelConfig, preset
-from upperson.model.backbone import fit_image_size
+from upperson import ModelConfig, preset
 from upperson.model.captions import words_of
 from upperson.train.optimizer import build_optimizer, build_schedule
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "cskt"
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("cskt_recipe", GOLDEN / "recipe.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return recipe_in(GOLDEN / "cskt")
 
 
 @pytest.fixture(scope="module")
 def numbers():
-    return np.load(GOLDEN / "cskt.npz")
+    return np.load(GOLDEN / "cskt" / "cskt.npz")
 
 
 def neutral_name(name):
@@ -42,27 +43,19 @@ def neutral_name(name):
     return name.replace(".prompt.tokens", ".prompt").replace(".prompt.projection", ".prompt_projection")
 
 
-def build(recipe, configuration, **changes):
-    weights, petl = weights_of(recipe, configuration)
-    clip = open_clip.create_model("ViT-B-16-quickgelu")
-    fit_image_size(clip.visual, (384, 128))
-    clip.double().load_state_dict({"logit_scale": clip.logit_scale, **weights})
+def build(recipe, configuration, weights, petl, **changes):
     settings = recipe.CONFIGS[configuration]
     config = ModelConfig("ViT-B-16-quickgelu", "none", (384, 128), backend="torch").replace(
         method="cskt", prompt_length=settings["n"], depth_prompt=settings["depth"], **changes
     )
-    model = AdaptedCLIP(config, clip).double()
-    parameters = model.trained_parameters()
-    assert sorted(map(neutral_name, parameters)) == sorted(petl)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(petl[neutral_name(name)])
+    model = adapted(config, weights)
+    set_parameters({neutral_name(name): p for name, p in model.trained_parameters().items()}, petl)
     return model
 
 
 @pytest.fixture(scope="module")
 def model(recipe):
-    return build(recipe, "cskt")
+    return build(recipe, "cskt", *weights_of(recipe, "cskt"))
 
 
 @pytest.fixture(scope="module")
@@ -146,16 +139,7 @@ def written_out(recipe, weights, petl, images, tokens, n, depth):
 
 
 def test_recipe_stream_is_the_golden_one(recipe, numbers):
-    shapes = recipe.clip_shapes() | recipe.petl_shapes(**recipe.CONFIGS["cskt"])
-    probes = [key.removeprefix("probe/") for key in numbers.files if key.startswith("probe/")]
-    assert probes
-    for name in probes:
-        drawn = (
-            recipe.images("cskt")
-            if name == "input/images"
-            else recipe.draw("cskt", name, shapes[name], *recipe.std_mean(name, shapes[name]))
-        )
-        assert np.array_equal(drawn.reshape(-1)[:8], numbers[f"probe/{name}"].reshape(-1))
+    assert_probes(recipe, numbers, "cskt", recipe.clip_shapes() | recipe.petl_shapes(**recipe.CONFIGS["cskt"]))
 
 
 @pytest.mark.slow
@@ -169,7 +153,7 @@ def test_the_number_of_trained_parameters(model):
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_caption_edit(n):
     """Words and end tokens are where the released code puts them, for every length of a caption."""
-    shift = np.load(GOLDEN / "shift.npz")
+    shift = np.load(GOLDEN / "cskt" / "shift.npz")
     tokens, expected = torch.from_numpy(shift["ids"]), torch.from_numpy(shift[f"n{n}/ids"])
     words = words_of(tokens, 76 - 2 * n)
     assert torch.equal(words, expected[:, 1 + 2 * n :])  # before them: start token, placeholders
@@ -257,7 +241,7 @@ def test_fewer_prompts_in_fewer_layers(recipe, batch, switches):
         parameter.requires_grad_()
     image, text, _ = written_out(recipe, weights, petl, images, tokens, 2, 9)
     expected = torch.autograd.grad((image * text).sum(), petl.values())
-    model = build(recipe, "cskt_b", **switches)
+    model = build(recipe, "cskt_b", weights, petl, **switches)
     parameters = {neutral_name(name): p for name, p in model.trained_parameters().items()}
     assert sum(p.numel() for p in parameters.values()) == 9_716_352
     found = model.encode_image(images), model.encode_text(tokens)

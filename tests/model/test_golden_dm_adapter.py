@@ -2,38 +2,40 @@
 (tests/golden/dm_adapter/README.md).
 """
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import open_clip
 import pytest
 import torch
-from test_golden_model import FEATURE_BOUND, GRADIENT_BOUND, assert_near, weights_of
+from released import (
+    FEATURE_BOUND,
+    GOLDEN,
+    GRADIENT_BOUND,
+    adapted,
+    assert_near,
+    assert_probes,
+    recipe_in,
+    set_parameters,
+    weights_of,
+)
 
 from upperson import AdaptedCLIP, preset
 from upperson.losses import objective
 from upperson.losses.balance import balance_loss
 from upperson.losses.objective import Objective
-from upperson.model.backbone import fit_image_size
 from upperson.train.optimizer import build_optimizer, build_schedule
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "dm_adapter"
 OF_EXPERTS = ("down_weight", "down_bias", "up_weight", "up_bias")
 UNREAD = 768 + 512 + 768 + 512 * 768 + 512  # parameters that the released code counts as trained and nothing reads
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("dm_adapter_recipe", GOLDEN / "recipe.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return recipe_in(GOLDEN / "dm_adapter")
 
 
 @pytest.fixture(scope="module")
 def numbers():
-    return np.load(GOLDEN / "dm_adapter.npz")
+    return np.load(GOLDEN / "dm_adapter" / "dm_adapter.npz")
 
 
 def neutral(name, tensor):
@@ -52,16 +54,9 @@ def all_neutral(tensors):
 @pytest.fixture(scope="module")
 def model(recipe):
     weights, petl = weights_of(recipe, "dm_adapter")
-    clip = open_clip.create_model("ViT-B-16-quickgelu")
-    fit_image_size(clip.visual, (384, 128))
-    clip.double().load_state_dict({"logit_scale": clip.logit_scale, **weights})
     config = preset("cuhk-pedes", "dm-adapter").model.replace(pretrained="none", backend="torch")
-    model = AdaptedCLIP(config, clip).double()
-    parts = all_neutral(model.trained_parameters())
-    assert sorted(parts) == sorted(petl)
-    with torch.no_grad():
-        for name, part in parts.items():
-            part.copy_(petl[name])
+    model = adapted(config, weights)
+    set_parameters(all_neutral(model.trained_parameters()), petl)
     return model
 
 
@@ -76,15 +71,7 @@ def batch(recipe, numbers):
 
 def test_recipe_stream_is_the_golden_one(recipe, numbers):
     shapes = recipe.clip_shapes() | recipe.petl_shapes(**recipe.CONFIGS["dm_adapter"])
-    probes = [key.removeprefix("probe/") for key in numbers.files if key.startswith("probe/")]
-    assert probes
-    for name in probes:
-        drawn = (
-            recipe.images("dm_adapter")
-            if name == "input/images"
-            else recipe.draw("dm_adapter", name, shapes[name], *recipe.std_mean(name, shapes[name]))
-        )
-        assert np.array_equal(drawn.reshape(-1)[:8], numbers[f"probe/{name}"].reshape(-1))
+    assert_probes(recipe, numbers, "dm_adapter", shapes)
 
 
 def test_the_number_of_trained_parameters():

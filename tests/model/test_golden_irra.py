@@ -2,14 +2,11 @@
 (tests/golden/irra/README.md).
 """
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import open_clip
 import pytest
 import torch
-from test_golden_model import FEATURE_BOUND, GRADIENT_BOUND, assert_near
+from released import FEATURE_BOUND, GOLDEN, GRADIENT_BOUND, assert_near, recipe_in, set_parameters
 
 from upperson import AdaptedCLIP, preset
 from upperson.losses.names import NOT_MASKED
@@ -17,7 +14,6 @@ from upperson.losses.objective import Objective
 from upperson.model.backbone import fit_image_size
 from upperson.train.optimizer import build_optimizer, build_schedule, require_names
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "irra"
 # The heads' modules as they are called here, by the names of the golden files.
 MODULES = {
     "mlm.head.0": "mlm.dense",
@@ -34,15 +30,12 @@ MODULES = {
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("irra_recipe", GOLDEN / "recipe.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return recipe_in(GOLDEN / "irra")
 
 
 @pytest.fixture(scope="module")
 def numbers():
-    return np.load(GOLDEN / "irra.npz")
+    return np.load(GOLDEN / "irra" / "irra.npz")
 
 
 def neutral_name(name):
@@ -76,11 +69,8 @@ def built(recipe, config):
     fit_image_size(clip.visual, (384, 128))
     model, objective = AdaptedCLIP(config.model, clip).double(), goal(config, recipe.PEOPLE).double()
     golden = recipe.weights("irra", recipe.clip_shapes() | recipe.head_shapes())
-    parameters = parameters_of(model, objective)
-    assert sorted(map(neutral_name, parameters)) == sorted(golden)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(torch.from_numpy(golden[neutral_name(name)]))
+    parameters = {neutral_name(name): p for name, p in parameters_of(model, objective).items()}
+    set_parameters(parameters, {name: torch.from_numpy(array) for name, array in golden.items()})
     return model, objective
 
 

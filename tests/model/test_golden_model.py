@@ -4,19 +4,22 @@ Numbers of the "cuhk" configuration are here. The two others, of other depths an
 of the golden README written out on the same recipe; that they are written out rightly is checked on "cuhk".
 """
 
-import numpy as np
-import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from released import (
+    FEATURE_BOUND,
+    GRADIENT_BOUND,
+    adapted,
+    assert_near,
+    assert_probes,
+    assert_three_steps,
+    set_parameters,
+    weights_of,
+)
 
-from upperson import AdaptedCLIP, ModelConfig, TrainConfig
-from upperson.losses.pairs import sdm_loss
-from upperson.model.backbone import fit_image_size
+from upperson import ModelConfig, TrainConfig
 from upperson.train.optimizer import build_optimizer
-
-FEATURE_BOUND = 1e-9
-GRADIENT_BOUND = 1e-7
 
 
 def neutral_name(name):
@@ -24,33 +27,18 @@ def neutral_name(name):
     return name.replace(".prefix.", ".prefix_").replace(".lora.", ".lora_")
 
 
-def weights_of(recipe, configuration):
-    """CLIP's weights by open_clip's names and the trained ones by neutral names, float64."""
-    shapes = recipe.clip_shapes(), recipe.petl_shapes(**recipe.CONFIGS[configuration])
-    return [{name: torch.from_numpy(w) for name, w in recipe.weights(configuration, part).items()} for part in shapes]
-
-
-def build(recipe, configuration):
-    weights, petl = weights_of(recipe, configuration)
-    clip = open_clip.create_model("ViT-B-16-quickgelu")
-    fit_image_size(clip.visual, (384, 128))
-    clip.double().load_state_dict({"logit_scale": clip.logit_scale, **weights})
+def build(recipe, configuration, weights, petl):
     settings = dict(recipe.CONFIGS[configuration])
     settings["lora_rank"] = settings.pop("rank")
     config = ModelConfig("ViT-B-16-quickgelu", "none", (384, 128), backend="torch").replace(**settings)
-    model = AdaptedCLIP(config, clip).double()
-
-    parameters = model.trained_parameters()
-    assert sorted(map(neutral_name, parameters)) == sorted(petl)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(petl[neutral_name(name)])
+    model = adapted(config, weights)
+    set_parameters({neutral_name(name): p for name, p in model.trained_parameters().items()}, petl)
     return model
 
 
 @pytest.fixture(scope="module")
 def model(recipe):
-    return build(recipe, "cuhk")
+    return build(recipe, "cuhk", *weights_of(recipe, "cuhk"))
 
 
 def written_out(weights, petl, images, tokens):
@@ -118,64 +106,9 @@ def batch(recipe, golden):
     return images, tokens, torch.from_numpy(recipe.PIDS)
 
 
-def assert_near(name, value, expected, bound):
-    value, expected = np.asarray(value), np.asarray(expected)
-    error = np.abs(value - expected).max() / max(np.abs(expected).max(), 1e-30)
-    assert value.shape == expected.shape and error < bound, f"{name}: relative error {error:.1e}"
-
-
-def assert_three_steps(model, batch, numbers, recipe, optimizer, neutral_name):
-    """Features, gradients, the losses of three optimizer steps and what these change are those of a golden file."""
-    images, tokens, person_ids = batch
-    parameters = model.trained_parameters()
-    start = {name: p.detach().clone() for name, p in parameters.items()}
-    losses = []
-    for step in range(4):
-        with torch.set_grad_enabled(step < 3):
-            image_features, text_features = model.encode_image(images), model.encode_text(tokens)
-            loss = sdm_loss(image_features, text_features, person_ids)
-        losses.append(loss.item())
-        if step == 3:
-            break
-        optimizer.zero_grad()
-        image_features.retain_grad()
-        text_features.retain_grad()
-        loss.backward()
-        if step == 0:
-            assert_near("image features", image_features.detach(), numbers["image_features"], FEATURE_BOUND)
-            assert_near("text features", text_features.detach(), numbers["text_features"], FEATURE_BOUND)
-            assert_near("image feature gradient", image_features.grad, numbers["grad_image_features"], GRADIENT_BOUND)
-            assert_near("text feature gradient", text_features.grad, numbers["grad_text_features"], GRADIENT_BOUND)
-            for name, parameter in parameters.items():
-                assert_near(
-                    f"gradient of {name}",
-                    recipe.summary(parameter.grad),
-                    numbers[f"grad/{neutral_name(name)}"],
-                    GRADIENT_BOUND,
-                )
-        optimizer.step()
-
-    assert_near("loss", losses[0], numbers["sdm_loss"], GRADIENT_BOUND)
-    assert_near("losses of three steps", losses, numbers["traj/sdm_loss"], GRADIENT_BOUND)
-    for name, parameter in parameters.items():
-        change = recipe.short_summary((parameter - start[name]).detach())
-        assert_near(f"change of {name}", change, numbers[f"traj/delta/{neutral_name(name)}"], GRADIENT_BOUND)
-
-
 def test_recipe_stream_is_the_golden_one(recipe, golden):
-    numbers = golden("cuhk")
-    weights = {
-        **recipe.clip_shapes(),
-        **recipe.petl_shapes(**recipe.CONFIGS["cuhk"]),
-        **recipe.other_shapes(),
-        "input/images": (8, 3, 384, 128),
-    }
-    probes = [key for key in numbers.files if key.startswith("probe/")]
-    assert probes
-    for key in probes:
-        name = key.removeprefix("probe/")
-        drawn = recipe.images("cuhk") if name == "input/images" else recipe.weights("cuhk", {name: weights[name]})[name]
-        assert np.array_equal(drawn.reshape(-1)[:8], numbers[key].reshape(-1))
+    shapes = recipe.clip_shapes() | recipe.petl_shapes(**recipe.CONFIGS["cuhk"]) | recipe.other_shapes()
+    assert_probes(recipe, golden("cuhk"), "cuhk", shapes)
 
 
 @pytest.mark.slow
@@ -189,7 +122,7 @@ def test_features_by_depth_and_rank(recipe, golden, batch, configuration, count)
     if configuration == "cuhk":
         found = (torch.from_numpy(golden("cuhk")[f"{side}_features"][:2]) for side in ("image", "text"))
     else:
-        model = build(recipe, configuration)
+        model = build(recipe, configuration, weights, petl)
         found = model.encode_image(images), model.encode_text(batch[1][:2])
     for side, features, expected in zip(("image", "text"), found, written, strict=True):
         assert_near(f"{configuration}, {side} features", features, expected, FEATURE_BOUND)
