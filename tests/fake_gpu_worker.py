@@ -24,9 +24,11 @@ from upperson.losses.names import NOT_MASKED
 from upperson.losses.objective import Objective
 
 with FakeTensorMode() as mode:  # before PyTorch believes in the GPU: the mode then does without its driver
-    pass
+    for device in ("cuda", "cuda:0"):
+        torch.empty(1, device=device)
 torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda *_, **__: True
 torch.cuda.get_device_capability = lambda *_: (9, 0)
+torch.cuda.is_current_stream_capturing = lambda: False
 
 
 def fake(value):

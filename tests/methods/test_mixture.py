@@ -113,7 +113,8 @@ def test_compiled_as_one_graph(dtype):
         loss = out.float().sin().sum() + tally[0].square().sum()
         found.append([out, tally, *torch.autograd.grad(loss, [x, *module.parameters()])])
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2)
+        bound = 1e-5 if dtype == torch.float32 else 3e-2
+        assert (a - b).norm() <= bound * b.norm()  # one ReLU may turn where PyTorch rounds in another order
 
 
 def test_gradients_are_those_of_finite_differences(path):

@@ -169,7 +169,7 @@ def test_compiled_blocks_take_the_same_step(config):
         assert sum(block._compiled_call_impl is not None for block in model.blocks()) == 4 * compiled
         taken.append((measured, model.trained_parameters(), before))
     (eager, expected, before), (measured, parameters, again) = taken
-    assert measured == pytest.approx(eager, rel=1e-5) and torch.equal(before, again)
+    assert measured == pytest.approx(eager, rel=1e-4) and torch.equal(before, again)
     assert parameters.keys() == expected.keys()
     for name, values in expected.items():
         torch.testing.assert_close(parameters[name], values, rtol=1e-5, atol=1e-5)
