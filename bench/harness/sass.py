@@ -74,7 +74,7 @@ def code_of(cubin: bytes) -> "Code":
             path.write_bytes(cubin)
             return subprocess.run([TOOLS / command[0], *command[1:], path], capture_output=True, text=True).stdout
 
-    return Code(tool("nvdisasm", "-c"), tool("cuobjdump", "-res-usage"))
+    return Code(tool("nvdisasm", "-c", "-ndf"), tool("cuobjdump", "-res-usage"))  # -ndf: no dataflow, which costs time
 
 
 @dataclass(frozen=True)

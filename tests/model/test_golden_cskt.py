@@ -231,22 +231,29 @@ def test_written_out_token_by_token_it_is_the_released_code(recipe, batch, numbe
             )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("switches", [dict(), dict(skip_unread=False, pack_captions=False)], ids=["shared", "plain"])
-def test_fewer_prompts_in_fewer_layers(recipe, batch, switches):
-    """n = 2 to depth 9: above it prompts run on as tokens. Features, and gradients of everything."""
-    images, tokens = torch.from_numpy(recipe.images("cskt_b")[:2]), batch[1][5:7]  # one caption is cut
+@pytest.fixture(scope="module")
+def fewer(recipe, batch):
+    """n = 2 to depth 9, written out: weights, inputs, features, and gradients of everything."""
+    inputs = torch.from_numpy(recipe.images("cskt_b")[:2]), batch[1][5:7]  # one caption is cut
     weights, petl = weights_of(recipe, "cskt_b")
     for parameter in petl.values():
         parameter.requires_grad_()
-    image, text, _ = written_out(recipe, weights, petl, images, tokens, 2, 9)
-    expected = torch.autograd.grad((image * text).sum(), petl.values())
+    *features, _ = written_out(recipe, weights, petl, *inputs, 2, 9)
+    gradients = torch.autograd.grad((features[0] * features[1]).sum(), petl.values())
+    return weights, petl, inputs, [side.detach() for side in features], gradients
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("switches", [dict(), dict(skip_unread=False, pack_captions=False)], ids=["shared", "plain"])
+def test_fewer_prompts_in_fewer_layers(recipe, fewer, switches):
+    """Above depth 9 prompts run on as tokens."""
+    weights, petl, (images, tokens), features, expected = fewer
     model = build(recipe, "cskt_b", weights, petl, **switches)
     parameters = {neutral_name(name): p for name, p in model.trained_parameters().items()}
     assert sum(p.numel() for p in parameters.values()) == 9_716_352
     found = model.encode_image(images), model.encode_text(tokens)
-    for side, features, wanted in zip(("image", "text"), found, (image, text), strict=True):
-        assert_near(f"{side} features", features.detach(), wanted.detach(), FEATURE_BOUND)
+    for side, ours, wanted in zip(("image", "text"), found, features, strict=True):
+        assert_near(f"{side} features", ours.detach(), wanted, FEATURE_BOUND)
     gradients = torch.autograd.grad((found[0] * found[1]).sum(), [parameters[name] for name in petl])
     for name, ours, wanted in zip(petl, gradients, expected, strict=True):
         assert_near(f"gradient of {name}", ours, wanted, GRADIENT_BOUND)
