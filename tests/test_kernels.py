@@ -68,7 +68,7 @@ def test_attention_gradcheck(prefix, causal, target):
     assert torch.autograd.gradcheck(fused, tensors, fast_mode=True)
 
 
-LENGTHS = [1, 2, 15, 16, 17, 50, 63, 64, 65, 77, 127, 128, 129, 192, 193, 197, 244, 257, 600]
+LENGTHS = [1, 2, 15, 16, 17, 50, 63, 64, 65, 77, 127, 128, 129, 192, 193, 197, 244, 257, 400]
 PREFIXES = [0, 1, 2, 3, 10, 14, 16, 17, 64]
 PAIRS = sorted(
     {(length, PREFIXES[i * k % len(PREFIXES)]) for i, length in enumerate(LENGTHS, 1) for k in (1, 5)}

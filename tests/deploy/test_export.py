@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import VARIANTS, build, inputs, stirred, tiny_config, tiny_run, write_image
+from tiny import VARIANTS, build, inputs, stirred, tiny_clip, tiny_config, tiny_run, write_image
 
 from upperson.__main__ import main
 from upperson.config import Config
@@ -45,7 +45,7 @@ OF_METHODS = [
 
 
 def checkpoint_of(folder, changes):
-    config = tiny_config(folder)
+    config = tiny_config(folder, tiny_clip(layers=2))
     config = config.replace(**changes)
     model = stirred(build(config, seed=1), scale=0.1 if config.method.trains_clip else 0.3)
     path = folder / "best.safetensors"

@@ -132,7 +132,7 @@ def top_ten(samples: Sequence[Sample], queries: Sequence[int], tops: Mapping[str
                 draw.text((x + CELL[0] / 2, y + CELL[1] + 3), rank, colour, _font(18, bold=True), anchor="ma")
             y += row_height
     buffer = io.BytesIO()
-    canvas.save(buffer, "PNG")
+    canvas.save(buffer, "PNG", compress_level=4)  # as small as level 6, in two thirds of the time
     return buffer.getvalue()
 
 
