@@ -41,7 +41,7 @@ TOP = 20
 START = datetime(2026, 1, 1)
 STORES = {"sqlite": ("people.db", "float32"), "sqlite-half": ("people.db", "float16"),
           "milvus": ("people.milvus.db", "float32")}  # fmt: skip
-FILTERS = {"": Filter(), "camera": Filter(cameras=("3",)), "path": Filter(path="cam3/*7.jpg")}
+FILTERS = {"": Filter(), "camera": Filter(cameras=("3",)), "path": Filter(path="cam3/*73.jpg")}
 
 
 def unit(generator: np.random.Generator, count: int) -> np.ndarray:

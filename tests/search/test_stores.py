@@ -89,6 +89,11 @@ FILTERS = [
     Filter(("3",), START + timedelta(hours=2), START + timedelta(hours=30), "hall/*.jpg"),
     Filter(path="*/entrance/1?.jpg"),
     Filter(path='%" or 1 == 1'),
+    *(
+        Filter(path=pattern)
+        for pattern in ("*", "", "hall/1[0-4]*", "*[!a]ll/*", "[]h]all/[[]*", "[h-all/*", "*é*", "%a_l%")
+    ),
+    Filter(("1",), path="*ance/*1.jpg"),
     Filter(since=datetime(2030, 1, 1)),
 ]
 
@@ -105,6 +110,17 @@ def test_search_is_exact(store):
                 wanted = expected(ids, rows, vectors, some, top, where)
                 assert [id for id, _ in found] == [id for id, _ in wanted], (where, len(some), top)
                 np.testing.assert_allclose([s for _, s in found], [s for _, s in wanted], atol=1e-6)
+
+
+def test_entries_are_read_in_several_windows(store, monkeypatch):
+    monkeypatch.setattr("upperson.search.store.milvus.LONG_WINDOW", 7)
+    rows, vectors = rows_and_vectors(40)
+    ids = store.add(rows, vectors)
+    assert list(store.all_rows()) == list(zip(ids, rows, strict=True))
+    assert store.cameras() == sorted({row.camera for row in rows if row.camera})
+    for where in FILTERS:
+        found = [id for id, _ in store.search(vectors[:1], 50, where)]
+        assert found == [id for id, _ in expected(ids, rows, vectors, vectors[:1], 50, where)], where
 
 
 def test_equal_images_come_in_the_order_of_their_ids(store):

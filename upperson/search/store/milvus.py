@@ -1,7 +1,7 @@
 """Milvus, a database of vectors: a server at http://HOST:19530/NAME, or Milvus Lite in NAME.milvus.db.
 
 A collection NAME holds the entries, NAME_settings the model and the next id. The index of the vectors is FLAT, which
-compares each vector. No text of a user is part of an expression: numbers and hexadecimal digits are.
+compares each vector. Of a user's text, expressions contain hexadecimal digits, and ASCII letters and digits of a path.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ TOKEN = "MILVUS_TOKEN"  # environment variable: user:password, or the key of a s
 SECONDS = 10  # to reach a server
 NO_TIME = -(2**62)  # stands for the missing time of an entry
 LONGEST = 65_535  # bytes of a text in Milvus
-WINDOW = 2**12  # ids read at once
+WINDOW = 2**12  # ids read at once with their vectors
+LONG_WINDOW = 2**15  # and without: Milvus looks through all entries for each window
 MOST = 16_384  # entries that a server returns for one search
 SPARE = 10  # entries asked for beyond the top, by which ties at the border are seen
 
@@ -180,7 +181,7 @@ class MilvusStore:
 
     def __len__(self) -> int:
         with self.reported():
-            return self.client.query(self.entries, filter="", output_fields=["count(*)"])[0]["count(*)"]
+            return self.count("")
 
     def rows(self, ids: Sequence[int]) -> dict[int, Row]:
         fields = self.fields(ids, ["path", "camera", "time", "rest"])
@@ -216,11 +217,18 @@ class MilvusStore:
 
     def windows(self, condition: str, names: list[str]) -> Iterator[dict[str, Any]]:
         """The fields of all entries that fit, by id. An answer of a server is limited, so ids are asked for in turn."""
-        for start in range(0, self.next_id(), WINDOW):
-            window = f"id >= {start} and id < {start + WINDOW}"
-            condition_here = f"{window} and {condition}" if condition else window
-            found = self.client.query(self.entries, filter=condition_here, output_fields=["id", *names])
+        conditions = [
+            " and ".join(filter(None, [f"id >= {start} and id < {start + LONG_WINDOW}", condition]))
+            for start in range(0, self.next_id(), LONG_WINDOW)
+        ]
+        if condition and self.count(condition) <= LONG_WINDOW:
+            conditions = [condition]
+        for each in conditions:
+            found = self.client.query(self.entries, filter=each, output_fields=["id", *names])
             yield from sorted(found, key=lambda entity: entity["id"])
+
+    def count(self, condition: str) -> int:
+        return self.client.query(self.entries, filter=condition, output_fields=["count(*)"])[0]["count(*)"]
 
     def all_rows(self) -> Iterator[tuple[int, Row]]:
         with self.reported():
@@ -245,8 +253,9 @@ class MilvusStore:
         with self.reported():
             if where.path is None:
                 found = self.lowest(queries, top, condition)
-            else:  # patterns of paths are compared here
-                fitting = self.windows(condition, ["path"])
+            else:  # patterns of paths are compared here, where Milvus has found a part of them
+                narrowed = " and ".join(filter(None, [condition, part_of_path(where.path)]))
+                fitting = self.windows(narrowed, ["path"])
                 ids = [entity["id"] for entity in fitting if where.fits_path(entity["path"])]
                 for start in range(0, len(ids), WINDOW):
                     found += self.lowest(queries, top, f"id in {ids[start : start + WINDOW]}")
@@ -305,6 +314,13 @@ def located(index: str) -> tuple[str, str, Path]:
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     kept = re.sub(r"[^\w.-]", "_", f"{parts.hostname}-{port}-{name}")
     return f"{parts.scheme}://{host}:{port}", name, Path(kept)
+
+
+def part_of_path(pattern: str) -> str:
+    """A condition that all paths fulfil that the pattern fits: they contain its longest text of harmless characters."""
+    without_sets = re.sub(r"\[.*\]", "*", pattern, flags=re.DOTALL)
+    text = max(re.findall("[A-Za-z0-9/. -]+", without_sets), key=len, default="")
+    return f'path like "%{text}%"' if text else ""
 
 
 def expression(where: Filter) -> str:
