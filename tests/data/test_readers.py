@@ -413,6 +413,19 @@ class TestFolder:
         with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'own.csv'}{message}")):
             read_own(tmp_path / "own.csv", text)
 
+    @pytest.mark.parametrize("name", ["Split", "SPLIT", "splits", "spilt", "data_split", "train/test split"])
+    def test_a_misspelt_split_does_not_make_all_lines_test(self, tmp_path, name):
+        with pytest.raises(DataError, match=f"own.csv, line 1: expected the column 'split', found the column '{name}'"):
+            read_own(tmp_path / "own.csv", CSV.replace("split", name))
+        lines = as_json_lines([*({key: row[key] for key in HEADER.split(",")} for row in LINES), LINES[0]])
+        with pytest.raises(DataError, match=f"own.jsonl, line 5: expected the field 'split', found the field '{name}'"):
+            read_own(tmp_path / "own.jsonl", lines.replace('"split"', f'"{name}"'))
+
+    @pytest.mark.parametrize("name", ["site", "plot", "spot", "sleeve", "set", "clip"])
+    def test_other_columns_are_left_alone(self, tmp_path, name):
+        text = f"{HEADER},{name}\na.jpg,a man,1,x\n"
+        assert list(read_own(tmp_path / "own.csv", text)) == ["test"]
+
     @pytest.mark.parametrize(("mark", "words"), [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")])
     def test_other_separators_get_a_hint(self, tmp_path, mark, words):
         message = f"own.csv, line 1: .*; the columns seem to be separated by {words}, and commas are expected$"

@@ -5,8 +5,9 @@ or a number, the same for all images of a person) and, for training, split (trai
 """
 
 import csv
+import difflib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from reprlib import repr as short
 
@@ -29,6 +30,10 @@ def read_folder(title: str, root: Path) -> tuple[str, list[Annotation]]:
     file = _find(title, root)
     lines = list(_csv_lines(file) if file.suffix == ".csv" else _json_lines(file))
     with_split = any("split" in entry.values for entry in lines)
+    if not with_split:  # of a CSV file, the header has been checked
+        names = {name: entry for entry in lines for name in entry.values}
+        for name, entry in names.items():
+            _refuse_misspelt_split([name], entry.where, entry.noun)
     ids: dict[str, int] = {}
     annotations = []
     for entry in lines:
@@ -91,6 +96,8 @@ def _checked_header(row: list[str], where: str) -> list[str]:
             raise DataError(f"{where}: expected a column {name!r} in the header, found the columns {found}{advice}")
     if len(set(header)) < len(header):
         raise DataError(f"{where}: expected different names in the header, found the columns {found}")
+    if "split" not in header:
+        _refuse_misspelt_split(header, where, "column")
     return header
 
 
@@ -99,6 +106,13 @@ def _json_lines(file: Path) -> Iterator[Entry]:
         where = f"{file}, line {number}"
         if line.strip():
             yield as_entry(json_of(line, where), where)
+
+
+def _refuse_misspelt_split(names: Iterable[str], where: str, noun: str) -> None:
+    """Raises DataError for a name such as Split or splits, by which all lines would silently be of the test split."""
+    for name in names:
+        if "split" in name.casefold() or difflib.get_close_matches(name.casefold(), ["split"], cutoff=0.8):
+            raise DataError(f"{where}: expected the {noun} 'split', found the {noun} {short(name)}")
 
 
 def _caption(entry: Entry) -> str:
