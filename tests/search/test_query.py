@@ -126,6 +126,7 @@ def test_queries_that_are_wrong(gallery, tmp_path, checkpoint):
         (dict(sentences=("a man",), top=0), "0 images were asked for; expected 1 to 10,000"),
         (dict(sentences=("a man",), since=datetime(2026, 2, 1), until=datetime(2026, 1, 1)), "no time lies between"),
         (dict(sentences=("a man",), path=" "), "the path is empty"),
+        (dict(sentences=("a man",), cameras=("3", "")), "a camera is empty; expected a name"),
     ]:
         with pytest.raises(ValueError, match=message):
             Query(**fields)
@@ -273,7 +274,12 @@ def test_the_command_line(tmp_path, monkeypatch, capsys, checkpoint):
         (("query", "a man", "--weight", "2"), 2, "the weight of words to avoid is 2.0"),
         (("query", "a man", "--since", "noon"), 2, "'noon' is not a time; expected 2026-01-31"),
         (("query", "a man", "--until", "2026-01-01T00:00:00+01:00"), 2, "has a time zone; expected local time"),
+        (("query", "a man", "--until", "2026-W05"), 2, "'2026-W05' is not a time; expected 2026-01-31"),
         (("query", "a man", "--since", "2026-02-01", "--until", "2026-01-01"), 2, "no time lies between"),
+        (("query", "a man", "--camera", ""), 2, "a camera is empty; expected a name"),
+        (("query", "a man", "--html", "people.db"), 2, "'people.db': expected a name that ends in .html"),
+        (("query", "a man", "--html", "best.safetensors"), 2, "expected a name that ends in .html"),
+        (("query", "a man", "--html", "photos/html"), 2, "expected a name that ends in .html"),
         (("query", "a man", "--image", "none.jpg"), 1, "none.jpg: image is missing"),
         (("query", "a man", "--index", "none.db"), 1, "none.db: no index; make one"),
         (("query", "a man", "--index", "/etc/passwd"), 1, "not an index: it is not a SQLite file"),

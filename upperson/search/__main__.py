@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from datetime import datetime, time
+from pathlib import Path
 
 from upperson.errors import Parser, exit_status, one_line, path_argument
 from upperson.files import write_atomically
@@ -188,7 +189,7 @@ def _parser() -> Parser:
     option("--rerank", action="store_true", help="re-rank the best 200 by their k-reciprocal neighbours")
     output = query.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
-    output.add_argument("--html", type=path_argument, metavar="FILE", help="write a page that needs no other file")
+    output.add_argument("--html", type=_page_name, metavar="FILE", help="write a page, .html, that needs no other file")
 
     serve = command("serve", "a page on this computer that searches the index")
     option = serve.add_argument
@@ -221,6 +222,14 @@ def _index_name(text: str) -> str:
     return text  # as given: a path would lose a slash of http://
 
 
+def _page_name(text: str) -> Path:
+    """A page is written over an earlier one, and must not be written over an index, a checkpoint or an image."""
+    path = path_argument(text)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a name that ends in .html")
+    return path
+
+
 def _since(text: str) -> datetime:
     return _time(text)
 
@@ -232,6 +241,8 @@ def _until(text: str) -> datetime:
 
 def _time(text: str) -> datetime:
     try:
+        if "W" in text.upper():  # a week, which Python reads as its first day
+            raise ValueError
         found = datetime.fromisoformat(text.strip())
     except ValueError:
         raise argparse.ArgumentTypeError(

@@ -59,10 +59,11 @@ class Query:
     def __post_init__(self) -> None:
         if not (self.sentences or self.images or self.like):
             raise ValueError("the query is empty; expected a sentence or an image")
-        for name, texts in (("sentence", self.sentences), ("text to avoid", self.avoid)):
+        for name, texts in (("sentence", self.sentences), ("text to avoid", self.avoid), ("camera", self.cameras)):
             for text in texts:
                 if not text.strip():
-                    raise ValueError(f"a {name} is empty; expected words")
+                    expected = "a name" if name == "camera" else "words"
+                    raise ValueError(f"a {name} is empty; expected {expected}")
         if not (math.isfinite(self.avoid_weight) and 0 <= self.avoid_weight <= 1):
             raise ValueError(f"the weight of words to avoid is {self.avoid_weight}; expected a number from 0 to 1")
         if not 1 <= self.top <= MOST_HITS:

@@ -60,7 +60,7 @@ def read_query(params: QueryParams, images: Sequence[Image.Image]) -> Query:
         avoid_weight=_share(params.get("weight") or str(Query.avoid_weight)),
         every=bool(params.get("every")),
         top=_whole(params.get("top") or str(TOP), "the number of results", 1, MOST),
-        cameras=tuple(params.getlist("camera")),
+        cameras=tuple(name for name in params.getlist("camera") if name.strip()),
         since=_time(params.get("since"), "Since"),
         until=_time(params.get("until"), "Until"),
         path=(params.get("path") or "").strip() or None,
