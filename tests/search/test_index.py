@@ -517,6 +517,32 @@ def test_another_model_is_refused(gallery, photos, tmp_path, checkpoint):
         assert again.model == str(checkpoint) and len(again) == 6
 
 
+def test_a_checkpoint_that_has_gone_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    checkpoint = tiny_run(tmp_path / "model")
+    Gallery.open("people.db", checkpoint).close()
+    gone = checkpoint.rename(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(
+        SearchError, match=f"people.db: the checkpoint of this index, {checkpoint}, has gone; .*--checkpoint"
+    ):
+        Gallery.open("people.db")
+    Gallery.open("people.db", gone).close()
+    newest = tmp_path / "runs" / "a-1" / "best.safetensors"  # of the newest run
+    newest.parent.mkdir(parents=True)
+    shutil.copy(gone, newest)
+    with Gallery.open("people.db") as gallery:
+        assert gallery.model == "runs/a-1/best.safetensors"
+
+
+def test_half_of_an_index_in_float32_is_refused(gallery, tmp_path, checkpoint):
+    with pytest.raises(SearchError, match="people.db: this index stores float32; --half is for a new --index"):
+        Gallery.open(gallery.name, checkpoint, half=True)
+    for _ in range(2):  # a new index, and the same command again
+        Gallery.open(tmp_path / "half.db", checkpoint, half=True).close()
+    Gallery.open(tmp_path / "half.db", checkpoint).close()
+
+
 def test_an_index_is_not_made_by_a_query(tmp_path, checkpoint):
     with pytest.raises(SearchError, match="typo.db: no index; make one"):
         Gallery.find(tmp_path / "typo.db", checkpoint)

@@ -70,7 +70,7 @@ class Gallery:
             index: a file, NAME.milvus.db for Milvus Lite, or http://HOST:PORT/NAME for a server of Milvus.
             checkpoint: a file that training wrote; None: that of the index, or for a new index the newest run's.
             device: auto, cpu, cuda, cuda:N or mps.
-            half: a new index stores its vectors in float16.
+            half: a new index stores its vectors in float16; an index that stores float32 is refused.
             create: whether an index that does not exist is made.
 
         Raises SearchError for an index that cannot be read or was made with another model, and CheckpointError.
@@ -80,9 +80,10 @@ class Gallery:
         try:
             if found is None and not create:
                 raise missing(index)
+            if half and found is not None and found.settings["dtype"] != "float16":
+                raise SearchError(f"{index}: this index stores float32; --half is for a new --index")
             if checkpoint is None:
-                remembered = Path(found.settings["checkpoint"]) if found is not None else None
-                checkpoint = remembered if remembered is not None and remembered.is_file() else newest_checkpoint()
+                checkpoint = newest_checkpoint() if found is None else checkpoint_of(found)
                 print(f"the model is {checkpoint}", file=sys.stderr)
             searcher = Searcher(Path(checkpoint), device)
             store = found or open_store(index, searcher.settings(half))
@@ -363,6 +364,14 @@ def is_new(index: str) -> bool:
     """Whether nothing is stored under the name of an index yet."""
     path = Path(index)
     return path.is_file() and path.stat().st_size == 0
+
+
+def checkpoint_of(store: Store) -> Path:
+    """The checkpoint with which an index was made; if it has gone, the newest run's. Raises SearchError for neither."""
+    remembered = Path(store.settings["checkpoint"])
+    if remembered.is_file():
+        return remembered
+    return newest_checkpoint(SearchError(f"{store.name}: the checkpoint of this index, {remembered}, has gone"))
 
 
 def newest_checkpoint(otherwise: SearchError | None = None) -> Path:
