@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import resource
+import shutil
 
 import open_clip
 import pytest
@@ -18,7 +19,14 @@ from upperson.deploy.switching import Adaptations
 from upperson.errors import BackboneError, CheckpointError
 from upperson.files import write_atomically
 from upperson.model import AdaptedCLIP
-from upperson.model.checkpoint import load_checkpoint, load_model, parameters_to_start_from, save_checkpoint
+from upperson.model.checkpoint import (
+    load_checkpoint,
+    load_model,
+    parameters_to_start_from,
+    read_checkpoint,
+    save_checkpoint,
+    with_files_beside,
+)
 from upperson.model.weights import fingerprint
 from upperson.train.resume import load_state, save_state
 
@@ -292,6 +300,45 @@ def test_another_backbone_of_the_same_shape_is_noticed(tmp_path, config, model):
         Adaptations(AdaptedCLIP(own.model)).add("best", path)
     save_checkpoint(path, trained.trained_parameters(), own, {})  # without a fingerprint there is nothing to compare
     load_model(path)
+
+
+@pytest.mark.parametrize("recorded", ["{}", "sub/{}", "{here}/gone/{}"], ids=["beside", "below", "absolute"])
+def test_the_files_of_a_backbone_are_found_beside_the_checkpoint(tmp_path, monkeypatch, config, recorded):
+    """From any working folder, and after all three were moved; a file at the recorded path is preferred."""
+    names = [recorded.format(name, here=tmp_path) for name in ("clip.safetensors", "tiny.json")]
+    torch.manual_seed(1)
+    state = open_clip.CLIP(**TINY_CLIP).state_dict()
+    folder, elsewhere = tmp_path / "mövëd", tmp_path / "elsewhere"
+    (elsewhere / "sub").mkdir(parents=True)
+    folder.mkdir()
+    save_file(state, folder / "clip.safetensors")
+    shutil.copy(config.model.model, folder / "tiny.json")
+    own = config.replace(pretrained=str(folder / "clip.safetensors"), model=str(folder / "tiny.json"))
+    trained, path = AdaptedCLIP(own.model), folder / "best.safetensors"
+    written = config.replace(pretrained=names[0], model=names[1])
+    save_checkpoint(path, trained.trained_parameters(), written, {}, trained.fingerprint)
+    monkeypatch.chdir(elsewhere)
+    assert load_model(path).fingerprint == trained.fingerprint
+    assert read_checkpoint(path).config == written and load_checkpoint(path).config == own
+    if recorded != "{here}/gone/{}":
+        shutil.copy(folder / "clip.safetensors", names[0])
+        assert load_checkpoint(path).config.model.pretrained == names[0]
+        os.unlink(names[0])
+    torch.manual_seed(2)
+    save_file(open_clip.CLIP(**TINY_CLIP).state_dict(), folder / "clip.safetensors")
+    with pytest.raises(CheckpointError, match="clip.safetensors, has other weights"):
+        load_model(path)
+    (folder / "clip.safetensors").unlink()
+    with pytest.raises(BackboneError, match=f"best.safetensors: pretrained '{names[0]}' of .* is neither a file"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("pretrained", ["none", "openai", "laion2b_s34b_b79k", "", "..", "/", "x."])
+def test_a_tag_is_no_file_beside_the_checkpoint(tmp_path, config, pretrained):
+    for name in ("none", "openai", "laion2b_s34b_b79k"):
+        (tmp_path / name).write_bytes(b"a file with the name of a tag")
+    config = config.replace(pretrained=pretrained)
+    assert with_files_beside(config, tmp_path / "best.safetensors") == config
 
 
 def test_the_fingerprint_is_of_the_published_weights(tmp_path, tiny):

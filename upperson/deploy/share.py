@@ -25,7 +25,7 @@ from upperson.evaluate.tables import pipe_table
 from upperson.files import A_FOLDER, NOTHING, REGULAR, found_at, write_atomically
 from upperson.model import AdaptedCLIP
 from upperson.model.backbone import configuration_file
-from upperson.model.checkpoint import Checkpoint, build_model, load_checkpoint, save_checkpoint
+from upperson.model.checkpoint import Checkpoint, build_model, load_checkpoint, read_checkpoint, save_checkpoint
 
 CHECKPOINT, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 CLIP, CLIP_CONFIG = "clip", "clip.json"  # the backbone's file has its own suffix
@@ -71,7 +71,7 @@ def from_pretrained(name: Path | str, *, revision: str | None = None, **changes:
     """
     is_folder = str(name).strip() and found_at(Path(name)) == A_FOLDER
     folder = Path(name) if is_folder else downloaded(str(name), revision)
-    checkpoint = load_checkpoint(folder / CHECKPOINT)
+    checkpoint = read_checkpoint(folder / CHECKPOINT)
     require_same_configuration(folder, checkpoint.config)
     own = checkpoint.config.model
     found = {

@@ -7,7 +7,7 @@ of the same shape from that of the training. Checksums tell a damaged file.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from upperson.config import SELECTIONS, Config, ModelConfig
 from upperson.errors import BackboneError, CheckpointError, MethodError
 from upperson.fields import MOST_EPOCHS
-from upperson.files import parse_json
+from upperson.files import NOTHING, REGULAR, found_at, is_unicode, parse_json
 from upperson.model.adapted_clip import AdaptedCLIP
 from upperson.model.tensor_files import CHECKPOINT, plain, read_tensors, write_tensors
 from upperson.model.weights import mismatch, not_finite, unusable
@@ -63,7 +63,32 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
-    """Reads a checkpoint file.
+    """Reads a checkpoint file. Its configuration names the backbone's files where they are, see `with_files_beside`.
+
+    Raises CheckpointError as read_checkpoint.
+    """
+    checkpoint = read_checkpoint(path)
+    return replace(checkpoint, config=with_files_beside(checkpoint.config, checkpoint.path))
+
+
+def with_files_beside(config: Config, path: Path) -> Config:
+    """The configuration of a checkpoint at `path`, with the backbone's files that lie beside it.
+
+    A recorded path may be relative to another working folder, or the files may have been moved together. So a file that
+    is not at its path is looked for in the folder of the checkpoint. The fingerprint tells other weights.
+    """
+    changes = {}
+    for field in ("model", "pretrained"):
+        recorded = Path(getattr(config.model, field))
+        if recorded.suffix and found_at(recorded) == NOTHING:  # the name of a file, not of a model or a tag
+            beside = path.with_name(recorded.name)
+            if found_at(beside) == REGULAR and is_unicode(str(beside)):
+                changes[field] = str(beside)
+    return config.replace(**changes)
+
+
+def read_checkpoint(path: Path | str) -> Checkpoint:
+    """Reads a checkpoint file, with the configuration as it was written.
 
     Raises CheckpointError for a file that save_checkpoint did not write, or that has been damaged since, and for a
     parameter that is not in float32 or not finite.
