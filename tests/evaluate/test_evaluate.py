@@ -212,7 +212,7 @@ def own_data(folder, people=3):
     return folder
 
 
-def test_a_folder_without_a_train_split(checkpoint, config, parameters, capsys):
+def test_a_folder_without_a_train_split(checkpoint, config, parameters, tmp_path, capsys):
     root = own_data(checkpoint.parent / "mine")
     assert run(checkpoint, "--data", "folder", "--data-root", root) == 0
     output = checkpoint.parent / "best-folder-test"
@@ -227,7 +227,14 @@ def test_a_folder_without_a_train_split(checkpoint, config, parameters, capsys):
     assert run(checkpoint) == 0  # the folder that it was trained on
     assert "in-domain" in capsys.readouterr().out
     other = own_data(checkpoint.parent / "other")
-    assert run(checkpoint, "--data", "folder", "--data-root", other) == 0
+    before = (output / "results.json").read_bytes()
+    assert run(checkpoint, "--data", "folder", "--data-root", other) == 1
+    assert capsys.readouterr().err.endswith(
+        f"error: {output} contains results on folder {root}, which those on folder {other} would overwrite; choose "
+        "another --output\n"
+    )
+    assert (output / "results.json").read_bytes() == before
+    assert run(checkpoint, "--data", "folder", "--data-root", other, "--output", tmp_path / "others") == 0
     assert "cross-domain" in capsys.readouterr().out
 
 

@@ -46,7 +46,9 @@ def evaluate_checkpoint(checkpoint: Checkpoint, config: Config, split: str, outp
     require_backend(backend, device)
     model = build_model(checkpoint, pretrained=config.model.pretrained, backend=backend).to(device)
     path = checkpoint.path
-    output = output or path.with_name(f"{path.stem}-{config.data.dataset}-{split}")
+    if output is None:
+        output = path.with_name(f"{path.stem}-{config.data.dataset}-{split}")
+        require_same_data(output, config.data)
     require_folder(output, "output")
     if (output / CONFIG).exists():
         raise RunError(f"{output} contains a run, whose results would be overwritten; choose another --output")
@@ -84,6 +86,16 @@ def evaluate_checkpoint(checkpoint: Checkpoint, config: Config, split: str, outp
     results.write(output / RESULTS)
     print(f"{shown}\nin {output}: {', '.join((TABLE, RESULTS, TEXT_TO_IMAGE, IMAGE_TO_TEXT))}", flush=True)
     return results
+
+
+def require_same_data(output: Path, data: DataConfig) -> None:
+    """Raises RunError for a folder with results on other data of the same kind, such as another folder of one's own."""
+    file = output / RESULTS
+    if file.exists() and (found := Results.read(file).evaluated_on) != name_of(data):
+        raise RunError(
+            f"{output} contains results on {found}, which those on {name_of(data)} would overwrite; choose another "
+            "--output"
+        )
 
 
 def name_of(data: DataConfig) -> str:
