@@ -107,6 +107,8 @@ def test_a_method_on_the_command_line_takes_the_place_of_the_files(tmp_path):
         ("a.toml", "[train]\nseed = -1", "seed: -1 is not allowed; it must be at least 0"),
         ("a.json", {"model": {"method": "lora"}}, "a.json: method: 'lora' is not allowed; expected one of up-person"),
         ("a.json", {"model": {"method": {"lora_rank": 3}}}, "a.json: method: None is not allowed"),
+        ("a.json", {"model": {"method": None}}, "a.json: method: None is not allowed"),
+        ("a.json", {"model": {"method": []}}, "a.json: method: [] is not allowed"),
         ("a.json", {"model": {"method": {"name": "cskt", "lora_rank": 3}}}, "method cskt: unknown keys: lora_rank"),
     ],
 )
@@ -116,6 +118,24 @@ def test_files_that_are_refused(tmp_path, capsys, name, content, message):
         parse_arguments(["--config", path])
     shown = capsys.readouterr().err
     assert stopped.value.code == 2 and message in shown and "Traceback" not in shown
+
+
+@pytest.mark.parametrize("field", ["data_root", "image_cache"])
+def test_files_of_synthetic_data_are_refused(tmp_path, capsys, field):
+    """As a flag and in a file, but for a flag that chooses other data than the file."""
+    flag, path = f"--{field.replace('_', '-')}", write(tmp_path / "a.json", {"data": {field: "somewhere"}})
+    synthetic = "is synthetic and has no files; choose a data set with --dataset or --preset"
+    for arguments, option, dataset in (
+        ([flag, "somewhere"], flag, "embedded"),
+        ([flag, "somewhere", "--dataset", "embedded-night"], flag, "embedded-night"),
+        (["--config", path], f"--config {path}: {field}", "embedded"),
+        (["--config", path, flag, "elsewhere"], flag, "embedded"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_arguments(arguments)
+        assert capsys.readouterr().err.endswith(f"error: {option}: {dataset} {synthetic}\n")
+    parse_arguments(["--config", path, "--dataset", "embedded"])
+    parse_arguments(["--config", path, "--preset", "cuhk-pedes"])
 
 
 def test_what_is_not_a_regular_file_does_not_hang(tmp_path, capsys):

@@ -74,11 +74,14 @@ def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argpars
         config = base.replace(**requested | shorter_warmups(base, requested) | resume)
     except ValueError as error:
         parser.error(str(error))
-    if given.get("data_root") is not None and config.data.is_synthetic:
-        parser.error(
-            f"--data-root: {config.data.dataset} is synthetic and has no files; choose a data set with --dataset or "
-            "--preset"
-        )
+    of_files = given if "dataset" in given else requested  # a flag may choose other data than the file
+    for name in ("data_root", "image_cache"):
+        if of_files.get(name) is not None and config.data.is_synthetic:
+            option = f"--{name.replace('_', '-')}" if name in given else f"--config {choice.config}: {name}"
+            parser.error(
+                f"{option}: {config.data.dataset} is synthetic and has no files; choose a data set with --dataset or "
+                "--preset"
+            )
     return config
 
 

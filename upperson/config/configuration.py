@@ -331,13 +331,12 @@ def fields_in(content: Any) -> dict[str, Any]:
         values = content.get(name, {})
         hints = {spec.name: hint for spec, hint in fields_of(section)}
         _known_keys(values, hints, name)
-        method = values.get("method")
-        if isinstance(method, dict):
+        if isinstance(method := values.get("method"), dict):
             own = {spec.name: hint for spec, hint in fields_of(type(method_named(method.get("name"))))}
             _known_keys(method, own | {"name": str}, f"method {method['name']}")
             found |= {key: _from_plain(value, own[key]) for key, value in method.items() if key != "name"}
             values = values | {"method": method["name"]}
-        elif method is not None:
+        elif "method" in values:
             method_named(method)
         found |= {key: _from_plain(value, hints[key]) for key, value in values.items()}
     return found
