@@ -340,6 +340,8 @@ def test_refused_in_one_line(tiny, tmp_path, monkeypatch, capsys, variant, argum
     ("arguments", "message"),
     [
         (["merged.pt"], "merged.pt: expected a name that ends in .safetensors"),
+        (["\udcff.safetensors"], "'\\udcff.safetensors': expected a path in UTF-8"),
+        (["merged.safetensors", "--rest", "\udcff/a.safetensors"], "'\\udcff/a.safetensors': expected a path in UTF-8"),
         (["./best.safetensors"], "best.safetensors is an input; expected another file to write"),
         (["clip.safetensors"], "clip.safetensors is an input; expected another file to write"),
         (

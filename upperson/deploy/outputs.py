@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from upperson.files import A_FOLDER, NOTHING, REGULAR, found_at, make_folder, require_folder
+from upperson.files import A_FOLDER, NOTHING, REGULAR, found_at, is_unicode, make_folder, require_folder
 
 PREFIX = ".upperson-"  # of the temporary folders
 
@@ -56,6 +56,8 @@ def check_outputs(parser: argparse.ArgumentParser, outputs: list[Path], inputs: 
     for path in outputs:
         if path.suffix != ".safetensors":
             parser.error(f"{path}: expected a name that ends in .safetensors")
+        if not is_unicode(str(path)):  # a checkpoint may have to name the file
+            parser.error(f"{ascii(str(path))}: expected a path in UTF-8")
         if os.path.realpath(path) in [os.path.realpath(other) for other in inputs]:
             parser.error(f"{path} is an input; expected another file to write")
         if found_at(path.parent) != A_FOLDER:
