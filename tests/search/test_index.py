@@ -299,6 +299,9 @@ def test_forgetting(gallery, photos, tmp_path, capsys):
     kept = {path: value for path, value in rows(gallery).items() if path.endswith(("1.png", "3.png"))}
     with pytest.raises(SearchError, match="no image of this path is in .*; nothing was removed"):
         gallery.forget([photos / "cam1", photos / "cam"])
+    for wrong in ("~no-such-user/x", "a/../" + "x" * 5000, "../a\0b"):
+        with pytest.raises(SearchError, match="cannot be a path|no image of this path"):
+            gallery.forget([wrong])
     assert gallery.forget([photos / "cam0"]) == 3
     (photos / "cam1" / "5.png").unlink()
     assert forget(str(tmp_path / "people.db"), [photos / "cam0" / ".." / "cam1" / "5.png"]) == 1

@@ -127,6 +127,9 @@ def test_queries_that_are_wrong(gallery, tmp_path, checkpoint):
         (dict(sentences=("a man",), since=datetime(2026, 2, 1), until=datetime(2026, 1, 1)), "no time lies between"),
         (dict(sentences=("a man",), path=" "), "the path is empty"),
         (dict(sentences=("a man",), cameras=("3", "")), "a camera is empty; expected a name"),
+        (dict(sentences=("a man", "\udcff")), r"a sentence is not valid Unicode, '\\udcff'; expected UTF-8 text"),
+        (dict(sentences=("a man",), avoid=("a \ud800",)), "a text to avoid is not valid Unicode"),
+        (dict(sentences=("a man",), cameras=("3", "\udcff")), "a camera is not valid Unicode"),
     ]:
         with pytest.raises(ValueError, match=message):
             Query(**fields)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from upperson.files import is_unicode
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -64,6 +66,8 @@ class Query:
                 if not text.strip():
                     expected = "a name" if name == "camera" else "words"
                     raise ValueError(f"a {name} is empty; expected {expected}")
+                if not is_unicode(text):
+                    raise ValueError(f"a {name} is not valid Unicode, {ascii(text)[:60]}; expected UTF-8 text")
         if not (math.isfinite(self.avoid_weight) and 0 <= self.avoid_weight <= 1):
             raise ValueError(f"the weight of words to avoid is {self.avoid_weight}; expected a number from 0 to 1")
         if not 1 <= self.top <= MOST_HITS:

@@ -31,9 +31,20 @@ def is_video(path: Path) -> bool:
 
 
 def absolute(path: str | Path) -> Path:
-    """The absolute path; with `..` resolved by the file system, as a link may lead elsewhere."""
-    path = Path(path).expanduser()
-    return path.resolve() if ".." in path.parts else path.absolute()
+    """The absolute path; with `..` resolved by the file system, as a link may lead elsewhere.
+
+    Raises SearchError for a text that cannot be a path, such as an unknown user after ~.
+    """
+    try:
+        found = Path(path).expanduser()
+        return found.resolve() if ".." in found.parts else found.absolute()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise no_path(path, error) from error
+
+
+def no_path(path: str | Path, error: Exception) -> SearchError:
+    reason = isinstance(error, OSError) and error.strerror or error
+    return SearchError(f"{str(path)[:200]!r} cannot be a path ({reason})")
 
 
 def find_media(given: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
@@ -47,12 +58,11 @@ def find_media(given: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
     for name in given:
         if not str(name).strip():
             raise SearchError(f"expected a path, found the text {str(name)!r}")
+        path = absolute(name)
         try:
-            path = absolute(name)
             exists = path.exists()
-        except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, NUL, an unknown user after ~
-            reason = isinstance(error, OSError) and error.strerror or error
-            raise SearchError(f"{str(name)[:200]!r} cannot be a path ({reason})") from error
+        except (OSError, ValueError) as error:  # a name that is too long, NUL
+            raise no_path(name, error) from error
         if not exists:
             raise SearchError(f"{name}: the file or folder does not exist")
         files = [path] if not path.is_dir() else list(below(path, problems))
