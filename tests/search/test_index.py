@@ -538,6 +538,21 @@ def test_a_checkpoint_that_has_gone_is_named(tmp_path, monkeypatch):
         assert gallery.model == "runs/a-1/best.safetensors"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
+@pytest.mark.parametrize("name", [b"\xff", b"a\xe9b"])
+def test_an_index_in_a_folder_that_is_not_utf_8_is_refused_before_it_is_made(tmp_path, monkeypatch, checkpoint, name):
+    """It could not name its checkpoint, and would be called damaged."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    folder.mkdir()
+    shutil.copy(checkpoint, folder)
+    monkeypatch.chdir(folder)
+    with pytest.raises(SearchError, match=r"'.*\\udc.*safetensors': an index names its checkpoint; .* in UTF-8"):
+        Gallery.open("people.db", checkpoint.name)
+    assert [path.name for path in folder.iterdir()] == [checkpoint.name]
+    Gallery.open("people.db", checkpoint).close()  # a checkpoint elsewhere
+    Gallery.open("people.db").close()
+
+
 def test_half_of_an_index_in_float32_is_refused(gallery, tmp_path, checkpoint):
     with pytest.raises(SearchError, match="people.db: this index stores float32; --half is for a new --index"):
         Gallery.open(gallery.name, checkpoint, half=True)

@@ -86,7 +86,7 @@ class Gallery:
                 checkpoint = newest_checkpoint() if found is None else checkpoint_of(found)
                 print(f"the model is {checkpoint}", file=sys.stderr)
             searcher = Searcher(Path(checkpoint), device)
-            store = found or open_store(index, searcher.settings(half))
+            store = found if found is not None else open_store(index, searcher.settings(half))
         except BaseException:
             if found is not None:
                 found.close()

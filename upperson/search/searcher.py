@@ -17,6 +17,7 @@ from torch import Tensor
 from upperson.config import Config
 from upperson.data.images import load_pixels
 from upperson.errors import SearchError
+from upperson.files import is_unicode
 from upperson.machine import autocast, device_and_precision
 from upperson.model.adapted_clip import require_backend
 from upperson.model.checkpoint import build_model, load_checkpoint
@@ -81,12 +82,15 @@ class Searcher:
         return found
 
     def settings(self, half: bool) -> dict[str, Any]:
-        """The settings of a new index."""
+        """The settings of a new index. Raises SearchError for a checkpoint whose path they cannot hold."""
+        path = str(self.checkpoint.absolute())
+        if not is_unicode(path):
+            raise SearchError(f"{ascii(path)}: an index names its checkpoint; expected a path in UTF-8")
         return {
             "format": FORMAT,
             "dimensions": self.model.embedding_width,
             "dtype": "float16" if half else "float32",
-            "checkpoint": str(self.checkpoint.absolute()),
+            "checkpoint": path,
             "identity": self.identity,
         }
 
