@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from harness.options import at_least
 from harness.output import save_json, table
 
@@ -33,6 +34,7 @@ from upperson.evaluate.embed import embed
 from upperson.files import write_atomically
 from upperson.search import Gallery, Query
 from upperson.search.store import FORMAT, Filter, Row, open_store
+from upperson.tables.costs import Peak
 
 WIDTH = 512
 BATCH = 5000
@@ -60,10 +62,6 @@ def processor_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in every)
 
 
-def peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def measure(name: str, size: int) -> dict[str, Any]:
     """One store of one size, in this process."""
     file, dtype = STORES[name]
@@ -72,7 +70,7 @@ def measure(name: str, size: int) -> dict[str, Any]:
         store = open_store(str(Path(folder) / file), settings)
         generator = np.random.default_rng(0)
         queries = unit(np.random.default_rng(1), QUERIES)
-        before, inserting, inserted, best = peak_megabytes(), 0.0, 0.0, []
+        peak, inserting, inserted, best = Peak(torch.device("cpu")), 0.0, 0.0, []
         for start in range(0, size, BATCH):
             numbers = range(start, min(start + BATCH, size))
             vectors, rows = unit(generator, len(numbers)), list(map(row, numbers))
@@ -104,7 +102,7 @@ def measure(name: str, size: int) -> dict[str, Any]:
             found[f"{words}cpu_ms"], found[f"{words}wall_ms"] = (
                 1e3 * statistics.median(times) for times in (busy, wall)
             )
-        found["memory_mb"] = peak_megabytes() - before
+        found["memory_mb"] = peak.megabytes()
         np.testing.assert_allclose(highest, np.max(best, 0), atol=1e-5 if dtype == "float32" else 1e-3)
         store.close()
     return found
@@ -142,7 +140,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
         "wall ms": f"{row['query_wall_ms']:.1f}",
         "one camera of ten, CPU ms": f"{row['query_camera_cpu_ms']:.1f}",
         "path, CPU ms": f"{row['query_path_cpu_ms']:.1f}",
-        "memory, MB": f"{row['memory_mb']:,.0f}",
+        "memory, MB": "–" if row["memory_mb"] is None else f"{row['memory_mb']:,.0f}",
         "disk, MB": f"{row['disk_mb']:,.0f}",
     }
 
