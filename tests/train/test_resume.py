@@ -85,6 +85,18 @@ def test_an_edit_of_the_configuration_is_named(run_dir, name, value):
     assert f" {name}: " in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_a_lost_state_does_not_start_the_training_again(run_dir, link):
+    """Which would overwrite the checkpoints. A run that was killed before its first state has no checkpoints."""
+    (run_dir / "resume.safetensors").unlink()
+    if link:
+        (run_dir / "resume.safetensors").symlink_to("nowhere")
+    (run_dir / "last.safetensors").write_bytes(before := b"of an epoch")
+    with pytest.raises(RunError, match="resume.safetensors is missing, but last.safetensors of this run is there"):
+        resumed(run_dir)
+    assert (run_dir / "last.safetensors").read_bytes() == before
+
+
 def test_another_method_is_named(run_dir):
     config = Config.from_json((run_dir / "config.json").read_text())
     (run_dir / "config.json").write_text(config.replace(method="cskt").to_json())

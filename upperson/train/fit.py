@@ -34,6 +34,7 @@ from upperson.train.run_folder import (
     BEST,
     CONFIG,
     CURVE,
+    LAST,
     TOP_TEN,
     claim_folder,
     locked,
@@ -122,6 +123,11 @@ def fit(config: Config) -> Run:
 def train(config: Config, model: AdaptedCLIP, job: Job, folder: Path) -> Results:
     """Trains one stage, from the start or from its saved state."""
     saved = load_state(folder) if config.train.resume else None
+    if saved is None and (folder / LAST).exists():  # the state is always saved before the checkpoints
+        raise RunError(
+            f"{folder / RESUME} is missing, but {LAST} of this run is there, which a training from the start would "
+            "overwrite; restore the file, or start another run"
+        )
     start: dict[str, Tensor] = {}
     if saved is None and config.train.start_from is not None:
         start = parameters_to_start_from(config.train.start_from, config, model)
