@@ -18,6 +18,7 @@ from upperson.errors import SearchError
 from upperson.evaluate.embed import embed
 from upperson.search import Gallery, Query
 from upperson.search.__main__ import main
+from upperson.search.entry import read_time
 from upperson.search.html import results_page
 from upperson.search.rerank import distances_of, rerank
 from upperson.search.store import Filter
@@ -266,6 +267,27 @@ def test_the_command_line(tmp_path, monkeypatch, capsys, checkpoint):
     )  # fmt: skip
     assert run(capsys, "forget", "photos/c1")[1] == ["1 images were removed from people.db"]
     assert run(capsys, "query", "a man", "--camera", 1)[1] == ["no image passes the filters"]
+
+
+@pytest.mark.parametrize(
+    ("text", "since", "until"),
+    [
+        ("2026-01-31", datetime(2026, 1, 31), datetime(2026, 1, 31, 23, 59, 59, 999_999)),
+        (" 2026-01-31 ", datetime(2026, 1, 31), datetime(2026, 1, 31, 23, 59, 59, 999_999)),
+        ("2026-01-31T08:30", *[datetime(2026, 1, 31, 8, 30)] * 2),
+        ("2026-01-31 08:30:15.125", *[datetime(2026, 1, 31, 8, 30, 15, 125_000)] * 2),
+    ],
+)
+def test_times(text, since, until):
+    assert (read_time(text), read_time(text, until=True)) == (since, until)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2026", "2026-W05", "2026-W05-1", "20260131", "2026-02-30", "2026-01-31T25:00", "T10"]
+)
+def test_what_is_no_time(text):
+    with pytest.raises(ValueError, match="is not a time; expected 2026-01-31"):
+        read_time(text)
 
 
 @pytest.mark.parametrize(

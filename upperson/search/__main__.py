@@ -11,12 +11,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from datetime import datetime, time
+from datetime import datetime
 from pathlib import Path
 
 from upperson.errors import Parser, exit_status, one_line, path_argument
 from upperson.files import write_atomically
-from upperson.search.entry import Hit, Query
+from upperson.search.entry import Hit, Query, read_time
 
 INDEX = "people.db"
 PORT = 8765
@@ -231,26 +231,18 @@ def _page_name(text: str) -> Path:
 
 
 def _since(text: str) -> datetime:
-    return _time(text)
+    return _time(text, until=False)
 
 
 def _until(text: str) -> datetime:
-    found = _time(text)
-    return datetime.combine(found, time.max) if len(text.strip()) <= 10 else found
+    return _time(text, until=True)
 
 
-def _time(text: str) -> datetime:
+def _time(text: str, *, until: bool) -> datetime:
     try:
-        if "W" in text.upper():  # a week, which Python reads as its first day
-            raise ValueError
-        found = datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a time; expected 2026-01-31 or 2026-01-31T23:59:59"
-        ) from None
-    if found.tzinfo is not None:
-        raise argparse.ArgumentTypeError(f"{text!r} has a time zone; expected local time, as of the images")
-    return found
+        return read_time(text, until=until)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

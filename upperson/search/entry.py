@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -34,6 +35,25 @@ class Hit:
     rank: int  # from 1
     similarity: float  # cosine of the combined query and the image, from -1 to 1
     entry: Entry
+
+
+def read_time(text: str, *, until: bool = False) -> datetime:
+    """The local time in a text as 2026-01-31, 2026-01-31T23:59 or 2026-01-31T23:59:59. `until` a day is its end.
+
+    Raises ValueError for another text, such as a week, and for a time with a time zone.
+    """
+    text = text.strip()
+    try:
+        if not re.match("[0-9]{4}-[0-9]{2}-[0-9]{2}([T ]|$)", text):  # Python has other forms, some since 3.11
+            raise ValueError
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{text[:40]!r} is not a time; expected 2026-01-31 or 2026-01-31T23:59:59") from None
+    if found.tzinfo is not None:
+        raise ValueError(f"{text!r} has a time zone; expected local time, as of the images")
+    if until and len(text) == 10:
+        return found.replace(hour=23, minute=59, second=59, microsecond=999_999)
+    return found
 
 
 @dataclass(frozen=True)

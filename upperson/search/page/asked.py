@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 from PIL import Image
 from starlette.datastructures import QueryParams
 
-from upperson.search.entry import Query
+from upperson.search.entry import Query, read_time
 
 CHARACTERS = 500  # of a text; a CLIP reads at most 77 tokens
 TEXTS = 20  # sentences, images or words to avoid
@@ -61,8 +61,8 @@ def read_query(params: QueryParams, images: Sequence[Image.Image]) -> Query:
         every=bool(params.get("every")),
         top=_whole(params.get("top") or str(TOP), "the number of results", 1, MOST),
         cameras=tuple(name for name in params.getlist("camera") if name.strip()),
-        since=_time(params.get("since"), "Since"),
-        until=_time(params.get("until"), "Until"),
+        since=_time(params.get("since"), until=False),
+        until=_time(params.get("until"), until=True),
         path=(params.get("path") or "").strip() or None,
         rerank=bool(params.get("rerank")),
     )
@@ -84,13 +84,13 @@ def _share(text: str) -> float:
     return share
 
 
-def _time(text: str | None, what: str) -> datetime | None:
+def _time(text: str | None, *, until: bool) -> datetime | None:
+    if not text:
+        return None
     try:
-        return datetime.fromisoformat(text) if text else None
-    except ValueError:
-        raise ValueError(
-            f"{what}: expected a date and a time such as 2026-01-31T08:30, found “{str(text)[:40]}”."
-        ) from None
+        return read_time(text, until=until)
+    except ValueError as error:
+        raise ValueError(f"{'Until' if until else 'Since'}: {error}.") from None
 
 
 def address(params: QueryParams, *, only: Sequence[str] | None = None, without: tuple[str, str] | None = None) -> str:
