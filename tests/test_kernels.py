@@ -42,7 +42,7 @@ from upperson_kernels.attention import reference as attention_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 drawn = settings(
-    max_examples=15 if GPU else 30,
+    max_examples=15 if GPU else 20,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
