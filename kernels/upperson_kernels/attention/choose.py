@@ -6,9 +6,9 @@
     device.py       everything else: longer sequences, packed ones, other head widths, float32, other GPUs
 
 The pieces of the resident kernels were chosen by counting instructions, registers and shared memory of compiled code.
-None spills with Triton 3.8: `python bench/resources.py --every-length` compiles all choices, and tests/test_compile.py
-those of CLIP's lengths. Beyond the bounds, with more masked columns, some spilled on Hopper. Block sizes of device.py
-are in tiles.py.
+None spills with Triton 3.6 or 3.8: `python bench/resources.py --every-length` compiles all choices, and
+tests/test_compile.py those of CLIP's lengths. Beyond the bounds, with more masked columns, some spilled on Hopper.
+Block sizes of device.py are in tiles.py.
 """
 
 import functools

@@ -1,7 +1,8 @@
 """Milvus, a database of vectors: a server at http://HOST:19530/NAME, or Milvus Lite in NAME.milvus.db.
 
 A collection NAME holds the entries, NAME_settings the model and the next id. The index of the vectors is FLAT, which
-compares each vector. Of a user's text, expressions contain hexadecimal digits, and ASCII letters and digits of a path.
+compares each vector. Of a user's text, expressions contain hexadecimal digits, and only those characters of a path that
+mean nothing in an expression.
 """
 
 from __future__ import annotations
@@ -217,12 +218,11 @@ class MilvusStore:
 
     def windows(self, condition: str, names: list[str]) -> Iterator[dict[str, Any]]:
         """The fields of all entries that fit, by id. An answer of a server is limited, so ids are asked for in turn."""
-        conditions = [
-            " and ".join(filter(None, [f"id >= {start} and id < {start + LONG_WINDOW}", condition]))
-            for start in range(0, self.next_id(), LONG_WINDOW)
-        ]
         if condition and self.count(condition) <= LONG_WINDOW:
             conditions = [condition]
+        else:
+            starts = range(0, self.next_id(), LONG_WINDOW)
+            conditions = [joined(f"id >= {start}", f"id < {start + LONG_WINDOW}", condition) for start in starts]
         for each in conditions:
             found = self.client.query(self.entries, filter=each, output_fields=["id", *names])
             yield from sorted(found, key=lambda entity: entity["id"])
@@ -254,8 +254,7 @@ class MilvusStore:
             if where.path is None:
                 found = self.lowest(queries, top, condition)
             else:  # patterns of paths are compared here, where Milvus has found a part of them
-                narrowed = " and ".join(filter(None, [condition, part_of_path(where.path)]))
-                fitting = self.windows(narrowed, ["path"])
+                fitting = self.windows(joined(condition, part_of_path(where.path)), ["path"])
                 ids = [entity["id"] for entity in fitting if where.fits_path(entity["path"])]
                 for start in range(0, len(ids), WINDOW):
                     found += self.lowest(queries, top, f"id in {ids[start : start + WINDOW]}")
@@ -316,6 +315,11 @@ def located(index: str) -> tuple[str, str, Path]:
     return f"{parts.scheme}://{host}:{port}", name, Path(kept)
 
 
+def joined(*conditions: str) -> str:
+    """The condition that all of these hold; those that are empty do."""
+    return " and ".join(filter(None, conditions))
+
+
 def part_of_path(pattern: str) -> str:
     """A condition that all paths fulfil that the pattern fits: they contain its longest text of harmless characters."""
     without_sets = re.sub(r"\[.*\]", "*", pattern, flags=re.DOTALL)
@@ -333,4 +337,4 @@ def expression(where: Filter) -> str:
         conditions.append(f"time >= {since}")
     if where.until is not None:
         conditions.append(f"time <= {microseconds(where.until)}")
-    return " and ".join(conditions)
+    return joined(*conditions)
