@@ -1,6 +1,7 @@
 """Tables and pictures: the numbers of the table, the frames of the top ten, the curve."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,6 +140,16 @@ def test_methods_are_below_each_other(samples):
     assert two.shape[0] > 1.6 * one.shape[0]
     colours = {tuple(colour) for colour in two.reshape(-1, 3)}
     assert {(90, 90, 100 + 9 * index) for index in range(16)} <= colours
+
+
+@pytest.mark.parametrize(
+    "caption", ["W" * 400, "WWW MMM " * 50, "iii lll " * 50, "a wide maroon coat " * 9, "東京 " * 90, ""]
+)
+def test_no_caption_is_cut_at_the_edge(samples, caption):
+    band = pixels(picture([replace(samples[0], caption=caption)], UP=[[0]]))[: pictures.TITLE + pictures.CAPTION]
+    assert (band[:, -pictures.MARGIN :] == 255).all()
+    text = (band[pictures.TITLE :] < 128).any(2).any(0).nonzero()[0]
+    assert len(caption) < 300 or text.max() > 0.8 * band.shape[1]  # a long one fills its line
 
 
 def test_shown_queries_are_spread_evenly(samples):

@@ -30,7 +30,6 @@ STYLE: dict[Any, Any] = {
 THUMBNAIL, FRAME = (80, 240), 4
 CELL = (THUMBNAIL[0] + 2 * FRAME, THUMBNAIL[1] + 2 * FRAME)
 GAP, MARGIN, TITLE, CAPTION, RANK, NAME = 14, 14, 50, 50, 28, 30
-CAPTION_WIDTH = 125  # characters of a line
 
 
 def curve(histories: Sequence[Sequence[dict[str, Any]]], split: str, results: Results) -> bytes:
@@ -117,7 +116,8 @@ def top_ten(samples: Sequence[Sample], queries: Sequence[int], tops: Mapping[str
     draw.text((MARGIN, MARGIN), "The ten images that each caption finds, best first", "black", _font(22, bold=True))
     for number, query in enumerate(queries):
         y = TITLE + number * query_height + CAPTION
-        draw.text((left, y - 6), _caption(samples[query].caption), "black", _font(16), anchor="ld")
+        caption = _caption(samples[query].caption, _font(16), canvas.width - left - MARGIN)
+        draw.text((left, y - 6), caption, "black", _font(16), anchor="ld")
         for method, rows in tops.items():
             if len(tops) > 1:
                 name = Image.new("RGB", (CELL[1], NAME), "white")
@@ -141,8 +141,10 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(find_font(FontProperties(weight="bold" if bold else "normal")), size)
 
 
-def _caption(caption: str) -> str:
-    return "\n".join(textwrap.wrap(f"“{caption}”", CAPTION_WIDTH, max_lines=2, placeholder=" …”"))
+def _caption(caption: str, font: ImageFont.FreeTypeFont, room: int) -> str:
+    """The caption on at most two lines, none wider than `room` pixels: letters differ in width."""
+    tried = (textwrap.wrap(f"“{caption}”", length, max_lines=2, placeholder=" …”") for length in range(300, 5, -5))
+    return "\n".join(next(lines for lines in tried if max(map(font.getlength, lines)) <= room))
 
 
 def as_png(figure: Figure) -> bytes:
