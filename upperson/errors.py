@@ -68,6 +68,10 @@ class SearchError(OneLine, RuntimeError):
     """An index, a gallery or a query that cannot be used."""
 
 
+class IndexMissing(SearchError):
+    """An index that does not exist yet."""
+
+
 class Diverged(RunError):
     """A non-finite loss or gradient."""
 

@@ -54,13 +54,9 @@ def unit(vectors):
 # ---------------------------------------------------------------------------------------- as evaluation
 
 
-@pytest.mark.parametrize("index", ["people.db", "people.milvus.db"])
-def test_the_ranking_is_that_of_evaluation(index, tmp_path, checkpoint):
+def test_the_ranking_is_that_of_evaluation(index, checkpoint):
     """R@1 and the ten best images of every caption of the synthetic test split."""
-    if "milvus" in index:
-        pytest.importorskip("pymilvus", reason="the extra milvus is not installed")
-        pytest.importorskip("milvus_lite", reason="the extra milvus is not installed")
-    with Gallery.open(tmp_path / index, checkpoint) as gallery:
+    with Gallery.open(index, checkpoint) as gallery:
         gallery.indexing().add_drawings(gallery.drawings, progress=False)
         samples = read_splits(gallery.searcher.config.data)["test"]
         expected = embed(gallery.searcher.model, samples, progress=False).text_to_image()

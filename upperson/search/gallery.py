@@ -16,13 +16,13 @@ from filelock import FileLock, Timeout
 
 from upperson.data import Sample, gallery, load_image, read_splits
 from upperson.embedded.drawing import Drawing
-from upperson.errors import DataError, SearchError
+from upperson.errors import DataError, IndexMissing, SearchError
 from upperson.search.entry import Entry, Hit, Query
 from upperson.search.indexing import Indexing, Report, require_numbers
 from upperson.search.media import absolute, frames, is_video
 from upperson.search.rerank import BEST, distances_of, rerank
 from upperson.search.searcher import Searcher, combined
-from upperson.search.store import Filter, Row, Store, exists, missing, open_store
+from upperson.search.store import Filter, Row, Store, missing, open_store
 from upperson.search.thumbnails import Thumbnails, thumbnail
 from upperson.train.run_folder import BEST as CHECKPOINT
 
@@ -76,10 +76,13 @@ class Gallery:
         Raises SearchError for an index that cannot be read or was made with another model, and CheckpointError.
         """
         index = str(index)
-        found = open_store(index) if exists(index) and not is_new(index) else None
         try:
-            if found is None and not create:
-                raise missing(index)
+            found = open_store(index)
+        except IndexMissing:
+            if not create:
+                raise
+            found = None
+        try:
             if half and found is not None and found.settings["dtype"] != "float16":
                 raise SearchError(f"{index}: this index stores float32; --half is for a new --index")
             if checkpoint is None:
@@ -358,12 +361,6 @@ def lock_of(store: Store) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def is_new(index: str) -> bool:
-    """Whether nothing is stored under the name of an index yet."""
-    path = Path(index)
-    return path.is_file() and path.stat().st_size == 0
 
 
 def checkpoint_of(store: Store) -> Path:

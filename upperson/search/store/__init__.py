@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from upperson.errors import SearchError
+from upperson.errors import IndexMissing, SearchError
 from upperson.files import parse_json
 from upperson.search.entry import Entry
 
@@ -150,15 +150,10 @@ def is_server(index: str) -> bool:
     return index.startswith(("http://", "https://"))
 
 
-def exists(index: str) -> bool:
-    """Whether there may be an index. A server is asked when it is opened."""
-    return is_server(index) or Path(index).exists()
-
-
 def open_store(index: str, settings: dict[str, Any] | None = None) -> Store:
     """Opens an index, or makes one with these settings if it does not exist.
 
-    Raises SearchError for an index that cannot be read, and without `settings` for one that does not exist.
+    Raises SearchError for an index that cannot be read; without `settings`, IndexMissing for one that does not exist.
     """
     if is_server(index) or index.endswith(MILVUS):
         from upperson.search.store.milvus import MilvusStore
@@ -169,8 +164,8 @@ def open_store(index: str, settings: dict[str, Any] | None = None) -> Store:
     return SQLiteStore(Path(index), settings)
 
 
-def missing(index: str) -> SearchError:
-    return SearchError(f"{index}: no index; make one with upperson search index PHOTOS --index {index}")
+def missing(index: str) -> IndexMissing:
+    return IndexMissing(f"{index}: no index; make one with upperson search index PHOTOS --index {index}")
 
 
 def read_settings(index: str, text: str) -> dict[str, Any]:

@@ -58,18 +58,24 @@ class MilvusStore:
                 self.client = MilvusClient(address, **options)
             except self.failure as error:
                 if is_server(index):
-                    raise
-                raise SearchError(
-                    f"{index}: Milvus Lite cannot open the index; another process may have it open, as only one can at "
-                    f"a time ({error.message})"
-                ) from error
-            if settings is not None and not self.client.has_collection(self.texts):
-                self.create(settings)
-            if not self.client.has_collection(self.texts):
-                raise missing(index)
-            for collection in (self.texts, self.entries):
-                self.client.load_collection(collection)
-            self.settings = read_settings(index, self.text("settings"))
+                    reason = f"no server of Milvus takes the connection; is it there, and its password in {TOKEN}?"
+                else:
+                    reason = (
+                        "Milvus Lite cannot open the index; another process may have it open, as only one can at a time"
+                    )
+                raise SearchError(f"{index}: {reason} ({error.message})") from error
+        try:
+            with self.reported():
+                if settings is not None and not self.client.has_collection(self.texts):
+                    self.create(settings)
+                if not self.client.has_collection(self.texts):
+                    raise missing(index)
+                for collection in (self.texts, self.entries):
+                    self.client.load_collection(collection)
+                self.settings = read_settings(index, self.text("settings"))
+        except BaseException:
+            self.client.close()
+            raise
 
     def create(self, settings: dict[str, Any]) -> None:
         """Makes both collections; that of the settings last, since it tells that an index is there."""
@@ -254,7 +260,10 @@ class MilvusStore:
             if where.path is None:
                 found = self.lowest(queries, top, condition)
             else:  # patterns of paths are compared here, where Milvus has found a part of them
-                fitting = self.windows(joined(condition, part_of_path(where.path)), ["path"])
+                try:
+                    fitting = list(self.windows(joined(condition, part_of_path(where.path)), ["path"]))
+                except self.failure:  # servers before Milvus 2.4 cannot find a text within a path
+                    fitting = list(self.windows(condition, ["path"]))
                 ids = [entity["id"] for entity in fitting if where.fits_path(entity["path"])]
                 for start in range(0, len(ids), WINDOW):
                     found += self.lowest(queries, top, f"id in {ids[start : start + WINDOW]}")
