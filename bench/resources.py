@@ -15,13 +15,14 @@ the very arguments. For each kernel, from its code:
     programs       of the launch
     instructions   that all warps of a program execute
     special        exponentials, roots and reciprocals among them
+    spills         loads and stores of spilled registers among them
     loads          MB that 16-byte loads of all programs ask the L2 cache for, masked elements too
     warpgroup      matrix instructions in the code for the large units of Hopper (wgmma) and data-centre Blackwell
                    (tcgen05)
     matrix         and for the units of all GPUs
 
-Where programs of a launch differ, as in the kernels for attention of any length, instructions, special and loads are
-the mean of all programs. A loop that waits counts once (harness/sass.py).
+Where programs of a launch differ, as in the kernels for attention of any length, instructions to loads are the mean of
+all programs. A loop that waits counts once (harness/sass.py).
 
 For each call, the least time on GPUs whose rates are known: the time to issue these instructions, or the floor, which
 is the time for the least bytes or the useful operations. The share of the floor follows. Latencies are not in it: a
@@ -211,6 +212,7 @@ def figures(launch: Launch, target: int, branches: list[Branch]) -> dict[str, An
         programs=programs,
         instructions=round(counts.instructions),
         special=round(counts.special),
+        spills=round(counts.spills),
         loads=counts.loads * programs / 1e6,
         warpgroup=code.products(WARPGROUP),
         matrix=code.products(MATRIX),

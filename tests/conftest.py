@@ -49,6 +49,12 @@ FIRST = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is no such hook
+def pytest_xdist_auto_num_workers():
+    """`-n auto`: one worker more than cores, since many tests wait for processes of their own."""
+    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else (os.cpu_count() or 1) + 1
+
+
 def pytest_configure(config):
     if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would begin with the files of the most tests
         config.option.loadscopereorder = False

@@ -100,7 +100,9 @@ def test_loops_and_counts(lines, loops, waiting, taken, instructions):
 
 
 def test_kinds_of_instructions():
-    assert code(*STRAIGHT).counts(2) == Counts(instructions=8, special=2, loads=2 * 32 * 16)
+    assert code(*STRAIGHT).counts(2) == Counts(instructions=8, special=2, loads=2 * 32 * 16, spills=0)
+    spilling = code("STL.64 [R1+0x8], R144", ".L_x_1:", "LDL.LU R5, [R1+0x8]", "@P0 BRA `(.L_x_1)", "EXIT")
+    assert spilling.counts(2, [Branch((3,))]).spills == 2 * (1 + 3)
 
 
 def test_one_warp_starts_the_products_of_blackwell():

@@ -25,6 +25,7 @@ ENDS = ("BRA", "EXIT", "RET", "JMP")  # of a block
 SPECIAL = ("MUFU",)  # exponentials, roots, reciprocals
 WARPGROUP = ("HGMMA", "UTCHMMA")  # products on the large matrix units of Hopper and data-centre Blackwell
 MATRIX = ("HMMA",)  # products on the units of all GPUs
+OWN_MEMORY = ("LDL", "STL")
 ONE_WARP = ("UTC",)  # what one warp asks Blackwell's matrix unit for, in the name of all
 POLLS = ("SYNCS.PHASECHK", "NANOSLEEP")  # questions whether a barrier or memory is ready
 WORK = re.compile(r"(LD|ST)[GSTL]|RED|HMMA|HGMMA|UTCHMMA|MUFU|F(ADD|MUL|FMA|MNMX)|BAR")  # no loop that waits has these
@@ -49,6 +50,7 @@ class Counts:
     instructions: float
     special: float
     loads: float  # bytes, by loads of 16 bytes a thread
+    spills: float  # loads and stores of a thread's own memory, where registers that did not fit wait
 
 
 class Loop(NamedTuple):
@@ -190,14 +192,15 @@ class Code:
             for loop, steps in zip(own, branch.steps, strict=True):
                 for block in loop.blocks:
                     times[block] *= steps
-        instructions = special = loads = 0.0
+        instructions = special = loads = spills = 0.0
         for block, number in times.items():
             names = [instruction.name for instruction in self.blocks[block]]
             executed = number * (1 if any(name.startswith(ONE_WARP) for name in names) else warps)
             instructions += executed * len(names)
             special += executed * sum(name.startswith(SPECIAL) for name in names)
             loads += executed * 32 * 16 * sum(bool(LOADS.match(name)) for name in names)
-        return Counts(instructions, special, loads)
+            spills += executed * sum(name.startswith(OWN_MEMORY) for name in names)
+        return Counts(instructions, special, loads, spills)
 
     def _unrolled(self, loops: list[Loop], branches: Sequence[Branch]) -> Sequence[Branch]:
         """One loop, as the assembler may have made two of it: one for several steps at once, one for the rest."""

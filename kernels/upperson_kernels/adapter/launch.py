@@ -14,7 +14,7 @@ from upperson_kernels.adapter import device
 from upperson_kernels.backend import accumulator, capability, float32_precision, multiprocessors
 from upperson_kernels.rows import TRITON_DTYPES, as_rows
 
-FINISH_BLOCKS = dict(BLOCK_C=8, num_warps=8)
+FINISH_BLOCKS = dict(BLOCK_C=8, num_warps=8, enable_fp_fusion=True)
 
 
 class Norm(NamedTuple):

@@ -6,8 +6,9 @@
     device.py       everything else: longer sequences, packed ones, other head widths, float32, other GPUs
 
 The pieces of the resident kernels were chosen by counting instructions, registers and shared memory of compiled code.
-None spills with Triton 3.6 or 3.8: `python bench/resources.py --every-length` compiles all choices, and
-tests/test_compile.py those of CLIP's lengths. Beyond the bounds, with more masked columns, some spilled on Hopper.
+None spills with Triton 3.6 or 3.8. With 3.9 the longest do on Hopper, by at most 64 bytes of a thread that are stored
+and loaded once. `python bench/resources.py --every-length` compiles all choices, and tests/test_compile.py those of
+CLIP's lengths. Beyond the bounds, with more masked columns, some spill more.
 Block sizes of device.py are in tiles.py.
 """
 
@@ -17,7 +18,6 @@ from typing import Any
 MOST_COLUMNS, MOST_CAUSAL_COLUMNS, MOST_PREFIX = 256, 128, 32
 HEAD_WIDTH = 64
 PIECE = 64  # queries of a full piece in backward
-MOST_WAITING = 208  # queries whose dS fit the shared memory beside everything else
 
 
 def is_resident(
@@ -88,9 +88,9 @@ def backward_pieces(length: int, prefix: int) -> dict[str, Any] | None:
     return dict(
         BLOCK_N=block,
         TILES=tiles,
+        PIECE=PIECE,
         FULL=full,
         LAST=last,
-        WAITING=full + 1 if PIECE * full + last <= MOST_WAITING else 0,
         num_warps=8 if block == 128 else 4,
         num_stages=1,
         enable_fp_fusion=True,

@@ -14,7 +14,8 @@ from upperson_kernels.attention import choose, device, resident
 from upperson_kernels.backend import accumulator, capability, float32_precision
 from upperson_kernels.rows import TRITON_DTYPES
 
-PREFIX_BLOCKS = dict(BLOCK=128, STEP=8, num_warps=4)  # elements of a program, sequences of a step
+# Elements of a program, and sequences of a step.
+PREFIX_BLOCKS = dict(BLOCK=128, STEP=8, num_warps=4, enable_fp_fusion=True)
 
 
 class Prefix(NamedTuple):
@@ -187,7 +188,7 @@ def sequence_gradients(
         pieces = choose.backward_pieces(sizes.longest, prefix_length)
     with torch.cuda.device_of(qkv):
         if pieces is not None:
-            rows = choose.PIECE * pieces["FULL"] + pieces["LAST"]
+            rows = pieces["PIECE"] * pieces["FULL"] + pieces["LAST"]
             resident.backward_kernel[(sizes.sequences * heads,)](
                 qkv,
                 *columns_as(qkv.dtype, prefix),

@@ -6,9 +6,10 @@ loaded twice and no softmax is corrected more than once.
 
     forward    keys and values lie in up to three pieces. The queries walk past them in tiles.
     backward   five products an element. Tiles are [columns, queries]. The columns lie in one or two tiles, which own dK
-               and dV in registers, one after the other. All queries and output gradients are resident, in pieces of 64
-               rows and a last one. P and dS feed dV and dK from registers. dS also waits in shared memory in the
-               activations' dtype, until all columns have met a piece of queries; then dQᵀ = Kᵀ dS is complete.
+               and dV in registers, one after the other, the tile with masked columns first. All queries and output
+               gradients are resident, in pieces of 64 rows and a last one. P and dS feed dV and dK from registers. dS
+               also waits in shared memory in the activations' dtype, until all columns have met all queries; then
+               dQᵀ = Kᵀ dS.
 
 A row of the scratch memory holds −σΔ and −lse of a head: they come in pairs and need neither sign nor scale. The
 program writes that row, passes a barrier, and reads it.
@@ -17,7 +18,7 @@ Prefix keys and values come in the activations' dtype, so that a column is one l
 masked loads would be an operand in registers. Their gradients leave as in device.py, one for each sequence and without
 the factor λ; device.prefix_gradient_kernel finishes them.
 
-Two details keep the compiled code free of spills, with Triton 3.6 and newer. dQᵀ is written dot(trans(k), ds): the
+Two details keep the compiled code nearly free of spills (choose.py). dQᵀ is written dot(trans(k), ds): the
 other way round it would stay in registers. And sums of such products are hidden from Triton (`unchained`), which would
 give the two products two layouts.
 
@@ -32,9 +33,6 @@ import triton
 import triton.language as tl
 
 from upperson_kernels.attention.device import COUNTS, LOG2_E, first_query
-
-PIECE = tl.constexpr(64)  # queries of a full piece in backward
-
 
 # ---------------------------------------------------------------------------------------- shared pieces
 
@@ -294,9 +292,9 @@ def backward_kernel(
     ACC: tl.constexpr,          # dtype of sums
     BLOCK_N: tl.constexpr,      # columns of a tile
     TILES: tl.constexpr,        # tiles of columns; all but the last one are full of tokens
+    PIECE: tl.constexpr,        # queries of a full piece
     FULL: tl.constexpr,         # full pieces of queries before the last one
     LAST: tl.constexpr,         # queries of the last piece
-    WAITING: tl.constexpr,      # how many pieces wait for dQ until all columns are done: fewer registers, more memory
 ):
     """Computes all gradients of one head."""
     i_head = tl.program_id(0).to(tl.int64)  # sequence and head
@@ -326,21 +324,18 @@ def backward_kernel(
     tl.debug_barrier()                                                                  # the scratch memory is written
 
     waiting, b_k = (), ()
-    for c in tl.static_range(TILES):
+    for c in tl.static_range(TILES - 1, -1, -1):                                        # the masked tile first
         o_n = BLOCK_N * c + tl.arange(0, BLOCK_N)
         b_k = b_k + (load_columns(p_k, p_pk, BLOCK_N * c, stride_qkv_n, H * D, N, P, D=D, BLOCK=BLOCK_N,
                                   PLAIN=c < TILES - 1),)
         b_v = load_columns(p_v, p_pv, BLOCK_N * c, stride_qkv_n, H * D, N, P, D=D, BLOCK=BLOCK_N, PLAIN=c < TILES - 1)
         b_dk, b_dv = tl.zeros([BLOCK_N, D], ACC), tl.zeros([BLOCK_N, D], ACC)
         for r in tl.static_range(PIECES):
-            b_dk, b_dv, b_ds = gradient_tile(b_dk, b_dv, b_k[c], b_v, b_q[r], b_g[r], p_delta, p_delta + ROWS, o_n,
-                                             b_scale, PIECE * r, N, P, D=D, CAUSAL=CAUSAL, SCALE_LOGITS=SCALE_LOGITS,
-                                             PRECISION=PRECISION, ACC=ACC, PLAIN=c < TILES - 1)
-            if c < TILES - 1 or r >= PIECES - WAITING:
-                waiting = waiting + (b_ds,)
-            elif NEED_QKV:
-                store_queries(p_dq, b_k, b_ds, waiting, r, N, H, D=D, PRECISION=PRECISION, ACC=ACC, PIECES=PIECES,
-                              INSIDE=r < FULL)
+            b_dk, b_dv, b_ds = gradient_tile(b_dk, b_dv, b_k[TILES - 1 - c], b_v, b_q[r], b_g[r], p_delta,
+                                             p_delta + ROWS, o_n, b_scale, PIECE * r, N, P, D=D, CAUSAL=CAUSAL,
+                                             SCALE_LOGITS=SCALE_LOGITS, PRECISION=PRECISION, ACC=ACC,
+                                             PLAIN=c < TILES - 1)
+            waiting = waiting + (b_ds,)
         if NEED_QKV:
             store_rows(p_dk, b_dk, BLOCK_N * c, 3 * H * D, N, D=D, BLOCK=BLOCK_N, INSIDE=c < TILES - 1)
             store_rows(p_dv, b_dv, BLOCK_N * c, 3 * H * D, N, D=D, BLOCK=BLOCK_N, INSIDE=c < TILES - 1)
@@ -350,9 +345,9 @@ def backward_kernel(
             if NEED_VALUE:
                 store_prefix(p_dpv, b_dv, BLOCK_N * c, H * D, N, P, D=D)
     if NEED_QKV:
-        for r in tl.static_range(PIECES - WAITING, PIECES):
-            store_queries(p_dq, b_k, waiting[TILES * PIECES + r - PIECES - (PIECES - WAITING)], waiting, r, N, H, D=D,
-                          PRECISION=PRECISION, ACC=ACC, PIECES=PIECES, INSIDE=r < FULL)
+        for r in tl.static_range(PIECES):
+            store_queries(p_dq, b_k, waiting, r, N, H, D=D, PRECISION=PRECISION, ACC=ACC, PIECE=PIECE, PIECES=PIECES,
+                          INSIDE=r < FULL)
 
 
 @triton.jit
@@ -429,24 +424,24 @@ def gradient_tile(
 def store_queries(
     p_dq,                       # written: gradients of the head's queries, (N, D)
     b_k,                        # keys of all tiles of columns, [N, D] each
-    b_last_ds,                  # σ ds of the last tile of columns and the piece of queries, [N, M]
-    waiting,                    # σ ds of the other tiles of columns, each with all pieces of queries
+    b_ds,                       # σ ds of all tiles of columns, each with all pieces of queries, [N, M] each
     r: tl.constexpr,            # number of the piece
     N,                          # tokens of the sequence
     H,                          # heads
     D: tl.constexpr,            # head width
     PRECISION: tl.constexpr,    # of float32 products
     ACC: tl.constexpr,          # dtype of sums
+    PIECE: tl.constexpr,        # queries of a full piece
     PIECES: tl.constexpr,       # pieces of queries
     INSIDE: tl.constexpr,       # whether all queries of the piece are inside of the sequence
 ):
     """dQᵀ = Σ Kᵀ dS over all tiles of columns, for a piece of queries."""
-    b_dq = tl.dot(tl.trans(b_k[len(b_k) - 1]), b_last_ds, input_precision=PRECISION, out_dtype=ACC)     # [D, M]
-    for c in tl.static_range(len(b_k) - 1):
-        b_dq = unchained(b_dq, tl.dot(tl.trans(b_k[c]), waiting[c * PIECES + r], input_precision=PRECISION,
+    b_dq = tl.dot(tl.trans(b_k[0]), b_ds[r], input_precision=PRECISION, out_dtype=ACC)                  # [D, M]
+    for c in tl.static_range(1, len(b_k)):
+        b_dq = unchained(b_dq, tl.dot(tl.trans(b_k[c]), b_ds[c * PIECES + r], input_precision=PRECISION,
                                       out_dtype=ACC))
-    store_rows(p_dq, tl.trans(b_dq.to(p_dq.dtype.element_ty)), PIECE * r, 3 * H * D, N, D=D,
-               BLOCK=b_last_ds.shape[1], INSIDE=INSIDE)
+    store_rows(p_dq, tl.trans(b_dq.to(p_dq.dtype.element_ty)), PIECE * r, 3 * H * D, N, D=D, BLOCK=b_ds[r].shape[1],
+               INSIDE=INSIDE)
 
 
 @triton.jit
