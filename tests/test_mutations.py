@@ -41,7 +41,7 @@ from upperson import Config, ModelConfig, preset
 from upperson.__main__ import main
 from upperson.config.files import read_changes, read_configuration
 from upperson.data import ImageCache, gallery, load_image, queries, read_dataset
-from upperson.data.images import load_pixels
+from upperson.data.images import load_pixels, readable_formats
 from upperson.deploy.importing import read_foreign
 from upperson.errors import BackboneError, CheckpointError, DataError, MethodError, RunError, SearchError, one_line
 from upperson.evaluate.results import Results
@@ -112,7 +112,8 @@ def images(folder):
     exif = Image.Exif()
     exif[0x0112] = 6
     found = []
-    for suffix, modes in MODES.items():
+    formats = MODES | ({"HEIF": ("RGB", "RGBA", "L")} if "HEIF" in readable_formats() else {})
+    for suffix, modes in formats.items():
         for mode in modes:
             buffer = io.BytesIO()
             image = Image.new(mode, noise.size, 7) if mode in ("I;16", "F") else noise.convert(mode)

@@ -414,3 +414,53 @@ class TestFiles:
         for length in (0, 10, len(buffer.getvalue()) // 2):
             with pytest.raises(DataError, match="/image: image is broken"):
                 loaded(buffer.getvalue()[:length], tmp_path)
+
+
+LOSSLESS = dict(format="HEIF", quality=-1, chroma=444, matrix_coefficients=0)
+
+
+@pytest.fixture
+def heif():
+    return pytest.importorskip("pillow_heif", reason="the extra heif is not installed")
+
+
+@pytest.mark.usefixtures("heif")
+class TestHeif:
+    @pytest.mark.parametrize("value", [1, 3, 6])
+    def test_exif_does_not_turn_it(self, tmp_path, value):
+        """HEIF has properties of its own for that, which the decoder applies; EXIF repeats them."""
+        _, exif = turned(value)
+        assert "HEIF" in module.readable_formats()  # from here on Pillow writes it
+        assert (loaded(Image.fromarray(SCENE), tmp_path, exif=exif, **LOSSLESS) == SCENE).all()
+
+    def test_transparency(self, tmp_path):
+        image = Image.fromarray(SCENE).convert("RGBA")
+        image.putalpha(0)
+        assert "HEIF" in module.readable_formats()
+        assert (loaded(image, tmp_path, **LOSSLESS) == 255).all()
+
+    def test_too_many_pixels_are_not_decoded(self, tmp_path, monkeypatch):
+        assert "HEIF" in module.readable_formats()
+        Image.fromarray(SCENE).save(tmp_path / "a.heic", format="HEIF")
+        monkeypatch.setattr(module, "MAX_PIXELS", 1000)
+        with pytest.raises(DataError, match=r"a\.heic: expected an image of at most 1,000 pixels, found 24 x 48"):
+            load_image(tmp_path / "a.heic")
+
+    @pytest.mark.parametrize("name", ["a.heic", "a.jpg", "a"])
+    def test_without_pillow_heif_it_is_named(self, tmp_path, name, monkeypatch):
+        assert "HEIF" in module.readable_formats()
+        Image.fromarray(SCENE).save(tmp_path / name, format="HEIF")
+        monkeypatch.setattr(module, "readable_formats", lambda: ["JPEG", "PNG"])
+        for image in (tmp_path / name, (tmp_path / name).read_bytes()):
+            with pytest.raises(DataError, match=r"HEIF images need pillow-heif; pip install 'upperson\[heif\]'"):
+                load_image(image)
+        with pytest.raises(DataError, match=r"image is broken \(expected one of the formats JPEG, PNG\)"):
+            load_image(b"\0\0\0\x18ftypisom")
+
+    def test_cut_files(self, tmp_path):
+        assert "HEIF" in module.readable_formats()
+        buffer = io.BytesIO()
+        Image.fromarray(SCENE).save(buffer, "HEIF")
+        for length in (10, 100, len(buffer.getvalue()) // 2, len(buffer.getvalue()) - 20):
+            with pytest.raises(DataError, match="/image: image is broken"):
+                loaded(buffer.getvalue()[:length], tmp_path)

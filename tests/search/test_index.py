@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from tiny import tiny_run, write_image
 
+from upperson.data import images
 from upperson.data.images import load_pixels
 from upperson.errors import CheckpointError, DataError, SearchError
 from upperson.search import Gallery, Query
@@ -188,6 +189,26 @@ def test_broken_files_are_named_and_counted(gallery, photos):
     only.mkdir()
     (only / "bad.jpg").write_bytes(b"x")
     assert gallery.add([only]).all_failed
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_images_of_telephones(gallery, photos, monkeypatch, installed):
+    """HEIF is indexed with pillow-heif; without it, each image is named, and nothing is left out in silence."""
+    pytest.importorskip("pillow_heif", reason="the extra heif is not installed")
+    assert "HEIF" in images.readable_formats()
+    taken = Image.Exif()
+    taken.get_ifd(0x8769)[0x9003] = "2026:03:04 05:06:07"  # DateTimeOriginal
+    for name in ("IMG_1.HEIC", "IMG_2.heif"):
+        Image.open(photos / "cam0" / "0.png").convert("RGB").save(photos / name, "HEIF", exif=taken, quality=len(name))
+    if not installed:
+        monkeypatch.setattr(images, "readable_formats", lambda: ["PNG"])
+    report = gallery.add([photos])
+    assert counts_of(report) == {"added": 8 if installed else 6}
+    assert len(report.problems) == (0 if installed else 2)
+    for name, problem in zip(("IMG_1.HEIC", "IMG_2.heif"), report.problems, strict=False):
+        assert f"{name}: HEIF images need pillow-heif; pip install 'upperson[heif]'" in problem
+    times = [row.time for _, row in gallery.store.all_rows() if "IMG_1" in row.path]
+    assert times == [datetime(2026, 3, 4, 5, 6, 7)] * installed
 
 
 def test_an_image_that_breaks_keeps_its_entry(gallery, photos):

@@ -12,8 +12,10 @@
 """
 
 import io
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,8 +40,11 @@ MAX_SCANS = 100  # of a JPEG image, each of which takes as long as a whole image
 START_OF_SCAN = b"\xff\xda"
 BACKGROUND = (255, 255, 255)
 
-# Pillow's other formats are rare, and its reader of EPS runs Ghostscript.
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# Pillow's other formats are rare, and its reader of EPS runs Ghostscript. HEIF, which telephones write, is read by
+# pillow-heif, where it is installed.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+HEIF = re.compile(rb".{4}ftyp(hei[cxms]|hev[cx]|mif1|msf1)", re.DOTALL)  # how such a file begins
 
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of 16-bit grey values
 REFUSED = {"I": "whole numbers of 32 bits", "F": "floating-point numbers", "LAB": "values of CIE L*a*b*"}
@@ -77,7 +82,7 @@ def load_image(image: Path | bytes | Drawing | Image.Image) -> Image.Image:
         return Image.fromarray(pixels)
     name = image if isinstance(image, Path) else "the image"
     try:
-        with _opened(image) as file, Image.open(file, formats=_readable_formats()) as opened:
+        with _opened(image) as file, Image.open(file, formats=readable_formats()) as opened:
             if opened.format in ("JPEG", "MPO"):
                 file.seek(0)
                 scans = file.read().count(START_OF_SCAN)
@@ -89,8 +94,10 @@ def load_image(image: Path | bytes | Drawing | Image.Image) -> Image.Image:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{name}: image is missing") from error
     except Image.UnidentifiedImageError as error:
+        if "HEIF" not in readable_formats() and HEIF.match(_beginning(image)):
+            raise DataError(f"{name}: HEIF images need pillow-heif; pip install 'upperson[heif]'") from error
         raise DataError(
-            f"{name}: image is broken (expected one of the formats {', '.join(_readable_formats())})"
+            f"{name}: image is broken (expected one of the formats {', '.join(readable_formats())})"
         ) from error
     except Image.DecompressionBombError as error:  # raised by Image.open for much more than MAX_PIXELS
         raise DataError(f"{name}: expected an image of at most {MAX_PIXELS:,} pixels ({error})") from error
@@ -110,9 +117,18 @@ def _opened(image: Path | bytes) -> BinaryIO:
     return open(image, "rb")
 
 
+def _beginning(image: Path | bytes) -> bytes:
+    with _opened(image) as file:
+        return file.read(12)
+
+
 @cache
-def _readable_formats() -> list[str]:
-    """Those of FORMATS that this Pillow has."""
+def readable_formats() -> list[str]:
+    """Those of FORMATS that this Pillow has, with pillow-heif where it is installed."""
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from upperson.data.images import FORMATS, MAX_PIXELS
+from upperson.data.images import HEIF_SUFFIXES, MAX_PIXELS, readable_formats
 from upperson.errors import DataError, SearchError
 from upperson.files import require_regular
 
@@ -22,8 +22,11 @@ TAG = "CACHEDIR.TAG"  # marks a folder of derived files (bford.info/cachedir), s
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    Image.init()
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+    """Of the formats that can be read, and those of HEIF in any case: without pillow-heif they are named as unread."""
+    formats = readable_formats()
+    return frozenset(HEIF_SUFFIXES).union(
+        suffix for suffix, name in Image.registered_extensions().items() if name in formats
+    )
 
 
 def is_video(path: Path) -> bool:
