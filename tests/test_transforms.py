@@ -1,5 +1,7 @@
 """The operators under the transforms of torch.func: the values of plain PyTorch, or an error that says what to do."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from operators import (
@@ -14,6 +16,7 @@ from operators import (
     slow_case,
 )
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 from upperson_kernels import quick_gelu
 
 PACKED, MARKS = packed_inputs([3, 0, 4])
@@ -84,6 +87,25 @@ def test_other_derivatives_are_refused_with_what_to_do(operator):
         with pytest.raises(NotImplementedError, match="backend='torch'"):
             transform(loss)
         transform(works)
+
+
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_second_derivative_by_autograd_is_refused(operator, registered):
+    """Also that of a plain sum, whose constant gradient hides from PyTorch that the first derivative has one.
+
+    registered: as an operator of PyTorch's registry, as under a mode of the dispatcher.
+    """
+    (fused, *_), tensors = OPERATORS[operator]
+    tensors = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    for loss in (lambda outputs: sum(out.sum() for out in outputs), lambda outputs: outputs[0].square().sum()):
+        with FlopCounterMode(display=False) if registered else nullcontext():
+            outputs = fused(*tensors)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            firsts = torch.autograd.grad(loss(outputs), tensors, create_graph=True, allow_unused=True)
+            penalty = sum(first.square().sum() for first in firsts if first is not None)
+            with pytest.raises(RuntimeError, match="once_differentiable|no autograd formula was registered"):
+                (penalty + outputs[0].sum()).backward()
 
 
 def test_second_derivatives_of_the_pytorch_backend():

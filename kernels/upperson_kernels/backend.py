@@ -8,6 +8,7 @@
 Nothing falls back in silence: inputs that the chosen backend does not support are an error.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.autograd import function as autograd_function
 
 BACKENDS = ("triton", "torch")
 COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -133,6 +135,23 @@ def in_transform() -> bool:
         return False
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     return functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.autograd.function.once_differentiable, also for an incoming gradient that is a constant, such as a sum's.
+
+    PyTorch's own looks at the incoming gradients alone. If they are constants it returns constants, although the
+    gradients depend on the saved tensors: a second derivative would be wrong in silence.
+    """
+    once = autograd_function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def refuse_twice(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = tuple(g if g is None or g.requires_grad else g.detach().requires_grad_() for g in grads)
+        return once(ctx, *grads)
+
+    return refuse_twice
 
 
 def cheapest(

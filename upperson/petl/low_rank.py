@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from upperson_kernels.backend import in_transform
+from upperson_kernels.backend import in_transform, once_differentiable
 
 from upperson.petl.initial import scalar, uniform_fan_in
 

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from upperson_kernels.backend import in_transform
+from upperson_kernels.backend import in_transform, once_differentiable
 
 from upperson.petl.adapters import Adapter
 from upperson.petl.initial import normal, scalar, uniform_fan_in

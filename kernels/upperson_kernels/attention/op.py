@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from upperson_kernels.attention import launch
 from upperson_kernels.attention.launch import Needs, Packing, Prefix
-from upperson_kernels.backend import accumulator, cheapest, for_transforms
+from upperson_kernels.backend import accumulator, cheapest, for_transforms, once_differentiable
 
 
 def run_forward(

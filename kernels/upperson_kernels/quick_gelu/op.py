@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from upperson_kernels.backend import cheapest, for_transforms
+from upperson_kernels.backend import cheapest, for_transforms, once_differentiable
 from upperson_kernels.quick_gelu import launch
 
 
