@@ -739,6 +739,12 @@ def test_float32_products_follow_pytorchs_setting():
         (dict(prefix_scale=1.0), TypeError, "prefix_attention: prefix_scale must be a tensor, not float"),
         (dict(qkv=[1.0]), TypeError, "qkv must be a tensor, not list"),
         (dict(scale_target="values"), ValueError, "scale_target must be 'weights' or 'logits', not 'values'"),
+        (dict(causal="no"), TypeError, "prefix_attention: causal must be True or False, not 'no'"),
+        (
+            dict(causal=torch.ones(4, 4).tril()),
+            TypeError,
+            r"causal must be True or False, not a tensor of shape \(4, 4\)",
+        ),
         (dict(backend="fast"), ValueError, "backend must be None, 'triton' or 'torch', not 'fast'"),
     ],
 )
@@ -801,6 +807,10 @@ def test_attention_refuses_wide_heads():
     [
         (dict(x=None), TypeError, "layernorm_adapter: x must be a tensor, not NoneType"),
         (dict(residual=True), TypeError, "residual must be a tensor, not bool"),
+        (dict(eps=-1e-5), ValueError, "layernorm_adapter: eps must be finite and at least 0, not -1e-05"),
+        (dict(eps=float("nan")), ValueError, "eps must be finite and at least 0, not nan"),
+        (dict(eps=None), TypeError, "eps must be a number, not None"),
+        (dict(eps=torch.tensor(1e-5)), TypeError, r"eps must be a number, not a tensor of shape \(\)"),
         (dict(x=torch.tensor(1.0)), ValueError, r"x must be \(..., C\) with C ≥ 1, not \(\)"),
         (dict(x=torch.zeros(2, 8, dtype=torch.int32)), TypeError, "x must be a floating-point tensor"),
         (dict(weight=torch.zeros(9)), ValueError, r"weight must be \(8,\), not \(9,\)"),

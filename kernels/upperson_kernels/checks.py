@@ -12,6 +12,23 @@ def require_tensor(operator: str, name: str, value: object) -> None:
         raise TypeError(f"{operator}: {name} must be a tensor, not {type(value).__name__}")
 
 
+def require_switch(operator: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{operator}: {name} must be True or False, not {shown(value)}")
+
+
+def require_epsilon(operator: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{operator}: {name} must be a number, not {shown(value)}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{operator}: {name} must be finite and at least 0, not {value}")
+
+
+def shown(value: object) -> str:
+    """A value in an error: a tensor by its shape."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
 def require_float(operator: str, name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{operator}: {name} must be a floating-point tensor, not {tensor.dtype}")

@@ -11,6 +11,7 @@ from upperson_kernels.checks import (
     refuse_forward_mode,
     require_device,
     require_dtype,
+    require_epsilon,
     require_rows,
     require_shape,
 )
@@ -46,7 +47,7 @@ def layernorm_adapter(
         down_weight, down_bias: (R, C) and (R,), as nn.Linear(C, R) keeps them.
         up_weight, up_bias: (C, R) and (C,), as nn.Linear(R, C) keeps them.
         scale: (), the adapter's learnable scale.
-        eps: added to the variance.
+        eps: added to the variance; at least 0.
         residual: x's shape and dtype. With a residual, x + residual takes the place of x and is returned too. Under
             autocast their dtypes may differ; both are then cast to the wider one.
         norm_weight, norm_bias: (C,), of the adapter's own LayerNorm; both or neither.
@@ -57,8 +58,8 @@ def layernorm_adapter(
         LN(x), and the residual stream with the adapter's output added. Differentiable once, in every tensor.
 
     Raises:
-        ValueError: an unsupported shape or device; norm_weight without norm_bias or the reverse.
-        TypeError: an unsupported dtype, here or with the backend; an argument that is not a tensor.
+        ValueError: an unsupported shape, device or eps; norm_weight without norm_bias or the reverse.
+        TypeError: an unsupported dtype, here or with the backend; an argument of another type.
         RuntimeError: the backend cannot run on this machine.
     """
     name = "layernorm_adapter"
@@ -93,6 +94,7 @@ def layernorm_adapter(
     for parameter_name, parameter in parameters.items():
         require_device(name, parameter_name, parameter, "x", x)
         require_dtype(name, parameter_name, parameter, "x", x)
+    require_epsilon(name, "eps", eps)
     if residual is not None:
         require_shape(name, "residual", residual, tuple(x.shape))
         require_device(name, "residual", residual, "x", x)

@@ -13,6 +13,7 @@ from upperson_kernels.checks import (
     require_dtype,
     require_float,
     require_shape,
+    require_switch,
     require_tensor,
 )
 
@@ -61,12 +62,13 @@ def prefix_attention(
 
     Raises:
         ValueError: an unsupported shape, device or option.
-        TypeError: an unsupported dtype, here or with the backend; an argument that is not a tensor.
+        TypeError: an unsupported dtype, here or with the backend; an argument of another type.
         RuntimeError: the backend cannot run on this machine.
     """
     name = "prefix_attention"
     if scale_target not in SCALE_TARGETS:
         raise ValueError(f"{name}: scale_target must be 'weights' or 'logits', not {scale_target!r}")
+    require_switch(name, "causal", causal)
     require_tensor(name, "qkv", qkv)
     if cu_seqlens is None and (qkv.dim() != 5 or qkv.shape[2] != 3):
         raise ValueError(f"{name}: qkv must be (B, N, 3, H, D), not {tuple(qkv.shape)}")
