@@ -211,6 +211,103 @@ def test_a_warmup_that_is_asked_for_is_not_shortened(tmp_path, capsys):
     assert "must be below epochs, which is 2" in capsys.readouterr().err
 
 
+# ------------------------------------------------------------------------------------ options without effect
+
+ENCODERS = "stage encoders freezes the prompts and reads the encoder_ options"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unread"),
+    [
+        ("--prefix none", {}),
+        ("--prefix none --prefix-length 4 --lora-rank 3", {"prefix_length": "prefix is none"}),
+        ("--prefix vanilla --prefix-length 3 --prefix-scale 5", {"prefix_scale": "a vanilla prefix has no λ"}),
+        ("--lora none --depth-lora 1", {"depth_lora": "lora is none"}),
+        ("--lora wora --no-low-rank-gradients", {"low_rank_gradients": "WoRA needs the gradient of the whole weight"}),
+        (
+            "--adapter-attn ln-tuning --adapter-mlp none --adapter-reduction 8 --depth-adapter 1",
+            {"adapter_reduction": "no adapter has a bottleneck"},
+        ),
+        ("--method cskt --no-prompts --prompt-length 3", {"prompt_length": "there are no prompts"}),
+        ("--method cskt --no-adapters --adapter-reduction 3", {"adapter_reduction": "there are no adapters"}),
+        (
+            "--method zero-shot --batch-size 8 --device cpu --seed 3 --mask-captions",
+            {"mask_captions": "nothing is trained", "batch_size": "nothing is trained"},
+        ),
+        ("--method prompt-decoupling --temperature 0.1 --learning-rate 1e-3 --encoder-losses itc", {}),
+        ("--method prompt-decoupling --stage prompts --encoder-losses itc", {"encoder_losses": "stage is prompts"}),
+        (
+            "--method prompt-decoupling --stage encoders --epochs 3 --encoder-epochs 5 --freeze clip",
+            {"epochs": ENCODERS, "freeze": ENCODERS},
+        ),
+        ("--losses cmpm+id --temperature 0.1", {"temperature": "the losses have neither sdm nor itc"}),
+        ("--losses mlm+itc --temperature 0.1 --no-mask-captions", {}),
+        ("--losses mlm --no-mask-captions", {"mask_captions": "the mlm loss always reads masked captions"}),
+        ("--no-check-images --workers 0", {"check_images": "the images are synthetic"}),
+        (
+            "--preset cuhk-pedes --image-cache x --no-check-images --embedded-seed 3",
+            {
+                "embedded_seed": "cuhk-pedes is not an embedded data set",
+                "check_images": "the images come from the image cache",
+            },
+        ),
+        ("--dataset embedded-scenes --embedded-views 2", {"embedded_views": "a scene has one image"}),
+        ("--epochs 2 --warmup-epochs 0 --warmup-factor 0.5", {"warmup_factor": "there is no warm-up"}),
+    ],
+)
+def test_an_option_without_effect_is_reported(arguments, unread, capsys):
+    parse_arguments(arguments.split())
+    lines = [f"{name}: has no effect here, since {reason}" for name, reason in unread.items()]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_an_option_of_a_file_without_effect_is_reported(tmp_path, capsys):
+    """Where the file changes the option: the whole configuration of a run is no news."""
+    base = preset("embedded").replace(prefix="none")
+    (tmp_path / "whole.json").write_text(base.to_json())
+    parse_arguments(["--config", str(tmp_path / "whole.json")])
+    assert capsys.readouterr().err == ""
+    (tmp_path / "whole.json").write_text(base.replace(prefix_length=7).to_json())
+    parse_arguments(["--config", str(tmp_path / "whole.json")])
+    assert capsys.readouterr().err == "prefix_length: has no effect here, since prefix is none\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("up-person", {}),
+        ("up-person", {"prefix": "none"}),
+        ("up-person", {"prefix": "vanilla", "lora": "none"}),
+        ("up-person", {"adapter_attn": "ln-tuning", "adapter_mlp": "none"}),
+        ("up-person", {"adapter_attn": "none", "adapter_mlp": "none"}),
+        ("cskt", {"prompts": False}),
+        ("cskt", {"adapters": False}),
+    ],
+)
+def test_modules_do_not_depend_on_options_without_effect(method, options):
+    """And their number, sizes or values depend on all other options: none is left out."""
+    import torch  # with open_clip, which other tests here do without
+
+    from upperson.model import AdaptedCLIP
+
+    def parameters(config):
+        torch.manual_seed(0)
+        model = AdaptedCLIP(config.model)
+        return {name: parameter.detach().clone() for name, parameter in model.adaptation().items()}
+
+    def same(one, other):
+        return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+    base = preset("embedded", method).replace(**options)
+    changes = {
+        "prefix_length": 3, "prefix_scale": 5.0, "depth_prefix": 1, "lora_rank": 2, "depth_lora": 1,
+        "adapter_reduction": 16, "depth_adapter": 1, "prompt_length": 3, "depth_prompt": 1,
+    }  # fmt: skip
+    expected, unread = parameters(base), base.unread()
+    for name in changes.keys() & base.values().keys():
+        assert same(parameters(base.replace(**{name: changes[name]})), expected) == (name in unread), name
+
+
 # ------------------------------------------------------------------------------------ start-up
 
 

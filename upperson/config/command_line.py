@@ -82,6 +82,10 @@ def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argpars
                 f"{option}: {config.data.dataset} is synthetic and has no files; choose a data set with --dataset or "
                 "--preset"
             )
+    unread = config.unread()
+    for name, usual in base.values().items():
+        if name in unread and (name in given or requested.get(name, usual) != usual):
+            print(f"{name}: has no effect here, since {unread[name]}", file=sys.stderr)
     return config
 
 

@@ -32,6 +32,12 @@ MOST_AT_ONCE = 2**17  # images or captions
 MOST_STEPS = 10**9
 
 
+# The fields of TrainConfig that a run without training reads.
+READ_WITHOUT_TRAINING = {
+    "freeze", "start_from", "precision", "device", "seed", "evaluate_batch_size", "run_dir", "resume"
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ModelConfig(Checked):
     """The backbone, the method that adapts it, and how both are computed."""
@@ -289,6 +295,35 @@ class Config:
         """The stages of a training, each with its configuration. A method without stages has one unnamed stage."""
         stages = self.model.method.stages() or (Stage("", self.model.method.title, {}),)
         return [(stage, self.replace(**stage.changes).settled()) for stage in stages]
+
+    def unread(self) -> dict[str, str]:
+        """The fields that no stage of a run reads beside the other fields, by name, each with the reason."""
+        first, *others = (own._unread_by_itself() for _, own in self.stages())
+        return {name: reason for name, reason in first.items() if all(name in other for other in others)}
+
+    def _unread_by_itself(self) -> dict[str, str]:
+        data, train, method = self.data, self.train, self.model.method
+        losses = parse_losses(train.losses)
+        found: dict[str, str] = {}
+        if data.is_synthetic:
+            found["check_images"] = "the images are synthetic"
+        else:
+            names = ("embedded_identities", "embedded_views", "embedded_seed")
+            found |= dict.fromkeys(names, f"{data.dataset} is not an embedded data set")
+        if data.dataset.startswith("embedded-scenes"):
+            found["embedded_views"] = "a scene has one image"
+        if data.image_cache is not None:
+            found["check_images"] = "the images come from the image cache"
+        if train.warmup_epochs == 0:
+            found["warmup_factor"] = "there is no warm-up"
+        if not losses.keys() & {"sdm", "itc"}:
+            found["temperature"] = "the losses have neither sdm nor itc"
+        if losses.keys() == {"mlm"}:
+            found["mask_captions"] = "the mlm loss always reads masked captions"
+        if not method.trains:
+            of_training = {spec.name for spec in dataclasses.fields(train)} - READ_WITHOUT_TRAINING
+            found |= dict.fromkeys((*of_training, "mask_captions", "low_rank_gradients"), "nothing is trained")
+        return found | method.unread()
 
     def to_json(self) -> str:
         content = dataclasses.asdict(self)

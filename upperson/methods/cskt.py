@@ -50,6 +50,15 @@ class CSKT(Method):
     def positions_taken(self) -> int:
         return 2 * self.prompt_length if self.prompts and self.prompt_positions else 0
 
+    def unread(self) -> dict[str, str]:
+        found = {"low_rank_gradients": "CSKT has no LoRA"}
+        if not self.prompts:
+            found |= dict.fromkeys(("prompt_length", "depth_prompt", "prompt_positions"), "there are no prompts")
+        if not self.adapters:
+            names = ("adapter_reduction", "adapter_scale_image", "adapter_scale_text")
+            found |= dict.fromkeys(names, "there are no adapters")
+        return found
+
     @classmethod
     def recipe(cls, synthetic: bool) -> dict[str, Any]:
         """The recipe of the released code; weight decay, schedule and temperature are UP-Person's."""

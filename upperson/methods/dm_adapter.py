@@ -51,6 +51,9 @@ class DMAdapter(Method):
         """None: the balance loss counts padding, and every token of the last block."""
         return ()
 
+    def unread(self) -> dict[str, str]:
+        return {"low_rank_gradients": "DM-Adapter has no LoRA"}
+
     @classmethod
     def recipe(cls, synthetic: bool) -> dict[str, Any]:
         """The recipe of the released code; weight decay, schedule and temperature are UP-Person's."""

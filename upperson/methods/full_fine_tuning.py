@@ -20,6 +20,9 @@ class FullFineTuning(Method):
     def trains_clip(self) -> bool:
         return True
 
+    def unread(self) -> dict[str, str]:
+        return {"low_rank_gradients": "full fine-tuning has no LoRA"}
+
     @classmethod
     def recipe(cls, synthetic: bool) -> dict[str, Any]:
         return {"learning_rate": 3e-4 if synthetic else 1e-5}

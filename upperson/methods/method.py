@@ -111,6 +111,10 @@ class Method(Checked):
         """The fields of the configuration that the method's options override."""
         return {}
 
+    def unread(self) -> dict[str, str]:
+        """The fields of the configuration that the method does not read beside its other options, with the reasons."""
+        return {}
+
     @property
     def continues(self) -> bool:
         """Whether a training must start from the parameters of an earlier training (--start-from)."""

@@ -92,6 +92,15 @@ class PromptDecoupling(Method):
             "losses": self.encoder_losses,
         }  # fmt: skip
 
+    def unread(self) -> dict[str, str]:
+        found = {"low_rank_gradients": "Prompt Decoupling has no LoRA"}
+        if self.stage == "prompts":
+            names = ("encoder_epochs", "encoder_warmup_epochs", "encoder_learning_rate", "encoder_losses")
+            found |= dict.fromkeys(names, "stage is prompts")
+        if self.stage == "encoders":
+            found |= dict.fromkeys(self.decided(), "stage encoders freezes the prompts and reads the encoder_ options")
+        return found
+
     @property
     def continues(self) -> bool:
         return self.stage == "encoders"

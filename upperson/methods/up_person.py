@@ -73,6 +73,23 @@ class UPPerson(Method):
             parts += [f"{TITLES[kind]} at the {place}" for kind, place in places if kind != "none"]
         return "UP-Person" if parts == ["S-Prefix", "LoRA", "L-Adapter"] else " + ".join(parts)
 
+    def unread(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        if self.prefix == "none":
+            found |= dict.fromkeys(("prefix_length", "prefix_scale", "scale_target", "depth_prefix"), "prefix is none")
+        if self.prefix == "vanilla":
+            found |= dict.fromkeys(("prefix_scale", "scale_target"), "a vanilla prefix has no λ")
+        if self.lora == "none":
+            found |= dict.fromkeys(("lora_rank", "depth_lora", "low_rank_gradients"), "lora is none")
+        if self.lora == "wora":
+            found["low_rank_gradients"] = "WoRA needs the gradient of the whole weight"
+        adapters = {self.adapter_attn, self.adapter_mlp}
+        if adapters <= {"none", "ln-tuning"}:
+            found["adapter_reduction"] = "no adapter has a bottleneck"
+        if adapters == {"none"}:
+            found["depth_adapter"] = "there are no adapters"
+        return found
+
     @classmethod
     def sweeps(cls, synthetic: bool) -> dict[str, dict[str, dict[str, Any]]]:
         """The axes of the paper's Figure 6."""

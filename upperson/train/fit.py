@@ -284,6 +284,8 @@ def announce(config: Config, model: AdaptedCLIP, job: Job, folder: Path, start: 
     group = job.group
     processes = f", one of {group.world_size} processes" if group.world_size > 1 else ""
     group.print(f"run     {folder}, on {job.device}{processes} in {job.precision}")
+    if config.train.frozen_weights != "auto" and config.model.method.trains and job.precision == "fp32":
+        group.print("frozen_weights: has no effect in fp32")
     for split, samples in job.splits.items():
         group.print(
             f"{split:<7} {len(samples):,} captions of {len({s.image_id for s in samples}):,} images of "
