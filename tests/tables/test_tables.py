@@ -324,6 +324,26 @@ def test_a_table_from_its_command(run, setting, output, capsys):
     Image.open(output / "V-embedded.png").verify()
 
 
+@pytest.mark.parametrize(("jobs", "at_once", "seconds"), [("1", 1, 300), ("2", 2, 150), ("8", 3, 100)])
+def test_the_estimate_counts_the_runs_that_run_at_once(run, monkeypatch, capsys, jobs, at_once, seconds):
+    """Three runs on eight processes take as long as one: five processes wait."""
+    calls = []
+
+    class Pool:
+        __enter__ = __exit__ = lambda self, *_: self
+
+        def submit(self, *_):
+            calls.append(_)
+            return type("Future", (), {"result": lambda self: 100.0})()
+
+    monkeypatch.setattr(Runs, "processes", lambda self: Pool())
+    monkeypatch.setattr(Runs, "train_all", lambda *_: iter(()))
+    monkeypatch.setattr(command, "write", lambda *_: None)
+    assert run("VI", "--jobs", jobs) == 0 and calls
+    shown = f"3 to run, about 100 s each on this machine, {at_once} at once: {command.duration(seconds)}\n"
+    assert shown in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_nothing_is_trained_twice(run, setting, output, capsys):
     run("V")
@@ -348,6 +368,8 @@ def test_listing_trains_nothing(run, tmp_path, capsys):
     assert run("VI", "--list", "--output", str(tmp_path / "new")) == 0
     assert capsys.readouterr().out.count("missing  ") == 3
     assert not (tmp_path / "new").exists()
+    assert run("IV", "--list") == 0
+    assert capsys.readouterr().out == "no runs: table IV trains nothing\n"
 
 
 def test_a_list_tells_backbones_apart(tmp_path, capsys):
@@ -527,6 +549,10 @@ def test_a_damaged_file_of_a_run_is_one_line(run, setting, tmp_path, capsys, nam
             "--method: the table sweeps needs a method with sweeps, up-person or cskt or dm-adapter; found",
         ),
         (["V", "--method", "cskt"], "--method: only for the table sweeps"),
+        (["XI", "XIII", "--dataset", "embedded"], "--dataset: the data sets of XI and XIII are fixed; expected none"),
+        (["I", "--data-root", "d", "--dataset", "rstpreid"], "--dataset: the data sets of I are fixed"),
+        (["IV", "--seeds", "2"], "--seeds: table IV trains nothing"),
+        (["IV", "--jobs", "2"], "--jobs: table IV trains nothing"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):

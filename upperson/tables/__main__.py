@@ -41,6 +41,7 @@ from upperson.tables.render import (
     sweep_plot,
 )
 from upperson.tables.rows import (
+    COMPARED,
     Table,
     build_tables,
     embedded_setting,
@@ -56,6 +57,7 @@ PAPER = (
     "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "figure5", "figure6", "figure7",
 )  # fmt: skip
 ALL = (*PAPER, "methods")
+OWN_DATASETS = ("XI", "XII", "XIII")  # tables that --dataset does not change
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,8 +71,7 @@ def make_tables(options: argparse.Namespace) -> int:
     runs = Runs(options.output / "runs", {"device": options.device, "workers": options.workers}, options.jobs)
     require_folder(options.output, "--output", writable=not options.list)  # fails before any work
     seeds = range(1, options.seeds + 1)
-    requested = [name for table in options.tables for name in (ALL if table == "all" else (table,))]
-    numbers = tuple(dict.fromkeys(requested))
+    numbers = requested(options.tables)
     tables = {number: table for number, table in build_tables(setting, dataset).items() if number in numbers}
     if options.method:
         tables["sweeps"] = sweep_table(setting, dataset, options.method)
@@ -89,6 +90,11 @@ def make_tables(options: argparse.Namespace) -> int:
             costs = measure_costs(every_method, setting[dataset], options.device) if number == "methods" else None
             write(number, tables[number], runs, seeds, options, costs)
     return 0
+
+
+def requested(names: Sequence[str]) -> tuple[str, ...]:
+    """The tables of a command line, in its order."""
+    return tuple(dict.fromkeys(table for name in names for table in (ALL if name == "all" else (name,))))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -110,8 +116,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset",
         metavar="NAME",
-        help="the data set of tables IV to X, the figures, methods and sweeps (default: embedded; cuhk-pedes with "
-        "--data-root)",
+        help="the data set of tables IV to X, the figures, methods and sweeps, and without --data-root of tables I to "
+        "III (default: embedded; cuhk-pedes with --data-root)",
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run each row with seeds 1 to N (default: 1)")
     parser.add_argument(
@@ -164,6 +170,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--dataset: expected one of {', '.join(known)}, found {options.dataset}"
             + ("" if options.data_root else "; real data sets need --data-root")
         )
+    numbers = set(requested(options.tables))
+    if options.dataset is not None and numbers <= {*OWN_DATASETS, *(COMPARED if options.data_root else ())}:
+        parser.error(f"--dataset: the data sets of {' and '.join(options.tables)} are fixed; expected none")
+    for name in ("seeds", "jobs"):
+        if numbers == {"IV"} and getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name}: table IV trains nothing; expected none")
     return options
 
 
@@ -181,6 +193,8 @@ def train_missing(tables: dict[str, Table], runs: Runs, seeds: Sequence[int], on
     )
     missing = [config for config in wanted if not runs.is_done(config)]
     if not wanted:
+        if only_list:
+            print("no runs: table IV trains nothing")
         return
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them already done, in {runs.folder}", flush=True)
     if only_list:
@@ -202,16 +216,18 @@ def train_missing(tables: dict[str, Table], runs: Runs, seeds: Sequence[int], on
                 for kind, config in examples.items()
             }
             total = sum(each[config.data.dataset, config.model.method.name] for config in trained)
+            at_once = min(runs.jobs, left)
             print(
-                f"{len(missing)} to run, about {total / left:.0f} s each on this machine, {runs.jobs} at once: "
-                f"{duration(total / runs.jobs)}",
+                f"{len(missing)} to run, about {total / left:.0f} s each on this machine, {at_once} at once: "
+                f"{duration(total / at_once)}",
                 flush=True,
             )
         for number, (config, seconds) in enumerate(runs.train_all(missing, processes), 1):
             if config.model.method.trains:
                 times.append(seconds)
                 left -= 1
-            remaining = duration(sum(times) / len(times) * left / runs.jobs) if times else "an unknown time"
+            at_once = max(1, min(runs.jobs, left))
+            remaining = duration(sum(times) / len(times) * left / at_once) if times else "an unknown time"
             print(f"[{number}/{len(missing)}] {described(config)}   {seconds:.0f} s, {remaining} left", flush=True)
 
 
