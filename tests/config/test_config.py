@@ -63,6 +63,19 @@ def test_titles_name_what_is_trained(changes, title):
     assert ModelConfig().replace(**changes).method.title == title
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("cuhk",), "preset: 'cuhk' is not allowed; expected one of embedded, cuhk-pedes, "),
+        ((None,), "preset: None is not allowed"),
+        (("embedded", "uperson"), "method: 'uperson' is not allowed; expected one of up-person, "),
+    ],
+)
+def test_unknown_names(names, message):
+    with pytest.raises(ValueError, match=message):
+        preset(*names)
+
+
 def test_no_argument_is_the_embedded_preset():
     assert parse_arguments([]) == PRESETS["embedded"]
 

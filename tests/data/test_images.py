@@ -357,6 +357,13 @@ class TestFiles:
         with pytest.raises(DataError, match=message):
             ImageCache.open([path], (8, 4), tmp_path / "cache", progress=False)
 
+    @pytest.mark.parametrize(
+        ("image", "kind"), [(torch.zeros(3, 4, 4), "Tensor"), (np.zeros((4, 4, 3)), "ndarray"), (3, "int")]
+    )
+    def test_another_type(self, image, kind):
+        with pytest.raises(TypeError, match=f"image: expected a PIL image, a path, bytes or a drawing, found a {kind}"):
+            Preprocess((48, 24), (0.5,) * 3, (0.5,) * 3)(image)
+
     def test_missing(self, tmp_path):
         (tmp_path / "file").write_text("")
         for path in (tmp_path / "no.png", tmp_path / "file" / "a.png"):

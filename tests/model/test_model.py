@@ -242,6 +242,11 @@ def test_loaders_pack_captions_as_the_model_does(tiny, changes, workers):
         assert torch.equal(first["mask_labels"], second["mask_labels"])
 
 
+def test_the_configuration_of_a_run_is_not_that_of_a_model():
+    with pytest.raises(TypeError, match=r"config: expected a ModelConfig, such as Config\(\).model, found a Config"):
+        AdaptedCLIP(PRESETS["embedded"])
+
+
 # ------------------------------------------------------------------------------------ loading
 
 

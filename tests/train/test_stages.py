@@ -340,6 +340,8 @@ def test_zero_shot_is_clip_even_where_a_fine_tuned_one_is_started_from(one_stage
                                              "adapter_mlp, joined by [+]"),
     ({"freeze": "prefix+lora+adapter_attn+adapter_mlp"}, RunError, "nothing to train: .* --freeze leave no parameter"),
     ({"freeze": "clip"}, MethodError, "freeze: method up-person .* does not train 'clip'"),
+    ({"freeze": "prefix+"}, MethodError, "freeze: method up-person .* does not train ''"),
+    ({"freeze": " "}, MethodError, "freeze: method up-person .* does not train ''"),
     ({"start_from": "nowhere.safetensors"}, CheckpointError, "nowhere.safetensors: there is no such file"),
     ({"start_from": "prompts/resume.safetensors"}, CheckpointError, "expected an upperson checkpoint, found an upp"),
     ({"start_from": "prompts/best.safetensors"}, CheckpointError, "a checkpoint of Prompt Decoupling's prompts, which "

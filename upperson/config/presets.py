@@ -4,6 +4,8 @@ The presets of the paper's data sets are UP-Person's (arXiv 2504.10084). Another
 of a preset, and applies its own recipe.
 """
 
+from reprlib import repr as short
+
 from upperson.config.configuration import Config, DataConfig, ModelConfig, TrainConfig, method_named
 from upperson.methods import DEFAULT
 from upperson.methods.up_person import UPPerson
@@ -41,7 +43,9 @@ PRESETS: dict[str, Config] = {
 
 
 def preset(name: str, method: str | None = None) -> Config:
-    """The preset of a name, or this preset with another method and its recipe."""
+    """The preset of a name, or this preset with another method and its recipe. Raises ValueError for other names."""
+    if name not in PRESETS:
+        raise ValueError(f"preset: {short(name)} is not allowed; expected one of {', '.join(PRESETS)}")
     return with_method(PRESETS[name], method)
 
 

@@ -71,11 +71,13 @@ def load_image(image: Path | bytes | Drawing | Image.Image) -> Image.Image:
     """The decoded RGB image, upright and without transparency, of a file, the content of a file, or a drawing.
 
     Raises DataError with the path of an image that is missing, broken, larger than MAX_PIXELS, of more than MAX_SCANS,
-    of an unsupported format or mode, or that is not a regular file.
+    of an unsupported format or mode, or that is not a regular file, and TypeError for an argument of another type.
     """
     if isinstance(image, Image.Image):
         return _decoded(image, getattr(image, "filename", "") or "the image")
     if not isinstance(image, (Path, bytes)):
+        if not hasattr(image, "draw"):
+            raise TypeError(f"image: expected a PIL image, a path, bytes or a drawing, found a {type(image).__name__}")
         pixels = _drawn.get(image)
         if pixels is None:
             pixels = _drawn[image] = np.asarray(image.draw().convert("RGB"))

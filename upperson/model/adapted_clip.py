@@ -53,6 +53,9 @@ class AdaptedCLIP(nn.Module):
 
     def __init__(self, config: ModelConfig, clip: nn.Module | None = None):
         super().__init__()
+        if not isinstance(config, ModelConfig):
+            found = type(config).__name__
+            raise TypeError(f"config: expected a ModelConfig, such as Config().model, found a {found}")
         self.config = config
         self.clip: Clip = build_clip(config) if clip is None else clip
         require_transformers(config.model, self.clip)
@@ -485,7 +488,7 @@ def parameters_of(modules: dict[Place, nn.Module]) -> dict[str, nn.Parameter]:
 
 def kinds_in(text: str | None) -> list[str]:
     """The kinds of parameters that are joined by + in `text`."""
-    return [kind for kind in map(str.strip, (text or "").split("+")) if kind]
+    return [] if text is None else [kind.strip() for kind in text.split("+")]
 
 
 def nothing_to_train(config: ModelConfig, freeze: str | None) -> str:
