@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd import function as autograd_function
 
 BACKENDS = ("triton", "torch")
 COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -137,19 +136,37 @@ def in_transform() -> bool:
     return functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.autograd.function.once_differentiable, also for an incoming gradient that is a constant, such as a sum's.
+class SecondDerivative(torch.autograd.Function):
+    """Returns the first `count` of the tensors; the backward of any of the tensors is refused."""
 
-    PyTorch's own looks at the incoming gradients alone. If they are constants it returns constants, although the
-    gradients depend on the saved tensors: a second derivative would be wrong in silence.
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        raise NotImplementedError(
+            "trying to differentiate twice an operator that is differentiable once; upperson_kernels take "
+            "backend='torch' for second derivatives"
+        )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward of an autograd.Function whose gradients cannot be differentiated: trying to is an error.
+
+    PyTorch's own decorator misses some attempts, whose result is then zero in silence: it looks at the incoming
+    gradients alone, which are constants for a plain sum, and it is not on the way to the inputs, which is all that
+    torch.autograd.grad walks.
     """
-    once = autograd_function.once_differentiable(backward)
 
     @functools.wraps(backward)
     def refuse_twice(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = tuple(g if g is None or g.requires_grad else g.detach().requires_grad_() for g in grads)
-        return once(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # create_graph=False
+            return found
+        gradients = found if isinstance(found, tuple) else (found,)
+        return SecondDerivative.apply(len(gradients), *gradients, *ctx.saved_tensors, *grads)
 
     return refuse_twice
 

@@ -123,7 +123,9 @@ def layernorm_adapter_save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) 
     if ctx.has_residual:
         x = total if ctx.own_norm else stream
     ctx.save_for_backward(x, weight, *parameters, mean, rstd, hidden)
-    ctx.mark_non_differentiable(total, mean, rstd, hidden)
+    # The sum counts as differentiable, though nobody gets it: through it backward finds x and the residual, so that a
+    # second derivative is refused.
+    ctx.mark_non_differentiable(mean, rstd, hidden)
     ctx.set_materialize_grads(False)  # no zeros for outputs without a gradient
 
 
