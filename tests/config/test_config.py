@@ -55,6 +55,8 @@ def test_presets(preset, expected):
         (dict(lora="none", adapter_attn="none", adapter_mlp="none"), "S-Prefix"),
         (dict(prefix="vanilla", lora="dora", adapter_mlp="none"), "prefix + DoRA + L-Adapter at the attention"),
         (dict(prefix="none", lora="none", adapter_attn="ln-tuning", adapter_mlp="ln-tuning"), "LN-tuning"),
+        (dict(depth_prefix=0), "LoRA + L-Adapter"),
+        (dict(depth_lora=0, adapter_mlp="none", depth_prefix=1), "S-Prefix + L-Adapter at the attention"),
         (dict(method="full"), "full fine-tuning"),
         (dict(method="zero-shot"), "zero-shot CLIP"),
     ],

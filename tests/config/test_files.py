@@ -220,9 +220,11 @@ ENCODERS = "stage encoders freezes the prompts and reads the encoder_ options"
     ("arguments", "unread"),
     [
         ("--prefix none", {}),
-        ("--prefix none --prefix-length 4 --lora-rank 3", {"prefix_length": "prefix is none"}),
+        ("--prefix none --prefix-length 4 --lora-rank 3", {"prefix_length": "no block has a prefix"}),
         ("--prefix vanilla --prefix-length 3 --prefix-scale 5", {"prefix_scale": "a vanilla prefix has no λ"}),
         ("--lora none --depth-lora 1", {"depth_lora": "lora is none"}),
+        ("--depth-lora 0 --lora-rank 3", {"lora_rank": "no block has a low-rank update"}),
+        ("--depth-prefix 0 --prefix-scale 3", {"prefix_scale": "no block has a prefix"}),
         ("--lora wora --no-low-rank-gradients", {"low_rank_gradients": "WoRA needs the gradient of the whole weight"}),
         (
             "--adapter-attn ln-tuning --adapter-mlp none --adapter-reduction 8 --depth-adapter 1",
@@ -269,7 +271,7 @@ def test_an_option_of_a_file_without_effect_is_reported(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     (tmp_path / "whole.json").write_text(base.replace(prefix_length=7).to_json())
     parse_arguments(["--config", str(tmp_path / "whole.json")])
-    assert capsys.readouterr().err == "prefix_length: has no effect here, since prefix is none\n"
+    assert capsys.readouterr().err == "prefix_length: has no effect here, since no block has a prefix\n"
 
 
 @pytest.mark.parametrize(
@@ -279,6 +281,7 @@ def test_an_option_of_a_file_without_effect_is_reported(tmp_path, capsys):
         ("up-person", {"prefix": "none"}),
         ("up-person", {"prefix": "vanilla", "lora": "none"}),
         ("up-person", {"adapter_attn": "ln-tuning", "adapter_mlp": "none"}),
+        ("up-person", {"depth_prefix": 0, "depth_lora": 0}),
         ("up-person", {"adapter_attn": "none", "adapter_mlp": "none"}),
         ("cskt", {"prompts": False}),
         ("cskt", {"adapters": False}),

@@ -63,8 +63,13 @@ class UPPerson(Method):
     depth_adapter: int = option(0, "number of first blocks without adapters", at_least=0, at_most=1000)
 
     @property
+    def kinds(self) -> tuple[str, str]:
+        """The kinds of prefix and low-rank update that blocks have: "none" also for a depth of no block."""
+        return "none" if self.depth_prefix == 0 else self.prefix, "none" if self.depth_lora == 0 else self.lora
+
+    @property
     def title(self) -> str:
-        parts = [TITLES[kind] for kind in (self.prefix, self.lora) if kind != "none"]
+        parts = [TITLES[kind] for kind in self.kinds if kind != "none"]
         adapters = [self.adapter_attn, self.adapter_mlp]
         if adapters[0] == adapters[1]:
             parts += [TITLES[kind] for kind in adapters[:1] if kind != "none"]
@@ -75,13 +80,17 @@ class UPPerson(Method):
 
     def unread(self) -> dict[str, str]:
         found: dict[str, str] = {}
-        if self.prefix == "none":
-            found |= dict.fromkeys(("prefix_length", "prefix_scale", "scale_target", "depth_prefix"), "prefix is none")
-        if self.prefix == "vanilla":
+        prefix, lora = self.kinds
+        if prefix == "none":
+            found |= dict.fromkeys(("prefix_length", "prefix_scale", "scale_target"), "no block has a prefix")
+        if prefix == "vanilla":
             found |= dict.fromkeys(("prefix_scale", "scale_target"), "a vanilla prefix has no λ")
-        if self.lora == "none":
-            found |= dict.fromkeys(("lora_rank", "depth_lora", "low_rank_gradients"), "lora is none")
-        if self.lora == "wora":
+        if lora == "none":
+            found |= dict.fromkeys(("lora_rank", "low_rank_gradients"), "no block has a low-rank update")
+        for field, kind in (("depth_prefix", self.prefix), ("depth_lora", self.lora)):
+            if kind == "none":
+                found[field] = f"{field.removeprefix('depth_')} is none"
+        if lora == "wora":
             found["low_rank_gradients"] = "WoRA needs the gradient of the whole weight"
         adapters = {self.adapter_attn, self.adapter_mlp}
         if adapters <= {"none", "ln-tuning"}:
