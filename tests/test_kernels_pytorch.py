@@ -218,6 +218,19 @@ def test_modules_are_the_functions():
     assert set(norm.state_dict()) == {"weight", "bias", "down_weight", "down_bias", "up_weight", "up_bias", "scale"}
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_meta_tensors_have_shapes_and_no_values(operator):
+    inputs, functions, _ = OPERATORS[operator]
+    tensors = [tensor.to("meta").requires_grad_() for tensor in inputs()]
+    fused, plain, *_ = functions()
+    outputs, expected = fused(*tensors), plain(*tensors)
+    pairs = zip(outputs, expected, strict=True) if isinstance(outputs, tuple) else [(outputs, expected)]
+    for out, other in pairs:
+        assert out.is_meta and out.shape == other.shape
+        out.sum().backward(retain_graph=True)
+    assert all(tensor.grad is not None and tensor.grad.shape == tensor.shape for tensor in tensors)
+
+
 # ------------------------------------------------------------------------------------ torch.compile and its kin
 
 

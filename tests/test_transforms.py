@@ -89,6 +89,21 @@ def test_other_derivatives_are_refused_with_what_to_do(operator):
         transform(works)
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_several_gradients_at_once(operator):
+    """torch.autograd.grad(is_grads_batched=True), as torch.autograd.functional.jacobian(vectorize=True) calls it."""
+    (fused, *_), tensors = OPERATORS[operator]
+    tensors = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    outputs = fused(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = [torch.stack([randn(*out.shape, seed=seed) for seed in (1, 2, 3)]) for out in outputs]
+    found = torch.autograd.grad(outputs, tensors, grads, is_grads_batched=True, retain_graph=True)
+    for number in range(3):
+        expected = torch.autograd.grad(outputs, tensors, [each[number] for each in grads], retain_graph=True)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one[number], other)
+
+
 @pytest.mark.parametrize("registered", [False, True])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_second_derivative_by_autograd_is_refused(operator, registered):

@@ -14,7 +14,7 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -115,15 +115,16 @@ def gpu_problem(device: torch.device) -> str | None:
 warned: set[torch.device] = set()
 
 
-def runs_plainly(tensors: Iterable[torch.Tensor | None]) -> bool:
+def runs_plainly(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether nothing but autograd looks at an operator: no compiler or tracer, no mode of the dispatcher (counters,
-    fake tensors), no subclass of Tensor, no transform of torch.func.
+    fake tensors), no subclass of Tensor, no transform of torch.func; and the tensors, all on the device of the first
+    one, have values (those on the meta device do not).
 
     An operator is then an autograd.Function, which costs Python half as much as a registered operator.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if torch._C._len_torch_dispatch_stack() or in_transform():
+    if torch._C._len_torch_dispatch_stack() or in_transform() or (tensors[0] is not None and tensors[0].is_meta):
         return False
     return all(tensor is None or type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
 
@@ -134,6 +135,15 @@ def in_transform() -> bool:
         return False
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     return functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def batched(grads: Iterable[torch.Tensor | None]) -> bool:
+    """Whether torch.autograd.grad(is_grads_batched=True) passes several gradients at once.
+
+    A registered operator then runs for each of them; a kernel cannot read such tensors.
+    """
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return any(grad is not None and functorch.is_legacy_batchedtensor(grad) for grad in grads)
 
 
 class SecondDerivative(torch.autograd.Function):
@@ -175,7 +185,7 @@ def cheapest(
     plain: type[torch.autograd.Function],
     in_transforms: Callable[..., Any],
     registered: Callable[..., Any],
-    tensors: Iterable[torch.Tensor | None],
+    tensors: Sequence[torch.Tensor | None],
 ) -> Callable[..., Any]:
     """Of the three ways to call an operator on `tensors`, the one that costs Python least."""
     if runs_plainly(tensors):

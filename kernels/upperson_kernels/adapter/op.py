@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from upperson_kernels.adapter import launch
 from upperson_kernels.adapter.launch import Layers, Needs, Norm, Saved
-from upperson_kernels.backend import accumulator, cheapest, for_transforms, once_differentiable
+from upperson_kernels.backend import accumulator, batched, cheapest, for_transforms, once_differentiable
 
 
 def run_forward(
@@ -167,7 +167,8 @@ class PlainLayerNormAdapter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return layernorm_adapter_differentiate(ctx, *grads, backward=run_backward)
+        backward = layernorm_adapter_backward if batched(grads) else run_backward
+        return layernorm_adapter_differentiate(ctx, *grads, backward=backward)
 
 
 layernorm_adapter_in_transforms = for_transforms(

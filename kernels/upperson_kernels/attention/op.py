@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from upperson_kernels.attention import launch
 from upperson_kernels.attention.launch import Needs, Packing, Prefix
-from upperson_kernels.backend import accumulator, cheapest, for_transforms, once_differentiable
+from upperson_kernels.backend import accumulator, batched, cheapest, for_transforms, once_differentiable
 
 
 def run_forward(
@@ -110,7 +110,8 @@ class PlainPrefixAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return prefix_attention_differentiate(ctx, *grads, backward=run_backward)
+        backward = prefix_attention_backward if batched(grads) else run_backward
+        return prefix_attention_differentiate(ctx, *grads, backward=backward)
 
 
 prefix_attention_in_transforms = for_transforms(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upperson_kernels.backend import cheapest, for_transforms, once_differentiable
+from upperson_kernels.backend import batched, cheapest, for_transforms, once_differentiable
 from upperson_kernels.quick_gelu import launch
 
 
@@ -63,7 +63,7 @@ class PlainQuickGELU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        return quick_gelu_differentiate(ctx, dy, backward=run_backward)
+        return quick_gelu_differentiate(ctx, dy, backward=quick_gelu_backward if batched((dy,)) else run_backward)
 
 
 quick_gelu_in_transforms = for_transforms(
