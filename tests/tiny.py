@@ -198,9 +198,11 @@ def kill_when(process, run_dir, kind, step):
 
 
 def flags_of(config):
-    """The command line of a configuration."""
-    flags = []
+    """The command line of a configuration, without defaults that have no effect, which the command would report."""
+    flags, default, unread = [], preset("embedded", config.model.method.name).values(), config.unread()
     for name, value in config.values().items():
+        if name in unread and value == default[name]:
+            continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             flags += [flag if value else "--no-" + flag[2:]] if name != "resume" else []

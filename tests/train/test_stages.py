@@ -266,6 +266,8 @@ def test_resuming_what_is_finished_repeats_its_result(config, whole):
 def test_another_configuration_or_a_used_folder_is_refused(shared, whole):
     with pytest.raises(RunError, match="another configuration: encoder_epochs: 3, not 2; epochs: 4, not 2 as before"):
         fit(shared.replace(resume=True, encoder_epochs=3, epochs=4, workers=1))
+    with pytest.raises(RunError, match="another configuration: stage: encoders, not both; "):
+        fit(shared.replace(resume=True, stage="encoders"))
     with pytest.raises(RunError, match="already contains a run .*--resume"):
         fit(shared)
 

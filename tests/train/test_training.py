@@ -791,7 +791,7 @@ def test_command_line_shows_errors_in_a_line(config, tmp_path, monkeypatch, caps
 
 def test_a_device_that_is_not_there_is_one_line(config, monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert run_command(monkeypatch, "--device", "mps", "--run-dir", str(config.train.run_dir)) == 1
+    assert run_command(monkeypatch, *flags_of(config.replace(device="mps"))) == 1
     message = "error: device: mps is not available; PyTorch finds no Apple GPU on this machine\n"
     assert capsys.readouterr() == ("", message)
 

@@ -154,7 +154,7 @@ def train(config: Config, model: AdaptedCLIP, job: Job, folder: Path) -> Results
 def require_settings(config: Config, group: Group, device: torch.device) -> None:
     """Raises RunError for a configuration that cannot be trained on this machine."""
     method = config.model.method
-    if method.continues and config.train.start_from is None:
+    if method.continues and config.train.start_from is None and not config.train.resume:
         raise RunError(
             f"start_from: with these options --method {method.name} continues an earlier training; expected its "
             "checkpoint, --start-from RUN_DIR/best.safetensors"
