@@ -274,6 +274,14 @@ def test_an_option_of_a_file_without_effect_is_reported(tmp_path, capsys):
     assert capsys.readouterr().err == "prefix_length: has no effect here, since no block has a prefix\n"
 
 
+def test_of_several_processes_the_first_one_speaks(monkeypatch, capsys):
+    arguments = ["--prefix", "none", "--prefix-length", "3", "--epochs", "1"]
+    for rank, lines in (("0", 2), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        parse_arguments(arguments)
+        assert len(capsys.readouterr().err.splitlines()) == lines
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 import types
 import typing
@@ -85,8 +86,14 @@ def parse_arguments(argv: Sequence[str] | None = None, parents: Sequence[argpars
     unread = config.unread()
     for name, usual in base.values().items():
         if name in unread and (name in given or requested.get(name, usual) != usual):
-            print(f"{name}: has no effect here, since {unread[name]}", file=sys.stderr)
+            _say(f"{name}: has no effect here, since {unread[name]}")
     return config
+
+
+def _say(line: str) -> None:
+    """Prints to standard error; of the processes of torchrun, only the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def shorter_warmups(base: Config, requested: dict[str, Any]) -> dict[str, int]:
@@ -99,7 +106,7 @@ def shorter_warmups(base: Config, requested: dict[str, Any]) -> dict[str, int]:
         number = requested.get(epochs)
         if isinstance(number, int) and usual >= number >= 1:
             changes[warmup] = number // 5
-            print(f"{warmup}: {usual} is not below {epochs}, {number}; shortened to {number // 5}", file=sys.stderr)
+            _say(f"{warmup}: {usual} is not below {epochs}, {number}; shortened to {number // 5}")
     return changes
 
 
