@@ -230,8 +230,8 @@ def test_a_folder_without_a_train_split(checkpoint, config, parameters, tmp_path
     before = (output / "results.json").read_bytes()
     assert run(checkpoint, "--data", "folder", "--data-root", other) == 1
     assert capsys.readouterr().err.endswith(
-        f"error: {output} contains results on folder {root}, which those on folder {other} would overwrite; choose "
-        "another --output\n"
+        f"error: {output} contains results on folder {root}, split test, which those on folder {other}, split test, "
+        "would overwrite; choose another --output\n"
     )
     assert (output / "results.json").read_bytes() == before
     assert run(checkpoint, "--data", "folder", "--data-root", other, "--output", tmp_path / "others") == 0
@@ -328,6 +328,28 @@ def test_data_that_are_not_there(checkpoint, config, parameters, tmp_path, capsy
     assert not list(tmp_path.glob("best-*"))
 
 
+def test_results_of_others_are_not_overwritten(checkpoint, capsys, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    assert run(checkpoint, "--output", output) == 0
+    monkeypatch.chdir(checkpoint.parent)
+    assert run(checkpoint.name, "--output", output) == 0  # the same checkpoint, measured again
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    capsys.readouterr()
+    (tmp_path / "copy.safetensors").write_bytes(checkpoint.read_bytes())
+    for file, options, other in (
+        (tmp_path / "copy.safetensors", (), "embedded, split test"),
+        (checkpoint, ("--split", "val"), "embedded, split val"),
+        (checkpoint, ("--data", "embedded-night"), "embedded-night, split test"),
+    ):
+        said = refused(capsys, 1, file, "--output", output, *options)
+        assert f"{output} contains results of {checkpoint.name} on embedded, split test, which those of {file}" in said
+        assert f"on {other}, would overwrite; choose another --output" in said
+    (output / "results.json").write_text('{"mine": 1}')
+    assert "results.json: expected results of this version" in refused(capsys, 1, checkpoint, "--output", output)
+    before[output / "results.json"] = b'{"mine": 1}'
+    assert {path: path.read_bytes() for path in output.iterdir()} == before
+
+
 def test_output_that_cannot_be_written(checkpoint, capsys):
     file = checkpoint.parent / "file"
     file.write_text("")
@@ -340,7 +362,7 @@ def test_output_that_cannot_be_written(checkpoint, capsys):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-        said = refused(capsys, 1, checkpoint, "--output", output)
+        said = refused(capsys, 1, checkpoint, "--output", output, "--split", "val")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "queries-text-to-image.jsonl could not be written" in said

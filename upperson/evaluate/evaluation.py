@@ -46,12 +46,12 @@ def evaluate_checkpoint(checkpoint: Checkpoint, config: Config, split: str, outp
     require_backend(backend, device)
     model = build_model(checkpoint, pretrained=config.model.pretrained, backend=backend).to(device)
     path = checkpoint.path
-    if output is None:
-        output = path.with_name(f"{path.stem}-{config.data.dataset}-{split}")
-        require_same_data(output, config.data)
+    beside = path.with_name(f"{path.stem}-{config.data.dataset}-{split}")
+    output = output or beside
     require_folder(output, "output")
     if (output / CONFIG).exists():
         raise RunError(f"{output} contains a run, whose results would be overwritten; choose another --output")
+    require_same(output, None if output == beside else path, config.data, split)
     make_folder(output, "output")
 
     embeddings = embed(
@@ -88,13 +88,18 @@ def evaluate_checkpoint(checkpoint: Checkpoint, config: Config, split: str, outp
     return results
 
 
-def require_same_data(output: Path, data: DataConfig) -> None:
-    """Raises RunError for a folder with results on other data of the same kind, such as another folder of one's own."""
+def require_same(output: Path, checkpoint: Path | None, data: DataConfig, split: str) -> None:
+    """Raises RunError for a folder with results of another checkpoint (None: not compared), data set or split."""
     file = output / RESULTS
-    if file.exists() and (found := Results.read(file).evaluated_on) != name_of(data):
+    if not file.exists():
+        return
+    found = Results.read(file)
+    same = checkpoint is None or (found.checkpoint and Path(found.checkpoint).resolve() == checkpoint.resolve())
+    if not same or (found.evaluated_on, found.split) != (name_of(data), split):
+        earlier, later = ("", "") if checkpoint is None else (f" of {found.checkpoint}", f" of {checkpoint}")
         raise RunError(
-            f"{output} contains results on {found}, which those on {name_of(data)} would overwrite; choose another "
-            "--output"
+            f"{output} contains results{earlier} on {found.evaluated_on}, split {found.split}, which those{later} on "
+            f"{name_of(data)}, split {split}, would overwrite; choose another --output"
         )
 
 
