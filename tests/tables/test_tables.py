@@ -325,7 +325,7 @@ def test_a_table_from_its_command(run, setting, output, capsys):
 
 
 @pytest.mark.parametrize(("jobs", "at_once", "seconds"), [("1", 1, 300), ("2", 2, 150), ("8", 3, 100)])
-def test_the_estimate_counts_the_runs_that_run_at_once(run, monkeypatch, capsys, jobs, at_once, seconds):
+def test_the_estimate_counts_the_runs_that_run_at_once(run, tmp_path, monkeypatch, capsys, jobs, at_once, seconds):
     """Three runs on eight processes take as long as one: five processes wait."""
     calls = []
 
@@ -339,7 +339,7 @@ def test_the_estimate_counts_the_runs_that_run_at_once(run, monkeypatch, capsys,
     monkeypatch.setattr(Runs, "processes", lambda self: Pool())
     monkeypatch.setattr(Runs, "train_all", lambda *_: iter(()))
     monkeypatch.setattr(command, "write", lambda *_: None)
-    assert run("VI", "--jobs", jobs) == 0 and calls
+    assert run("VI", "--jobs", jobs, "--output", str(tmp_path)) == 0 and calls
     shown = f"3 to run, about 100 s each on this machine, {at_once} at once: {command.duration(seconds)}\n"
     assert shown in capsys.readouterr().out
 
