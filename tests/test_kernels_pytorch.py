@@ -201,8 +201,6 @@ def test_modules_are_the_functions():
         prefix_attention(packed[0], *attention.parameters(), causal=True, scale_target="logits", cu_seqlens=cu_seqlens),
     )
     assert repr(attention) == "PrefixAttention(heads=2, head_width=16, length=3, scale_target='logits', causal=True)"
-    with pytest.raises(ValueError, match="scale_target must be 'weights' or 'logits', not 'keys'"):
-        PrefixAttention(2, 16, 3, scale_target="keys")
 
     norm = LayerNormAdapter(24, 3, eps=1e-3).to(DEVICE, EXACT)
     x, residual = randn(2, 5, 24), randn(2, 5, 24, seed=1)
@@ -216,6 +214,29 @@ def test_modules_are_the_functions():
         assert torch.equal(a, b)
     assert repr(norm) == "LayerNormAdapter(width=24, hidden=3, eps=0.001)"
     assert set(norm.state_dict()) == {"weight", "bias", "down_weight", "down_bias", "up_weight", "up_bias", "scale"}
+
+
+@pytest.mark.parametrize(
+    ("module", "sizes", "options", "error", "message"),
+    [
+        (PrefixAttention, (0, 16, 3), {}, ValueError, "heads must be at least 1, not 0"),
+        (PrefixAttention, (2, -16, 3), {}, ValueError, "head_width must be at least 1, not -16"),
+        (PrefixAttention, (2, 16, -1), {}, ValueError, "length must be at least 0, not -1"),
+        (PrefixAttention, (2, 16.0, 3), {}, TypeError, "head_width must be an integer, not 16.0"),
+        (PrefixAttention, ("2", 16, 3), {}, TypeError, "heads must be an integer, not '2'"),
+        (PrefixAttention, (2, 16, 3), {"causal": "no"}, TypeError, "causal must be True or False, not 'no'"),
+        (PrefixAttention, (2, 16, 3), {"scale_target": "keys"}, ValueError, "'weights' or 'logits', not 'keys'"),
+        (PrefixAttention, (2, 16, 3), {"backend": "cuda"}, ValueError, "backend must be .* not 'cuda'"),
+        (LayerNormAdapter, (0, 4), {}, ValueError, "width must be at least 1, not 0"),
+        (LayerNormAdapter, (8, 0), {}, ValueError, "hidden must be at least 1, not 0"),
+        (LayerNormAdapter, (True, 4), {}, TypeError, "width must be an integer, not True"),
+        (LayerNormAdapter, (8, 4), {"eps": -1}, ValueError, "eps must be finite and at least 0, not -1"),
+        (LayerNormAdapter, (8, 4), {"backend": "cuda"}, ValueError, "backend must be .* not 'cuda'"),
+    ],
+)
+def test_modules_refuse_wrong_arguments_when_they_are_built(module, sizes, options, error, message):
+    with pytest.raises(error, match=message):
+        module(*sizes, **options)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -58,14 +58,18 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+def require_backend(backend: object) -> None:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be None, 'triton' or 'torch', not {backend!r}")
+
+
 def resolve(backend: str | None, tensor: torch.Tensor) -> str:
     """The backend that runs for `tensor`: "triton" or "torch".
 
     Raises ValueError for an unknown name, RuntimeError where Triton cannot run, TypeError for a dtype that the Triton
     kernels do not support.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend must be None, 'triton' or 'torch', not {backend!r}")
+    require_backend(backend)
     if backend is None:
         backend = "triton" if interpreting() or (tensor.is_cuda and takes_kernels(tensor.device)) else "torch"
     if backend == "torch":

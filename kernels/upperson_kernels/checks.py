@@ -24,6 +24,13 @@ def require_epsilon(operator: str, name: str, value: object) -> None:
         raise ValueError(f"{operator}: {name} must be finite and at least 0, not {value}")
 
 
+def require_size(operator: str, name: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{operator}: {name} must be an integer, not {shown(value)}")
+    if value < least:
+        raise ValueError(f"{operator}: {name} must be at least {least}, not {value}")
+
+
 def shown(value: object) -> str:
     """A value in an error: a tensor by its shape."""
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)

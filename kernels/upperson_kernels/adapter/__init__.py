@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from upperson_kernels.adapter import reference
-from upperson_kernels.backend import in_autocast, resolve
+from upperson_kernels.backend import in_autocast, require_backend, resolve
 from upperson_kernels.checks import (
     refuse_forward_mode,
     require_device,
@@ -14,6 +14,7 @@ from upperson_kernels.checks import (
     require_epsilon,
     require_rows,
     require_shape,
+    require_size,
 )
 
 MAX_HIDDEN_WIDTH = 256
@@ -131,10 +132,16 @@ class LayerNormAdapter(nn.Module):
         backend: None, "triton" or "torch".
 
     Starts as LayerNorm alone, since the up projection starts at zero; the down projection as nn.Linear's does.
+    Raises TypeError, ValueError.
     """
 
     def __init__(self, width: int, hidden: int, *, eps: float = 1e-5, scale: float = 1.0, backend: str | None = None):
         super().__init__()
+        name = "LayerNormAdapter"
+        require_size(name, "width", width)
+        require_size(name, "hidden", hidden)
+        require_epsilon(name, "eps", eps)
+        require_backend(backend)
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
         self.down_weight = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(hidden, width), a=math.sqrt(5)))

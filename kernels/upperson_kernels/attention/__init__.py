@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from upperson_kernels.attention import reference
-from upperson_kernels.backend import in_autocast, resolve
+from upperson_kernels.backend import in_autocast, require_backend, resolve
 from upperson_kernels.checks import (
     refuse_forward_mode,
     require_device,
     require_dtype,
     require_float,
     require_shape,
+    require_size,
     require_switch,
     require_tensor,
 )
@@ -145,13 +146,13 @@ class PrefixAttention(nn.Module):
 
     Args:
         heads, head_width: of the attention that it joins.
-        length: prefix columns, P.
+        length: prefix columns, P; at least 0.
         scale: λ at the start; UP-Person's is 10.
         scale_target: where λ acts, "weights" or "logits".
         causal: token i sees tokens 0 … i only.
         backend: None, "triton" or "torch".
 
-    The prefix starts uniform in [0, 0.01), as UP-Person's does.
+    The prefix starts uniform in [0, 0.01), as UP-Person's does. Raises TypeError, ValueError.
     """
 
     def __init__(
@@ -166,8 +167,14 @@ class PrefixAttention(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
+        name = "PrefixAttention"
+        require_size(name, "heads", heads)
+        require_size(name, "head_width", head_width)
+        require_size(name, "length", length, least=0)
+        require_switch(name, "causal", causal)
+        require_backend(backend)
         if scale_target not in SCALE_TARGETS:
-            raise ValueError(f"PrefixAttention: scale_target must be 'weights' or 'logits', not {scale_target!r}")
+            raise ValueError(f"{name}: scale_target must be 'weights' or 'logits', not {scale_target!r}")
         self.prefix_key = nn.Parameter(torch.empty(length, heads, head_width).uniform_(0, 0.01))
         self.prefix_value = nn.Parameter(torch.empty(length, heads, head_width).uniform_(0, 0.01))
         self.prefix_scale = nn.Parameter(torch.tensor(float(scale)))
