@@ -822,6 +822,11 @@ def test_attention_refuses_wide_heads():
         (dict(up_bias=torch.zeros(2)), ValueError, r"up_bias must be \(8,\), not \(2,\)"),
         (dict(scale=torch.zeros(1)), ValueError, r"scale must be \(\), not \(1,\)"),
         (dict(up_bias=torch.zeros(8, dtype=torch.float64)), TypeError, "up_bias must be float32 beside x, not float64"),
+        (
+            dict(x=torch.zeros(2, 8).half(), bias=torch.zeros(8).half()),
+            TypeError,
+            "bias must have weight's dtype, torch.float32, not torch.float16",
+        ),
         (dict(residual=torch.zeros(2, 1, 8)), ValueError, r"residual must be \(2, 8\), not \(2, 1, 8\)"),
         (dict(residual=torch.zeros(2, 8, dtype=torch.float16)), TypeError, "residual must have x's dtype"),
         (dict(scale=torch.zeros((), device="meta")), ValueError, "scale is on meta, but x is on cpu"),

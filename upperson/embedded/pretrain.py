@@ -1,12 +1,14 @@
 """Trains the small CLIP on synthetic scenes without people: `python -m upperson.embedded.pretrain`.
 
 The training is contrastive, as in CLIP (arXiv 2103.00020). Every pair is used once. Scene i of an infinite series is
-drawn for step i // batch, so the training data depend only on the seed. The result is the same to the byte on one
-machine with the same number of threads.
+drawn for step i // batch, so the training data depend only on the seed. At the end, a few more spellings are learned,
+which changes nothing else. The result is the same to the byte on one machine with the same number of threads.
 """
 
 import argparse
+import itertools
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,21 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Adam, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import normalize
 from tqdm import tqdm
 
 from upperson.embedded.scenes import draw_scene
+from upperson.embedded.sentences import LATE_SPELLINGS
 from upperson.embedded.weights import CLIP_WEIGHTS, build_embedded_clip, save_embedded_clip
 
 WARMUP_STEPS = 100
 LARGEST_SCALE = math.log(100)
 TEXT_CHUNKS = 4
+SPELLING_STEPS = 200
+SPELLING_BATCH = 32
 
 
 class Scenes(Dataset):
@@ -92,7 +97,40 @@ def pretrain(
             with torch.no_grad():
                 clip.logit_scale.clamp_(max=LARGEST_SCALE)
             progress.set_postfix(loss=f"{loss.item():.3f}")
+    further = (draw_scene(seed, index).caption for index in itertools.count(steps * batch_size))
+    tokens_seen |= learn_spellings(clip, further, tokens_seen, min(SPELLING_STEPS, steps))
     return clip.eval(), tokens_seen
+
+
+def learn_spellings(clip: Any, captions: Iterable[str], known: set[int], steps: int) -> set[int]:
+    """Trains the embeddings of the tokens of LATE_SPELLINGS that are not known, and returns these tokens.
+
+    A caption with a late spelling gets the features of the caption as it was written. Nothing else changes, so that all
+    other captions keep their features to the bit.
+    """
+    tokenizer = open_clip.SimpleTokenizer()
+    new = {token for spelling in LATE_SPELLINGS.values() for token in tokenizer.encode(spelling)} - known
+    weight = clip.token_embedding.weight
+    is_new = torch.zeros(len(weight), 1).index_fill_(0, torch.tensor(sorted(new)), 1.0)
+    optimizer = Adam([weight], lr=3e-3)  # whose step is zero where the gradient always was
+    pairs = ((caption, respelt(caption)) for caption in captions)
+    changed = (pair for pair in pairs if pair[0] != pair[1])
+    for _ in tqdm(range(steps), desc="spellings", unit="step"):
+        written, spelt = map(tokenizer, zip(*itertools.islice(changed, SPELLING_BATCH), strict=True))
+        with torch.no_grad():
+            target = encode_short_text(clip, written)
+        loss = 1 - F.cosine_similarity(encode_short_text(clip, spelt), target).mean()
+        (gradient,) = torch.autograd.grad(loss, [weight])
+        weight.grad = gradient * is_new
+        optimizer.step()
+    return new
+
+
+def respelt(caption: str) -> str:
+    """The caption in the late spellings."""
+    for word, spelling in LATE_SPELLINGS.items():
+        caption = caption.replace(f" {word} ", f" {spelling} ")
+    return caption
 
 
 def _groups(clip: open_clip.CLIP) -> list[dict]:

@@ -44,7 +44,7 @@ def layernorm_adapter(
     Args:
         x: (..., C), of any strides; float32, float16 or bfloat16 on a GPU, float64, float32 or float16 in
             Triton's interpreter, any of them with backend="torch". Statistics are float32 (float64 for float64).
-        weight, bias: (C,), of LayerNorm. Like all parameters in x's dtype or float32.
+        weight, bias: (C,), of LayerNorm, both of one dtype. Like all parameters in x's dtype or float32.
         down_weight, down_bias: (R, C) and (R,), as nn.Linear(C, R) keeps them.
         up_weight, up_bias: (C, R) and (C,), as nn.Linear(R, C) keeps them.
         scale: (), the adapter's learnable scale.
@@ -95,6 +95,8 @@ def layernorm_adapter(
     for parameter_name, parameter in parameters.items():
         require_device(name, parameter_name, parameter, "x", x)
         require_dtype(name, parameter_name, parameter, "x", x)
+    if bias.dtype != weight.dtype:
+        raise TypeError(f"{name}: bias must have weight's dtype, {weight.dtype}, not {bias.dtype}")
     require_epsilon(name, "eps", eps)
     if residual is not None:
         require_shape(name, "residual", residual, tuple(x.shape))
