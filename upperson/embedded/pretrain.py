@@ -113,10 +113,10 @@ def learn_spellings(clip: Any, captions: Iterable[str], known: set[int], steps: 
     weight = clip.token_embedding.weight
     is_new = torch.zeros(len(weight), 1).index_fill_(0, torch.tensor(sorted(new)), 1.0)
     optimizer = Adam([weight], lr=3e-3)  # whose step is zero where the gradient always was
-    pairs = ((caption, respelt(caption)) for caption in captions)
-    changed = (pair for pair in pairs if pair[0] != pair[1])
+    changed = (caption for caption in captions if respelt(caption) != caption)
     for _ in tqdm(range(steps), desc="spellings", unit="step"):
-        written, spelt = map(tokenizer, zip(*itertools.islice(changed, SPELLING_BATCH), strict=True))
+        batch = list(itertools.islice(changed, SPELLING_BATCH))
+        written, spelt = tokenizer(batch), tokenizer([respelt(caption) for caption in batch])
         with torch.no_grad():
             target = encode_short_text(clip, written)
         loss = 1 - F.cosine_similarity(encode_short_text(clip, spelt), target).mean()
