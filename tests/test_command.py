@@ -172,7 +172,7 @@ def test_streams_that_are_closed(arguments, redirection, tmp_path):
 def test_an_output_on_a_full_disk_is_one_line(tmp_path):
     assert command(["--version"], "> /dev/full", tmp_path) == (
         1,
-        "error: the output could not be written to the standard output (No space left on device)\n",
+        "error: the standard output, or a file that has no name, could not be written (No space left on device)\n",
     )
 
 

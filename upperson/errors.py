@@ -1,6 +1,7 @@
 """All errors that a user can correct. Each message names the file, field or shape, and the expected value."""
 
 import argparse
+import errno
 import io
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 LONGEST = 2000  # characters of a message; names in a damaged file may have millions
+WRITING = (errno.EPIPE, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -197,8 +199,8 @@ def _in_words(error: BaseException) -> str:
     """The message of an error. That of the system is "PATH: problem", without the number of the error."""
     if isinstance(error, OSError) and error.strerror:
         paths = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-        if not paths and error.strerror == os.strerror(error.errno or 0):  # files have names
-            return f"the output could not be written to the standard output ({error.strerror})"
+        if not paths and error.errno in WRITING and error.strerror == os.strerror(error.errno):
+            return f"the standard output, or a file that has no name, could not be written ({error.strerror})"
         return ": ".join([" -> ".join(paths), error.strerror] if paths else [error.strerror])
     return str(error)
 

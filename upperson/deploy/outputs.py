@@ -11,12 +11,27 @@ from tempfile import TemporaryDirectory
 from upperson.files import A_FOLDER, NOTHING, REGULAR, found_at, is_unicode, make_folder, require_folder
 
 PREFIX = ".upperson-"  # of the temporary folders
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of writing alone
+
+
+@contextmanager
+def _named(paths: Sequence[Path]) -> Iterator[None]:
+    """Names the outputs when the disk is full: the error names a temporary file, a copied input, or nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        names = ", ".join(map(str, paths))
+        raise OSError(
+            error.errno, f"{names} could not be written ({os.strerror(error.errno)}); nothing was changed"
+        ) from error
 
 
 @contextmanager
 def staged(paths: Sequence[Path]) -> Iterator[list[Path]]:
     """Temporary paths, whose files are moved to `paths` if the body succeeds, and are deleted if the body fails."""
-    with ExitStack() as stack:
+    with _named(paths), ExitStack() as stack:
         # The temporary folders are beside the final paths, so that moving a file is only a rename.
         folders = [stack.enter_context(TemporaryDirectory(prefix=PREFIX, dir=path.parent)) for path in paths]
         files = [Path(folder) / path.name for folder, path in zip(folders, paths, strict=True)]
@@ -42,7 +57,7 @@ def new_folder(folder: Path, option: str) -> Iterator[Path]:
     require_empty(folder, option)
     folder = folder.absolute()
     make_folder(folder.parent, option)
-    with TemporaryDirectory(prefix=PREFIX, dir=folder.parent) as place:
+    with _named([folder]), TemporaryDirectory(prefix=PREFIX, dir=folder.parent) as place:
         written = Path(place) / folder.name
         written.mkdir()
         yield written
