@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from datetime import datetime, timedelta
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -492,3 +493,15 @@ def test_without_pymilvus(monkeypatch):
     monkeypatch.setitem(sys.modules, "pymilvus", None)
     with pytest.raises(SearchError, match=r"needs pymilvus; install it with pip install 'upperson\[milvus\]'"):
         open_store("people.milvus.db", SETTINGS)
+
+
+def test_an_accent_fits_in_both_forms(store):
+    """Some file systems write a letter and its accent as two characters."""
+    names = ["café/Grüße 1.jpg", "café/Åé.jpg", "Café/Gruße.jpg", "cafe/1.jpg"]
+    rows, vectors = rows_and_vectors(2 * len(names))
+    paths = [f"/photos/{normalize(form, name)}" for name in names for form in ("NFC", "NFD")]
+    ids = store.add([replace(row, path=path) for row, path in zip(rows, paths, strict=True)], vectors)
+    for pattern, fitting in (("café/*", ids[:4]), ("*Grüße*.jpg", ids[:2]), ("Å?.jpg", ids[2:4]), ("cafe/*", ids[6:])):
+        for form in ("NFC", "NFD"):
+            found = store.search(vectors[:1], 10, Filter(path=normalize(form, pattern)))
+            assert sorted(id for id, _ in found) == fitting

@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
+from unicodedata import normalize
 
 import numpy as np
 
@@ -84,9 +85,14 @@ class Filter:
     path: str | None = None
 
     def fits_path(self, path: str) -> bool:
-        """Whether the pattern fits the whole path, or, if relative, its end behind any folder."""
-        pattern = self.path
-        return pattern is None or fnmatchcase(path, pattern) or fnmatchcase(path, f"*/{pattern}")
+        """Whether the pattern fits the whole path, or, if relative, its end behind any folder.
+
+        An accent is the same as a part of its letter and as a character of its own, as some file systems write it.
+        """
+        if self.path is None:
+            return True
+        pattern, path = normalize("NFC", self.path), normalize("NFC", path)
+        return fnmatchcase(path, pattern) or fnmatchcase(path, f"*/{pattern}")
 
 
 class Store(Protocol):

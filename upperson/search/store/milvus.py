@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -331,7 +332,7 @@ def joined(*conditions: str) -> str:
 
 def part_of_path(pattern: str) -> str:
     """A condition that all paths fulfil that the pattern fits: they contain its longest text of harmless characters."""
-    without_sets = re.sub(r"\[.*\]", "*", pattern, flags=re.DOTALL)
+    without_sets = re.sub(r"\[.*\]", "*", normalize("NFC", pattern), flags=re.DOTALL)
     text = max(re.findall("[A-Za-z0-9/. -]+", without_sets), key=len, default="")
     return f'path like "%{text}%"' if text else ""
 
