@@ -77,5 +77,9 @@ def test_a_pattern_comes_before_all():
     assert origin(Path("cam1/2026-01-31_12-30-59.jpg"), pattern) == ("1", NOON)
     with pytest.raises(DataError, match="the pattern found the time 'x'; expected one such as"):
         origin(Path("gate B/x.jpg"), pattern)
+    assert origin(Path("gate B/1926-01-31.jpg"), pattern) == ("gate B", datetime(1926, 1, 31))
+    for late in ("9999-12-31T23:59:59", "9999-12-31", "2101-01-01"):  # a video would end after the last year
+        with pytest.raises(DataError, match=f"the pattern found the time '{late}'; expected .*, until 2100"):
+            origin(Path(f"gate B/{late}.jpg"), pattern)
     with pytest.raises(SearchError, match="not a regular expression"):
         compiled("(")

@@ -64,8 +64,9 @@ def by_pattern(path: PurePath, pattern: re.Pattern[str] | None) -> tuple[str | N
         time = datetime.fromisoformat(text)
     except ValueError:
         time = time_in(text)
-    if time is None or time.tzinfo is not None:
-        raise DataError(f"{path}: the pattern found the time {text!r}; expected one such as 2026-01-31T23:59:59")
+    if time is None or time.tzinfo is not None or time.year > YEARS[-1]:
+        expected = f"one such as 2026-01-31T23:59:59, until {YEARS[-1]}"
+        raise DataError(f"{path}: the pattern found the time {text!r}; expected {expected}")
     return groups.get("camera"), time
 
 
