@@ -122,6 +122,8 @@ def test_each_image_and_filter_can_be_taken_away(client):
         ("&".join(["q=red"] * 21), "at most 20"),
         ("q=" + "red%0A" * 21, "at most 20"),
         ("like=" + "9" * 30, "found “9999"),
+        ("like=" + "9" * 5000, "at most 500 characters; a text has 5,000"),  # Python reads no number so long
+        ("q=red&like=1&like=" + "0" * 5000, "at most 500 characters; a text has 5,000"),
         ("like=-1", "found “-1”"),
         ("like=٣", "found “٣”"),
         ("like=999", "Image 999 is not in"),

@@ -112,7 +112,7 @@ class Page:
                     "without": asked.address(params, without=("like", id)),
                 }
                 for id in asked.lines(params, "like")
-                if id.isdecimal()
+                if id.isdecimal() and len(id) < 20
             ],
             uploads=[
                 {"id": id, "without": asked.address(params, without=("image", id))}
