@@ -1,5 +1,6 @@
 """The index of a folder: what is new, changed, moved, copied, gone, broken, cut into boxes or into frames."""
 
+import errno
 import io
 import multiprocessing
 import os
@@ -24,7 +25,8 @@ from tiny import tiny_run, write_image
 from upperson.data import images
 from upperson.data.images import load_pixels
 from upperson.errors import CheckpointError, DataError, SearchError
-from upperson.search import Gallery, Query
+from upperson.search import Gallery, Query, indexing, thumbnails
+from upperson.search.boxes import read_boxes
 from upperson.search.gallery import forget
 from upperson.search.indexing import Indexing
 from upperson.search.media import frames
@@ -170,6 +172,31 @@ def test_prune_removes_what_is_gone_below_the_given_folders(gallery, photos):
     assert len(gallery) == 5
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ELOOP, errno.ENOTCONN])
+def test_files_that_cannot_be_reached_are_not_gone(gallery, photos, monkeypatch, code):
+    gallery.add([photos])
+    (photos / "cam0").rename(photos / ".elsewhere")
+    shutil.copytree(photos / ".elsewhere", photos / "copies")  # the contents of before are not moved, but copied
+    real = os.lstat
+
+    def lstat(path, **options):
+        if f"{os.sep}cam0{os.sep}" in str(path):
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    assert counts_of(gallery.add([photos], prune=True)) == {"unchanged": 3, "added": 3} and len(gallery) == 9
+    monkeypatch.undo()
+    assert counts_of(gallery.add([photos], prune=True)) == {"unchanged": 6, "removed": 3} and len(gallery) == 6
+
+
+def test_a_file_in_the_place_of_a_folder_hides_what_is_gone(gallery, photos):
+    gallery.add([photos])
+    shutil.rmtree(photos / "cam0")
+    (photos / "cam0").write_text("no folder any more")
+    assert counts_of(gallery.add([photos], prune=True)) == {"unchanged": 3, "removed": 3}
+
+
 def test_broken_files_are_named_and_counted(gallery, photos):
     broken = {
         "text.jpg": b"no image",
@@ -311,6 +338,22 @@ def test_thumbnails(gallery, photos):
             gallery.thumbnail(unknown)
 
 
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.EDQUOT])
+def test_thumbnails_that_cannot_be_kept_are_shown(gallery, photos, monkeypatch, code):
+    gallery.add([photos])
+    expected = {id: gallery.thumbnail(id) for id, _ in rows(gallery).values()}
+    shutil.rmtree(gallery.thumbnails.folder)
+
+    def full(path, *content, **options):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(thumbnails, "write_atomically", full)
+    assert {id: gallery.thumbnail(id) for id in expected} == expected
+    shutil.rmtree(gallery.thumbnails.folder)
+    gallery.thumbnails.folder.write_text("a file")
+    assert {id: gallery.thumbnail(id) for id in expected} == expected
+
+
 def image_of(content):
     return Image.open(io.BytesIO(content))
 
@@ -329,6 +372,50 @@ def test_forgetting(gallery, photos, tmp_path, capsys):
     assert rows(gallery) == kept
     left = {int(path.stem) for path in gallery.thumbnails.folder.rglob("*.jpg")}
     assert left == {id for id, _ in kept.values()}
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t\n"])
+def test_an_empty_path_forgets_nothing(gallery, photos, text):
+    gallery.add([photos])
+    for given in (text, [text], [photos / "cam0", text]):
+        with pytest.raises(SearchError, match="expected a path, found the text '.*'; nothing was removed"):
+            gallery.forget(given)
+    assert len(gallery) == 6
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+def test_a_search_during_the_forgetting_leaves_no_thumbnail(gallery, photos, tmp_path, checkpoint, monkeypatch, boxed):
+    boxes = boxes_file(photos, "cam0/0.png,0,0,10,30,", "cam0/0.png,5,20,15,40,") if boxed else None
+    gallery.add([photos], boxes=boxes)
+
+    def left():
+        return list(gallery.thumbnails.folder.rglob("*.jpg"))
+
+    with Gallery.open(tmp_path / "people.db", checkpoint) as page:
+        ids, real = [id for id, _ in gallery.store.all_rows()], gallery.store.remove
+
+        def seen_before(removed):
+            for id in removed:
+                page.thumbnail(id)  # made again
+            real(removed)
+
+        monkeypatch.setattr(gallery.store, "remove", seen_before)
+        gallery.forget([photos / "cam0"])
+        assert len(left()) == len(gallery)
+        monkeypatch.undo()
+        gallery.add([photos], boxes=boxes)
+        for id in (ids := [id for id, _ in gallery.store.all_rows()]):
+            gallery.thumbnails.remove(id)
+        image = page.image
+
+        def seen_after(row):
+            found = image(row)
+            gallery.forget([row.path])
+            return found
+
+        monkeypatch.setattr(page, "image", seen_after)
+        page.thumbnail(ids[0])
+        assert not left() and len(gallery) < len(ids)
 
 
 def test_one_process_changes_an_index_at_a_time(gallery, photos):
@@ -391,6 +478,39 @@ def test_boxes_that_are_wrong(gallery, photos, lines, message):
     with pytest.raises(DataError, match=f"boxes.csv:? ?{message}") as raised:
         gallery.add([photos], boxes=boxes_file(photos, *lines))
     assert "\n" not in str(raised.value) and len(gallery) == 0
+
+
+def test_many_boxes_are_read_in_a_time_that_grows_with_their_number(photos):
+    def lines(count):
+        return [f"cam{number % 2}/{number % 2}.png,{number // 2},0,1,1," for number in range(count)]
+
+    def seconds(count):
+        boxes = boxes_file(photos, *lines(count))
+        start = time.process_time()
+        assert sum(map(len, read_boxes(boxes).values())) == count
+        return time.process_time() - start
+
+    assert min(seconds(8_000), seconds(8_000)) < 4 * 8 * max(seconds(1_000), seconds(1_000), 0.01)
+    with pytest.raises(DataError, match="line 8002: the box of .*cam1/1.png stands twice"):
+        read_boxes(boxes_file(photos, *lines(8_000), "cam1/1.png,7,0,1,1,"))
+
+
+def test_the_files_of_boxes_are_compared_with_the_given_ones_once(gallery, photos, monkeypatch):
+    class Counted(list):
+        read = 0
+
+        def __iter__(self):
+            Counted.read += 1
+            return super().__iter__()
+
+    monkeypatch.setattr(indexing, "find_media", lambda given: (Counted(sorted(photos.glob("cam?/*.png"))), []))
+    read = []
+    for count in (1, 3, 6):
+        Counted.read = 0
+        lines = [f"cam{number % 2}/{number}.png,{count},0,1,1," for number in range(count)]
+        gallery.add([photos], boxes=boxes_file(photos, *lines))
+        read.append(Counted.read)
+    assert len(set(read)) == 1
 
 
 def test_a_file_of_boxes_that_is_wrong(gallery, photos, tmp_path):

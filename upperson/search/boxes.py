@@ -8,7 +8,7 @@ import csv
 import io
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from upperson.errors import DataError
@@ -55,11 +55,14 @@ def read_boxes(file: Path) -> dict[Path, list[Box]]:
         header = [name.strip() for name in next(rows, [])]
         check_header(file, header)
         boxes: dict[Path, list[Box]] = {}
+        seen: set[tuple[Path, Box]] = set()
         for row in rows:
             if row:
                 path, box = parsed(file, rows.line_num, header, row)
-                if any(vars(other) | {"place": ""} == vars(box) | {"place": ""} for other in boxes.get(path, ())):
+                same = path, replace(box, place="")
+                if same in seen:
                     raise DataError(f"{box.place}: the box of {path} stands twice")
+                seen.add(same)
                 boxes.setdefault(path, []).append(box)
     except csv.Error as error:
         raise DataError(f"{file} line {rows.line_num}: not CSV ({error})") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -278,9 +278,12 @@ class Gallery:
         if content is None:
             try:
                 content = thumbnail(self.image(row))
-            except DataError as error:
+            except (DataError, OSError) as error:
                 raise SearchError(str(error)) from error
-            self.thumbnails.write(id, content)
+            with suppress(OSError):  # the disk is full or read-only; the image can be shown all the same
+                self.thumbnails.write(id, content)
+                if id not in self.store.rows([id]):  # another process has removed it meanwhile
+                    self.thumbnails.remove(id)
         return content
 
     def image(self, row: Row) -> Any:
@@ -336,14 +339,15 @@ def remove(store: Store, thumbnails: Thumbnails, paths: Sequence[str | Path]) ->
         by_path.setdefault(row.path, []).append(id)
     chosen: set[int] = set()
     for given in paths:
+        if not str(given).strip():
+            raise SearchError(f"expected a path, found the text {str(given)!r}; nothing was removed")
         names = {str(given).rstrip("/"), str(absolute(given))}
         found = [path for path in by_path if path in names or any(path.startswith(f"{name}/") for name in names)]
         if not found:
             raise SearchError(f"{given}: no image of this path is in {store.name}; nothing was removed")
         chosen.update(id for path in found for id in by_path[path])
-    for id in chosen:
-        thumbnails.remove(id)
-    store.remove(sorted(chosen))
+    with thumbnails.removed(chosen):
+        store.remove(sorted(chosen))
     store.tidy()
     return len(chosen)
 

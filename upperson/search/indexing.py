@@ -174,9 +174,10 @@ class Indexing:
         named = compiled(pattern)
         boxed = {} if boxes is None else read_boxes(boxes)
         paths, self.report.problems = find_media(given or list(boxed))
-        outside = next((found for path, found in boxed.items() if path not in set(paths)), None)
+        outside = boxed.keys() - set(paths)
         if outside:
-            raise DataError(f"{outside[0].place}, field path: the file is not among those that are to be indexed")
+            first = next(found[0] for path, found in boxed.items() if path in outside)
+            raise DataError(f"{first.place}, field path: the file is not among those that are to be indexed")
         jobs = self.changed(paths, boxed if boxes else None, every, named)
         if workers is None:
             workers = 0 if len(jobs) < WORTH_WORKERS else min(4, os.cpu_count() or 1)
@@ -371,9 +372,8 @@ class Indexing:
         vectors = self.encode(torch.stack([pixels for _, pixels, _ in batch]))
         rows = [row for row, *_ in batch]
         replaced = [id for row in rows for id in self.replaced.pop(row.path, ())]
-        for id in replaced:
-            self.thumbnails.remove(id)
-        ids = self.store.add(rows, vectors, replaced)
+        with self.thumbnails.removed(replaced):
+            ids = self.store.add(rows, vectors, replaced)
         for id, row, (_, _, small) in zip(ids, rows, batch, strict=True):
             self.thumbnails.write(id, small)
             known = self.known.setdefault(row.path, Known((row.size, row.mtime, row.cut), row.digest))
@@ -390,9 +390,8 @@ class Indexing:
             del self.by_content[known.content]
 
     def remove(self, ids: Sequence[int]) -> None:
-        for id in ids:
-            self.thumbnails.remove(id)
-        self.store.remove(ids)
+        with self.thumbnails.removed(ids):
+            self.store.remove(ids)
 
     def prune(self, folders: Sequence[Path]) -> None:
         """Removes files that are gone and were below these folders."""

@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -144,7 +143,11 @@ def _picked(path: Path, container: Any, every: float | None, wanted: set[int]) -
 
 
 def gone(path: str) -> bool:
-    """Whether a file is no longer there."""
-    with suppress(OSError):
-        return not os.path.lexists(path)
-    return True
+    """Whether a file is no longer there. One that cannot be reached, as in a folder without rights, is not gone."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a text that names no file
+        return True
+    except OSError:
+        return False
+    return False

@@ -2,7 +2,8 @@
 
 import io
 import os
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from PIL import Image
@@ -34,8 +35,8 @@ class Thumbnails:
         return self.folder / f"{id // 1000}" / f"{id}.jpg"
 
     def read(self, id: int) -> bytes | None:
-        """The file; None for one that is lost, or that a power failure has damaged."""
-        with suppress(FileNotFoundError):
+        """The file; None for one that is lost or cannot be read, or that a power failure has damaged."""
+        with suppress(OSError):
             content = self.path(id).read_bytes()
             return content if content.endswith(END) else None
         return None
@@ -46,6 +47,18 @@ class Thumbnails:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / TAG, SIGNATURE)
         write_atomically(path, content, durable=False)
+
+    @contextmanager
+    def removed(self, ids: Collection[int]) -> Iterator[None]:
+        """A context that removes entries from the index, whose files are removed too.
+
+        They go before it, as the process may be killed, and after it, as a search meanwhile may make them again.
+        """
+        for id in ids:
+            self.remove(id)
+        yield
+        for id in ids:
+            self.remove(id)
 
     def remove(self, id: int) -> None:
         with suppress(FileNotFoundError):
