@@ -158,6 +158,22 @@ def test_copies_in_one_folder_are_embedded_once(gallery, photos, embedded):
     assert sum(embedded) == 6 and len(gallery) == 11
 
 
+@pytest.mark.parametrize("touched", ["0.png", "copy.png", "other.png"])
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_copy_with_a_new_time_keeps_its_id(gallery, photos, embedded, touched, lost):
+    for name in ("copy.png", "other.png"):
+        shutil.copy2(photos / "cam0" / "0.png", photos / "cam0" / name)
+    gallery.add([photos])
+    before, _ = rows(gallery), embedded.clear()
+    if lost:  # as before, what is gone stays in the index without prune
+        (photos / "cam0" / ("other.png" if touched == "0.png" else "0.png")).unlink()
+    os.utime(photos / "cam0" / touched, (1, 1))
+    assert counts_of(gallery.add([photos])) == {"unchanged": 8 - lost} and sum(embedded) == 0
+    found = rows(gallery)
+    assert {path: id for path, (id, _) in found.items()} == {path: id for path, (id, _) in before.items()}
+    assert found[str(photos / "cam0" / touched)][1].mtime == 10**9
+
+
 def test_prune_removes_what_is_gone_below_the_given_folders(gallery, photos):
     gallery.add([photos])
     (photos / "cam0" / "0.png").unlink()

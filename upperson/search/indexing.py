@@ -248,6 +248,8 @@ class Indexing:
         if any((row.digest, row.cut) == content for row, *_ in self.pending):
             self.flush()
         known, same = self.known.get(path), self.by_content.get(content)
+        if known is not None and known.complete and known.content == content:
+            same = path  # before a copy of it
         if same is not None:
             self.take_known(job, loaded, same)
             return
