@@ -254,7 +254,12 @@ def test_the_command_line(tmp_path, monkeypatch, capsys, checkpoint):
     found = json.loads("\n".join(out))
     assert status == 0 and {hit["time"] for hit in found} == {"2026-01-02T12:00:00", "2026-01-03T12:00:00"}
     assert list(found[0]) == ["rank", "similarity", "id", "path", "camera", "time", "seconds", "box"]
-    assert run(capsys, "query", "a man", "--camera", 9)[1] == ["no image passes the filters"]
+    for unknown, named in ((["9"], "'9'"), (["01"], "'01'"), (["C1", "x"], "'C1', 'x'")):
+        given = [part for name in unknown for part in ("--camera", name)]
+        assert run(capsys, "query", "a man", *given)[1] == [
+            f"no image passes the filters: no image is of camera {named}; the cameras are '0', '1', '2', '3'"
+        ]
+    assert run(capsys, "query", "a man", "--camera", 1, "--since", "2030-01-01")[1] == ["no image passes the filters"]
     assert run(capsys, "query", "--image", "photos/c1/2026-01-02 12.00.00.png", "--json", "--top", 1)[1][1:3] == [
         " {", '  "rank": 1,'
     ]  # fmt: skip
@@ -262,7 +267,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys, checkpoint):
         1, ["error: device: 'abacus' is not allowed; expected auto, cpu, cuda, cuda:N or mps"]
     )  # fmt: skip
     assert run(capsys, "forget", "photos/c1")[1] == ["1 images were removed from people.db"]
-    assert run(capsys, "query", "a man", "--camera", 1)[1] == ["no image passes the filters"]
+    assert run(capsys, "query", "a man", "--camera", 1)[1][0].endswith("of camera '1'; the cameras are '0', '2', '3'")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from upperson.search.entry import Hit, Query, read_time
 
 INDEX = "people.db"
 PORT = 8765
+NAMED = 20  # limit of cameras in a message
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +81,7 @@ def _query(parser: Parser, options: argparse.Namespace) -> int:
         elif options.json:
             print(json.dumps([_as_json(hit) for hit in hits], indent=1, allow_nan=False))
         else:
-            print(_table(hits) if hits else "no image passes the filters")
+            print(_table(hits) if hits else _nothing(options.camera, gallery.cameras() if options.camera else []))
     return 0
 
 
@@ -115,6 +116,15 @@ def _as_json(hit: Hit) -> dict:
         "seconds": entry.seconds,
         "box": entry.box,
     }
+
+
+def _nothing(cameras: Sequence[str], known: Sequence[str]) -> str:
+    """Why no image was found. A camera's name may be another than the user thinks: that of cam03 is 3."""
+    unknown = ", ".join(repr(name) for name in cameras if name not in known)
+    if not unknown:
+        return "no image passes the filters"
+    names = ", ".join([*map(repr, known[:NAMED]), *(["…"] if len(known) > NAMED else [])]) or "none"
+    return f"no image passes the filters: no image is of camera {unknown}; the cameras are {names}"
 
 
 def _table(hits: Sequence[Hit]) -> str:

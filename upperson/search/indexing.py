@@ -397,10 +397,9 @@ class Indexing:
 
     def prune(self, folders: Sequence[Path]) -> None:
         """Removes files that are gone and were below these folders."""
-        for path in list(self.known):
-            if gone(path) and any(folder in Path(path).parents for folder in folders):
-                self.remove(self.known.pop(path).ids)
-                self.report.removed += 1
+        found = [path for path in self.known if any(folder in Path(path).parents for folder in folders) and gone(path)]
+        self.remove([id for path in found for id in self.known.pop(path).ids])
+        self.report.removed += len(found)
 
 
 def known_files(store: Store) -> dict[str, Known]:
