@@ -369,6 +369,37 @@ def test_tidying_keeps_what_there_is(filled, monkeypatch):
         opened.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("people.db", "people.db.old"),
+        ("people.db", "people.db.2"),
+        ("people.db", "people.db.2026-01-31"),
+        ("people[1].db", "people1.db"),
+        ("people*.db", "people-2.db"),
+        ("p?.db", "p1.db"),
+        ("people.db", "peopleXdb"),
+    ],
+)
+def test_tidying_leaves_the_vectors_of_other_indexes(tmp_path, name, other):
+    rows, vectors = rows_and_vectors(3)
+    for each in (other, name):
+        store = open_store(str(tmp_path / each), SETTINGS)
+        ids = store.add(rows, vectors)
+        store.tidy()
+        store.close()
+    leftover = tmp_path / f"{name}.7.vectors"
+    leftover.write_bytes(b"of a process that was killed")
+    store = open_store(str(tmp_path / name))
+    store.tidy()
+    store.close()
+    assert not leftover.exists()
+    for each in (other, name):
+        store = open_store(str(tmp_path / each))
+        np.testing.assert_array_equal(store.vectors(ids), vectors)
+        store.close()
+
+
 def test_a_reader_sees_what_another_process_adds(filled):
     reader, writer = open_store(str(filled)), open_store(str(filled))
     rows, vectors = rows_and_vectors(3, seed=5)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -282,8 +283,10 @@ class SQLiteStore:
     def tidy(self) -> None:
         with self.reading():
             seen, generation = self.snapshot(), self.number("generation")
-        for leftover in self.path.parent.glob(f"{self.path.name}.*.vectors"):
-            if leftover != self.vectors_file(generation):
+        # people.db.old.1.vectors belongs to another index, such as a copy.
+        own = re.compile(rf"{re.escape(self.path.name)}\.[0-9]+\.vectors")
+        for leftover in self.path.parent.glob("*.vectors"):
+            if own.fullmatch(leftover.name) and leftover.name != self.vectors_file(generation).name:
                 with suppress(OSError):  # Windows removes no file that is mapped
                     leftover.unlink()
         if len(seen.vectors) <= 2 * len(seen.ids) + BLOCK:
