@@ -208,6 +208,27 @@ def test_distances_of_a_query_and_images():
     assert distances_of(np.ones(1), vectors[:1]).shape == (2, 2)
 
 
+@pytest.mark.parametrize("gone", [(0,), (1, 4), range(1, 9), range(9)])
+@pytest.mark.parametrize("again", [False, True])
+def test_images_that_go_during_a_search_are_left_out(place, tmp_path, checkpoint, monkeypatch, gone, again):
+    """Another process forgets the images at these places of the ranking."""
+    with Gallery.open(tmp_path / "people.db", checkpoint) as gallery, Gallery.open(tmp_path / "people.db") as other:
+        gallery.add([place / "photos"])
+        search = gallery.store.search
+
+        def forgotten_meanwhile(*asked):
+            found = search(*asked)
+            other.store.remove([found[number][0] for number in gone])
+            return found
+
+        ids = [hit.entry.id for hit in gallery.search(Query(("a man in red",)))]
+        monkeypatch.setattr(gallery.store, "search", forgotten_meanwhile)
+        hits = gallery.search(Query(("a man in red",), rerank=again))
+        left = [id for number, id in enumerate(ids) if number not in gone]
+        assert sorted(hit.entry.id for hit in hits) == sorted(left)
+        assert [hit.rank for hit in hits] == list(range(1, len(left) + 1))
+
+
 def test_rerank_in_a_search(gallery):
     plain, ranked = (gallery.search(Query(("a man in red",), rerank=again)) for again in (False, True))
     assert {hit.entry for hit in plain} == {hit.entry for hit in ranked}

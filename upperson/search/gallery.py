@@ -240,7 +240,14 @@ class Gallery:
     def reranked(self, found: list[tuple[int, float]]) -> list[tuple[int, float]]:
         """The first BEST in the order of their k-reciprocal neighbours, then the others. Similarities stay."""
         first, others = found[:BEST], found[BEST:]
-        vectors = self.store.vectors([id for id, _ in first])
+        try:
+            vectors = self.store.vectors([id for id, _ in first])
+        except SearchError:
+            rows = self.store.rows([id for id, _ in found])
+            if len(rows) == len(found):
+                raise
+            left = [(id, similarity) for id, similarity in found if id in rows]  # others have gone meanwhile
+            return self.reranked(left) if left else []
         final = rerank(distances_of(np.array([similarity for _, similarity in first]), vectors))
         return [first[place] for place in np.argsort(final, kind="stable")] + others
 
