@@ -354,6 +354,50 @@ def test_thumbnails(gallery, photos):
             gallery.thumbnail(unknown)
 
 
+@pytest.mark.parametrize("kept", ["nothing", "an index that was empty", "an earlier copy of the index"])
+def test_thumbnails_of_an_earlier_index_are_not_shown(tmp_path, photos, checkpoint, kept):
+    """A copy of a file is given an id that the earlier index gave too."""
+    index = tmp_path / "people.db"
+    parts = [index, tmp_path / "people.db.1.vectors"]
+    write_image(tmp_path / "new" / "0.png", 40)
+    with Gallery.open(index, checkpoint) as gallery:
+        if kept == "an earlier copy of the index":
+            gallery.add([tmp_path / "new"])
+        before = [part.read_bytes() for part in parts]
+        gallery.add([photos])
+        shown = {path.stem for path in gallery.thumbnails.folder.rglob("*.jpg")}
+    for part, content in zip(parts, before, strict=True):
+        part.unlink()
+        if kept != "nothing":
+            part.write_bytes(content)
+    for name in ("1.png", "2.png"):
+        shutil.copy(tmp_path / "new" / "0.png", tmp_path / "new" / name)
+    with Gallery.open(index, checkpoint) as gallery:
+        gallery.add([tmp_path / "new"])
+        ids = [id for id, _ in rows(gallery).values()]
+        assert len(ids) == 3 and {str(id) for id in ids} <= shown
+        assert len({gallery.thumbnail(id) for id in ids}) == 1
+
+
+def test_an_empty_index_has_no_thumbnails(tmp_path, photos, checkpoint, monkeypatch):
+    """Of an index that was deleted, before the first image is stored; other files in their folder stay."""
+    with Gallery.open(tmp_path / "people.db", checkpoint) as gallery:
+        gallery.add([photos])
+        folder = gallery.thumbnails.folder
+    (folder / "notes.jpg").write_text("of the user")
+    for name in ("people.db", "people.db.1.vectors"):
+        (tmp_path / name).unlink()
+    with Gallery.open(tmp_path / "people.db", checkpoint) as gallery:
+        monkeypatch.setattr(Thumbnails, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            gallery.add([photos])
+        assert len(gallery) == 6 and sorted(path.name for path in folder.rglob("*.jpg")) == ["notes.jpg"]
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.EDQUOT])
 def test_thumbnails_that_cannot_be_kept_are_shown(gallery, photos, monkeypatch, code):
     gallery.add([photos])

@@ -154,6 +154,8 @@ class Indexing:
         self.batch_size, self.report = batch_size, Report()
         self.pending: list[tuple[Row, Tensor, bytes]] = []
         self.known = known_files(store)
+        if not self.known:
+            self.thumbnails.clear()
         self.by_content = {file.content: path for path, file in self.known.items() if file.complete and file.digest}
         self.replaced: dict[str, list[int]] = {}  # ids of earlier contents of files, by path
 
@@ -337,6 +339,8 @@ class Indexing:
             self.known.pop(same)
         else:
             found.ids = self.store.add(list(named.values()), self.store.vectors(ids))
+            for id in found.ids:  # an earlier index of this name may have left a thumbnail; the right one is made later
+                self.thumbnails.remove(id)
             self.report.added += before is None
             self.report.changed += before is not None
         if before is not None and same != path:

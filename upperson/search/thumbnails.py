@@ -63,3 +63,8 @@ class Thumbnails:
     def remove(self, id: int) -> None:
         with suppress(FileNotFoundError):
             os.unlink(self.path(id))
+
+    def clear(self) -> None:
+        """Removes those that an earlier index of this name has left; its ids are given again."""
+        for path in self.folder.glob("*/*.jpg"):
+            path.unlink(missing_ok=True)
