@@ -83,3 +83,27 @@ def test_a_pattern_comes_before_all():
             origin(Path(f"gate B/{late}.jpg"), pattern)
     with pytest.raises(SearchError, match="not a regular expression"):
         compiled("(")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2026-01-31_23-59",
+        "2026.01.31 23h59",
+        "2026-01-31T25:00:00",
+        "2026-01-31_12-60-00",
+        "2026-01-31_23-59-59+02:00",
+        "20260131_235959+0200",
+        "2026-01-31_23-59-59-05:00",
+        "20260131_235959Z",
+        "2026-01-31T23:59:59Z",
+    ],
+)
+def test_a_pattern_whose_clock_or_zone_is_lost_is_refused(text):
+    with pytest.raises(DataError, match="the pattern found the time '.*; expected one such as"):
+        origin(Path(f"gate B/{text}.jpg"), compiled(r"/(?P<time>[^/]+)\.jpg"))
+
+
+@pytest.mark.parametrize("text", ["2026_01_31", "2026.01.31", "2026-01-31 gate", "on 2026-01-31"])
+def test_a_pattern_finds_a_date_alone(text):
+    assert origin(Path(f"gate B/{text}.jpg"), compiled(r"/(?P<time>[^/]+)\.jpg"))[1] == datetime(2026, 1, 31)

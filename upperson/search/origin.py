@@ -6,6 +6,7 @@ which is midnight. EXIF's DateTimeOriginal comes before the path, and the user's
 """
 
 import re
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path, PurePath
 
@@ -19,6 +20,7 @@ CAMERA = re.compile(
 DAY = r"(?<!\d)(\d{4})([-_.]?)(\d{2})\2(\d{2})"
 TIME = re.compile(DAY + r"[-_ T.]{1,3}(\d{2})[-_:.h]?(\d{2})[-_:.m]?(\d{2})(?!\d{1,2}(?!\d))")
 DATE = re.compile(r"(?<!\d)(\d{4})([-_.])(\d{2})\2(\d{2})(?!\d)")
+ZONE = re.compile(r"\d *(?:[zZ]|\+\d{2}:?\d{2}|-\d{2}:\d{2})$")
 YEARS = range(1970, 2101)
 GROUPS = {"camera", "time"}
 
@@ -63,7 +65,9 @@ def by_pattern(path: PurePath, pattern: re.Pattern[str] | None) -> tuple[str | N
     try:
         time = datetime.fromisoformat(text)
     except ValueError:
-        time = time_in(text)
+        # More digits than those of a date are a clock: midnight is wrong where it cannot be read, as in 23-59.
+        patterns = (TIME, DATE) if len(re.findall(r"\d", text)) <= 8 else (TIME,)
+        time = None if ZONE.search(text) else time_in(text, patterns)
     if time is None or time.tzinfo is not None or time.year > YEARS[-1]:
         expected = f"one such as 2026-01-31T23:59:59, until {YEARS[-1]}"
         raise DataError(f"{path}: the pattern found the time {text!r}; expected {expected}")
@@ -75,8 +79,8 @@ def camera_in(name: str) -> str | None:
     return (found.group(1) or found.group(2)).lower() if found else None
 
 
-def time_in(name: str) -> datetime | None:
-    for pattern in (TIME, DATE):
+def time_in(name: str, patterns: Sequence[re.Pattern[str]] = (TIME, DATE)) -> datetime | None:
+    for pattern in patterns:
         for found in pattern.finditer(name):
             year, _, month, day, *clock = found.groups()
             hour, minute, second = map(int, clock or ("0", "0", "0"))
