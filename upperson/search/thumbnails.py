@@ -66,5 +66,6 @@ class Thumbnails:
 
     def clear(self) -> None:
         """Removes those that an earlier index of this name has left; its ids are given again."""
-        for path in self.folder.glob("*/*.jpg"):
-            path.unlink(missing_ok=True)
+        if (self.folder / TAG).is_file():  # otherwise the folder is somebody's own
+            for path in self.folder.glob("*/*.jpg"):
+                path.unlink(missing_ok=True)
