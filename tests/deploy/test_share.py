@@ -1,7 +1,9 @@
 """A shared folder gives the same model elsewhere, says what it is, and holds nothing of this computer."""
 
+import errno
 import os
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import open_clip
@@ -105,6 +107,57 @@ def test_refused_folders(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         save_pretrained(tmp_path / "no.safetensors", tmp_path / "mine")
     assert sorted(os.listdir(tmp_path)) == ["file", "full", "home"]
+
+
+@pytest.mark.parametrize("how", ["the working folder", "a link", "a folder", "a mounted disk"])
+def test_an_empty_folder_stays_and_gets_the_content(how, checkpoint, tmp_path, monkeypatch):
+    own = tmp_path / "ein Ordner"
+    own.mkdir()
+    folder, number = own, own.stat().st_ino
+    if how == "the working folder":
+        monkeypatch.chdir(own)
+        folder = Path(".")
+    elif how == "a link":
+        folder = tmp_path / "link"
+        folder.symlink_to(own)
+    elif how == "a mounted disk":
+        monkeypatch.setattr(Path, "rmdir", lambda self: pytest.fail(f"{self} cannot be removed"))
+    save_pretrained(checkpoint, folder)
+    names = ["README.md", "clip.json", "clip.safetensors", "config.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == sorted(os.listdir(own)) == names and own.stat().st_ino == number
+    assert torch.equal(features(from_pretrained(folder)), features(load_model(checkpoint)))
+
+
+def test_an_empty_folder_stays_empty_after_an_error(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    real = os.replace
+
+    def fail_at(last):
+        def replace(source, target):
+            if Path(target) == tmp_path / "mine" / last:
+                raise OSError(errno.EIO, "Input/output error", str(target))
+            real(source, target)
+
+        return replace
+
+    for last in ("README.md", "config.json", "model.safetensors"):
+        monkeypatch.setattr(os, "replace", fail_at(last))
+        with pytest.raises(OSError, match="Input/output error"):
+            save_pretrained(checkpoint, tmp_path / "mine")
+        assert not list((tmp_path / "mine").iterdir())
+
+
+def test_what_came_into_the_folder_meanwhile_is_kept(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+
+    def model_card(*_):
+        (tmp_path / "mine" / "README.md").write_text("kept")
+        return "a card"
+
+    monkeypatch.setattr(share, "model_card", model_card)
+    with pytest.raises(OSError, match="found README.md in it"):
+        save_pretrained(checkpoint, tmp_path / "mine")
+    assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["kept"]
 
 
 def test_damaged_folders(checkpoint, tmp_path):

@@ -43,7 +43,12 @@ def staged(paths: Sequence[Path]) -> Iterator[list[Path]]:
 def require_empty(folder: Path, option: str) -> None:
     """Raises OSError, which names the path, unless the path is an empty folder or can become one."""
     require_folder(folder, option)
-    if found_at(folder) != NOTHING and (names := sorted(os.listdir(folder))):
+    _require_nothing_in(folder)
+
+
+def _require_nothing_in(folder: Path, but: str = "") -> None:
+    """Raises OSError if a folder has an entry with another name than `but`."""
+    if found_at(folder) != NOTHING and (names := sorted({*os.listdir(folder)} - {but})):
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise OSError(errno.ENOTEMPTY, f"{folder}: expected a new or an empty folder, found {names[0]}{others} in it")
 
@@ -52,18 +57,32 @@ def require_empty(folder: Path, option: str) -> None:
 def new_folder(folder: Path, option: str) -> Iterator[Path]:
     """A temporary folder, which becomes `folder` if the body succeeds, and is deleted if the body fails.
 
-    Raises OSError as require_empty.
+    An empty folder that is there stays, and gets the content: it may be the working folder of a shell, a mounted disk,
+    or the target of a symbolic link, and its parent may be read-only. Raises OSError as require_empty.
     """
     require_empty(folder, option)
     folder = folder.absolute()
-    make_folder(folder.parent, option)
-    with _named([folder]), TemporaryDirectory(prefix=PREFIX, dir=folder.parent) as place:
-        written = Path(place) / folder.name
+    is_there = found_at(folder) == A_FOLDER
+    if not is_there:
+        make_folder(folder.parent, option)
+    with _named([folder]), TemporaryDirectory(prefix=PREFIX, dir=folder if is_there else folder.parent) as place:
+        written = Path(place) / "new"
         written.mkdir()
         yield written
-        if found_at(folder) == A_FOLDER:
-            folder.rmdir()
-        os.replace(written, folder)
+        if is_there:
+            _require_nothing_in(folder, but=Path(place).name)
+            _move_content(written, folder)
+        else:
+            os.replace(written, folder)
+
+
+def _move_content(source: Path, folder: Path) -> None:
+    """Moves all entries of a folder to another one, or none."""
+    with ExitStack() as stack:
+        for entry in sorted(source.iterdir()):
+            os.replace(entry, folder / entry.name)
+            stack.callback(os.replace, folder / entry.name, entry)
+        stack.pop_all()
 
 
 def check_outputs(parser: argparse.ArgumentParser, outputs: list[Path], inputs: list[Path]) -> None:
