@@ -342,7 +342,7 @@ def test_results_of_others_are_not_overwritten(checkpoint, capsys, tmp_path, mon
         (checkpoint, ("--data", "embedded-night"), "embedded-night, split test"),
     ):
         said = refused(capsys, 1, file, "--output", output, *options)
-        assert f"{output} contains results of {checkpoint.name} on embedded, split test, which those of {file}" in said
+        assert f"{output} contains results of {checkpoint} on embedded, split test, which those of {file}" in said
         assert f"on {other}, would overwrite; choose another --output" in said
     (output / "results.json").write_text('{"mine": 1}')
     assert "results.json: expected results of this version" in refused(capsys, 1, checkpoint, "--output", output)
@@ -367,3 +367,33 @@ def test_output_that_cannot_be_written(checkpoint, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "queries-text-to-image.jsonl could not be written" in said
     assert {path: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_the_same_relative_path_in_another_folder_is_another_checkpoint(checkpoint, capsys, tmp_path, monkeypatch):
+    output, content = tmp_path / "out", checkpoint.read_bytes()
+    for name in ("one", "ö ther", "third"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.safetensors").write_bytes(content)
+    monkeypatch.chdir(tmp_path / "one")
+    assert run("best.safetensors", "--output", output) == 0
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    capsys.readouterr()
+    for name in ("ö ther", "third"):
+        monkeypatch.chdir(tmp_path / name)
+        said = refused(capsys, 1, "best.safetensors", "--output", output)
+        assert f"results of {tmp_path / 'one' / 'best.safetensors'} on" in said and "choose another --output" in said
+    assert {path: path.read_bytes() for path in output.iterdir()} == before
+    assert run(tmp_path / "one" / "best.safetensors", "--output", "../out") == 0  # the same one, from elsewhere
+
+
+def test_checkpoints_whose_folder_of_results_has_the_same_name(checkpoint, capsys, tmp_path):
+    content = checkpoint.read_bytes()
+    for first, *others in (("run.1", "run.2", "run"), ("x.safetensors", "x.bak", "x")):
+        for name in (first, *others):
+            (tmp_path / name).write_bytes(content)
+        assert run(tmp_path / first) == 0
+        capsys.readouterr()
+        for name in others:
+            said = refused(capsys, 1, tmp_path / name)
+            assert f"contains results of {tmp_path / first} on" in said and f"those of {tmp_path / name} on" in said
+        assert run(tmp_path / first) == 0  # measured again

@@ -51,7 +51,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, config: Config, split: str, outp
     require_folder(output, "output")
     if (output / CONFIG).exists():
         raise RunError(f"{output} contains a run, whose results would be overwritten; choose another --output")
-    require_same(output, None if output == beside else path, config.data, split)
+    require_same(output, path, config.data, split, beside=output == beside)
     make_folder(output, "output")
 
     embeddings = embed(
@@ -76,7 +76,7 @@ def evaluate_checkpoint(checkpoint: Checkpoint, config: Config, split: str, outp
         selection=checkpoint.selection,
         epoch=checkpoint.epoch,
         epochs=config.train.epochs,
-        checkpoint=str(path),
+        checkpoint=str(path.absolute()),  # a relative path names another file in another working folder
         precision=precision,
     )
     shown = both_directions(results)
@@ -88,15 +88,22 @@ def evaluate_checkpoint(checkpoint: Checkpoint, config: Config, split: str, outp
     return results
 
 
-def require_same(output: Path, checkpoint: Path | None, data: DataConfig, split: str) -> None:
-    """Raises RunError for a folder with results of another checkpoint (None: not compared), data set or split."""
+def require_same(output: Path, checkpoint: Path, data: DataConfig, split: str, *, beside: bool) -> None:
+    """Raises RunError for a folder with results of another checkpoint, data set or split.
+
+    `beside`: the folder is that beside the checkpoint. Both may have moved, so only the checkpoint's name is compared.
+    """
     file = output / RESULTS
     if not file.exists():
         return
     found = Results.read(file)
-    same = checkpoint is None or (found.checkpoint and Path(found.checkpoint).resolve() == checkpoint.resolve())
+    recorded = Path(found.checkpoint or "")
+    if beside:
+        same = recorded.name == checkpoint.name
+    else:
+        same = recorded.is_absolute() and recorded.resolve() == checkpoint.resolve()
     if not same or (found.evaluated_on, found.split) != (name_of(data), split):
-        earlier, later = ("", "") if checkpoint is None else (f" of {found.checkpoint}", f" of {checkpoint}")
+        earlier, later = ("", "") if beside and same else (f" of {found.checkpoint}", f" of {checkpoint}")
         raise RunError(
             f"{output} contains results{earlier} on {found.evaluated_on}, split {found.split}, which those{later} on "
             f"{name_of(data)}, split {split}, would overwrite; choose another --output"
