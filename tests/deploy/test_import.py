@@ -376,6 +376,9 @@ def test_features_are_compared_before_files_are_written(case, tmp_path, capsys, 
         ({"-o": "none/out.safetensors"}, "in an existing folder"),
         ({"--as": "tbps"}, "invalid choice: 'tbps'"),
         ({"--preset": "imagenet"}, "invalid choice"),
+        ({"--pretrained": "openai"}, "--pretrained: --as irra trains all of CLIP"),
+        ({"--pretrained": "none.safetensors"}, "expected no --pretrained"),
+        ({"--pretrained": ""}, "expected no --pretrained"),
     ],
 )
 def test_wrong_arguments(changes, words, tmp_path, capsys, monkeypatch):

@@ -31,7 +31,7 @@ from upperson.deploy.merge import TOLERANCE, largest_difference
 from upperson.deploy.outputs import check_outputs, staged
 from upperson.errors import BackboneError, CheckpointError, MethodError, Parser, exit_status, path_argument
 from upperson.files import require_regular, write_atomically
-from upperson.methods import UNTRAINED
+from upperson.methods import METHODS, UNTRAINED
 from upperson.model import AdaptedCLIP, load_model
 from upperson.model.adapted_clip import parameters_of
 from upperson.model.archive import is_archive, read_archive, require_whole
@@ -342,6 +342,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _import(argv: Sequence[str] | None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
+    if options.pretrained is not None and METHODS[FORMATS[options.form].method]().trains_clip:
+        parser.error(
+            f"--pretrained: --as {options.form} trains all of CLIP, so OUT has all weights and refers to no backbone; "
+            "expected no --pretrained"
+        )
     outputs = [options.output, clip_path(options.output)]
     check_outputs(parser, outputs, [options.file, Path(options.pretrained or ""), Path(options.model)])
     foreign = read_foreign(
