@@ -193,6 +193,19 @@ def test_an_image_that_is_too_large(monkeypatch):
         runtime.Towers.preprocess(SimpleNamespace(image={}), Image.new("RGB", (11, 10)))
 
 
+@needs_extra
+@pytest.mark.parametrize("name", ["embed_texts", "embed_images"])
+def test_one_string_and_a_batch_of_nothing_are_refused(name):
+    towers = runtime.Towers.__new__(runtime.Towers)  # refused before a tower is needed
+    towers.tokenizer = SimpleNamespace(encode=None)
+    for one in ("a woman in a red coat", "photos/1.jpg", ""):
+        with pytest.raises(TypeError, match=r"expected a list, such as \['.*'\], found a string"):
+            getattr(towers, name)(one)
+    for batch in (0, -1):
+        with pytest.raises(ValueError, match=f"batch is {batch}; expected at least 1"):
+            getattr(towers, name)(["a"], batch=batch)
+
+
 # ------------------------------------------------------------------------------------ whole exports
 
 

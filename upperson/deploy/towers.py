@@ -63,14 +63,18 @@ class Towers:
 
     def embed_images(self, images: Iterable[Path | str | Image.Image], batch: int = 16) -> np.ndarray:
         """The features of images or their paths, (images, E) float32, each of length 1."""
-        return self.embed("image", [self.preprocess, np.stack], list(images), batch)
+        return self.embed("image", [self.preprocess, np.stack], images, batch)
 
     def embed_texts(self, texts: Iterable[str], batch: int = 16) -> np.ndarray:
         """The features of sentences, (sentences, E) float32, each of length 1."""
-        return self.embed("text", [self.tokenizer.encode, self.padded], list(texts), batch)
+        return self.embed("text", [self.tokenizer.encode, self.padded], texts, batch)
 
-    def embed(self, tower: str, steps: Sequence[Any], inputs: list[Any], batch: int) -> np.ndarray:
-        each, together = steps
+    def embed(self, tower: str, steps: Sequence[Any], inputs: Iterable[Any], batch: int) -> np.ndarray:
+        if isinstance(inputs, str):  # whose letters would be embedded one by one
+            raise TypeError(f"expected a list, such as [{inputs[:60]!r}], found a string")
+        if batch < 1:
+            raise ValueError(f"batch is {batch}; expected at least 1")
+        (each, together), inputs = steps, list(inputs)
         features = [
             self.run(tower, together([each(one) for one in inputs[start : start + batch]]))
             for start in range(0, len(inputs), batch)
